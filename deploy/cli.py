@@ -1,0 +1,97 @@
+"""The command-line program `fraudgate`: one subcommand for each thing a person does.
+
+A command's module is imported when the command runs, so that `fraudgate score` doesn't wait for Spark or MLflow to load.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+
+from gateway.contracts.settings import SettingError
+
+
+@dataclass(frozen=True)
+class Command:
+    """`module:function` takes the arguments behind the command's name and returns the exit status."""
+
+    name: str
+    module: str
+    function: str
+    help: str
+
+
+GROUPS: dict[str, tuple[Command, ...]] = {
+    "The stack": (
+        Command(
+            "up", "deploy.commands", "up", "start Kafka, Redis, schema registry and MLflow; --all adds feature jobs and gateway"
+        ),
+        Command("down", "deploy.commands", "down", "stop everything that up started"),
+        Command("status", "deploy.commands", "status", "what runs, on which port, and whether it is well"),
+        Command("demo", "deploy.commands", "demo", "the whole pipeline, from an empty directory to a table of results"),
+    ),
+    "Scoring": (
+        Command("serve", "gateway.commands", "serve", "run the gateway: POST /score and the transactions topic"),
+        Command("score", "gateway.commands", "score", "score one transaction, given as JSON, and print the decision"),
+    ),
+    "Features": (
+        Command("jobs", "feature_jobs.commands", "jobs", "run the Spark streams: bronze, silver, Redis, gold"),
+        Command(
+            "training-set", "feature_jobs.commands", "training_set", "write features and labels of the past as a Delta version"
+        ),
+    ),
+    "Models": (
+        Command("train", "deploy.commands", "train", "training set, XGBoost, ONNX, checks, MLflow registry, alias champion"),
+        Command("pull", "model_export.commands", "pull", "bring the promoted models to the gateway's model directory"),
+    ),
+    "Load": (
+        Command(
+            "simulate",
+            "loadtest.commands",
+            "simulate",
+            "generate seeded transactions with fraud patterns, to Kafka, HTTP or a file",
+        ),
+        Command("replay", "loadtest.commands", "replay", "send a public data set through Kafka or HTTP at a chosen speed"),
+    ),
+}
+
+
+def usage() -> str:
+    lines = ["fraudgate decides, while a customer waits at the till, whether a card payment is fraud.", ""]
+    lines += ["usage: fraudgate COMMAND [OPTION ...]      fraudgate COMMAND --help tells a command's options", ""]
+    for title, commands in GROUPS.items():
+        lines.append(f"{title}:")
+        lines += [f"  {c.name:<14}{c.help}" for c in commands]
+        lines.append("")
+    lines.append("Settings are FRAUDGATE_* environment variables: docs/settings.md lists them.")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Exit status 2 for a wrong call or setting, else the command's own."""
+    commands = {c.name: c for group in GROUPS.values() for c in group}
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if len(sys.argv) > 1 else 2
+    command = commands.get(sys.argv[1])
+    if command is None:
+        print(f"fraudgate: there is no command {sys.argv[1]!r}; fraudgate --help lists them", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(command.module)
+        status = getattr(module, command.function)(sys.argv[2:])
+    except SettingError as exc:
+        print(f"fraudgate {command.name}: {exc}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as exc:
+        print(f"fraudgate {command.name}: the Python package {exc.name} is not installed here; run make setup", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    assert isinstance(status, int)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

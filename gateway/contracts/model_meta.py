@@ -1,0 +1,76 @@
+"""What accompanies a model: its metadata, its golden rows, and the manifest of the gateway's model directory.
+
+<model_dir>/manifest.json             Manifest: which model serves which route; replaced by one rename
+<model_dir>/<name>-<version>/model.onnx      input "features" float32 (n, features); output "probabilities" float32 (n, 2)
+<model_dir>/<name>-<version>/metadata.json   ModelMetadata
+<model_dir>/<name>-<version>/golden.npz      "features" float32 (n, features), "probability" float32 (n,)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+METADATA_FILE = "metadata.json"
+GOLDEN_FILE = "golden.npz"
+INPUT_NAME = "features"
+OUTPUT_NAME = "probabilities"
+# Keys of the ONNX file's own metadata_props.
+PROP_FINGERPRINT = "fraudgate.feature_fingerprint"
+PROP_FEATURES = "fraudgate.features"
+# The largest difference between a golden row's stored and recomputed probability.
+GOLDEN_TOLERANCE = 1e-5
+REGISTERED_NAME = "fraudgate"
+
+
+class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
+    """`training_table_version` is the Delta version the training rows were read at."""
+
+    name: str
+    version: str
+    created_at_ms: int
+    feature_fingerprint: str
+    feature_names: list[str]
+    onnx_sha256: str
+    training_table: str
+    training_table_version: int
+    training_rows: int
+    training_frauds: int
+    metrics: dict[str, float]
+
+
+class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One model of the directory. `files` maps each file name to its sha256 in hex."""
+
+    name: str
+    version: str
+    directory: str
+    files: dict[str, str]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """`routes` maps a route (champion, challenger) to its model."""
+
+    routes: dict[str, ModelEntry]
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_manifest(model_dir: Path) -> Manifest:
+    """Raises FileNotFoundError, or msgspec.DecodeError when it isn't a manifest."""
+    return msgspec.json.decode((model_dir / MANIFEST_FILE).read_bytes(), type=Manifest)
+
+
+def write_manifest(model_dir: Path, manifest: Manifest) -> None:
+    """Replaced by one rename, so that a reader sees the old or the new one."""
+    model_dir.mkdir(parents=True, exist_ok=True)
+    partial = model_dir / f"{MANIFEST_FILE}.partial"
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+    partial.replace(model_dir / MANIFEST_FILE)

@@ -1,0 +1,155 @@
+"""Every setting, typed, with its unit, range and default. Read once at start from FRAUDGATE_* environment variables.
+
+`docs/settings.md` is generated from this file. A bad value is named with its allowed range.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+ENV_PREFIX = "FRAUDGATE_"
+PORT_MAX = 65_535
+
+
+class SettingError(ValueError):
+    """A setting has a value it can't have. The message names the variable and what is allowed."""
+
+
+def _setting(default: Any, doc: str, *, least: float | None = None, most: float | None = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "least": least, "most": most})
+
+
+def _port(default: int, doc: str) -> Any:
+    return _setting(default, doc, least=1, most=PORT_MAX)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Each field is the environment variable FRAUDGATE_<NAME IN CAPITALS>. Empty text means: derived, as the doc says."""
+
+    home: str = _setting(".fraudgate", "directory of everything that runs here: data, logs, tables, models, checkpoints")
+    cache_dir: str = _setting("~/.cache/fraudgate", "directory of what was downloaded (jars), shared between checkouts")
+    host: str = _setting("127.0.0.1", "address that every server listens on")
+
+    kafka_port: int = _port(19092, "port of the local Kafka broker")
+    kafka_controller_port: int = _port(19093, "port of the local Kafka controller")
+    redis_port: int = _port(16379, "port of the local Redis")
+    registry_port: int = _port(18081, "port of the local schema registry")
+    mlflow_port: int = _port(15000, "port of the local MLflow server")
+    gateway_port: int = _port(18080, "port of the gateway")
+    jobs_port: int = _port(18090, "port of the feature jobs' metrics")
+
+    kafka_bootstrap: str = _setting("", "Kafka brokers, host:port separated by commas; empty: the local broker")
+    redis_url: str = _setting("", "Redis, redis://host:port/db; empty: the local one")
+    registry_url: str = _setting("", "root of the Confluent-compatible registry; empty: the local one")
+    mlflow_url: str = _setting("", "MLflow tracking and registry; empty: the local server")
+
+    kafka_partitions: int = _setting(4, "partitions of each topic that fraudgate creates", least=1, most=1024)
+    kafka_replication: int = _setting(1, "replicas of each topic that fraudgate creates", least=1, most=16)
+    consumer_group: str = _setting("fraudgate-gateway", "consumer group of the Kafka door")
+    instance_id: str = _setting("0", "name of this gateway among its replicas; its Kafka transactions are fenced by it")
+
+    tables_uri: str = _setting("", "root of the Delta tables, a directory or s3a://bucket/prefix; empty: <home>/tables")
+    checkpoints_uri: str = _setting("", "root of the streaming checkpoints; empty: <home>/checkpoints")
+    model_dir: str = _setting("", "the gateway's local model directory; empty: <home>/models")
+    policy_path: str = _setting("", "the policy file (YAML); empty: the one that ships with the gateway")
+
+    idempotency_window_s: int = _setting(600, "how long a retry gets the same answer, seconds", least=1, most=86_400)
+    batch_rows_max: int = _setting(256, "most transactions in one micro-batch", least=1, most=512)
+    in_flight_max: int = _setting(4096, "most transactions accepted and not yet answered", least=1, most=100_000)
+    decision_budget_ms: int = _setting(80, "time to answer in, milliseconds", least=5, most=10_000)
+    feature_budget_ms: int = _setting(40, "part of it to wait for Redis, milliseconds", least=1, most=10_000)
+    publish_budget_ms: int = _setting(
+        20, "longest wait for Kafka to acknowledge a receipt before an HTTP reply, milliseconds", least=0, most=10_000
+    )
+    publish_buffer_max: int = _setting(100_000, "most receipts waiting for Kafka", least=1, most=10_000_000)
+
+    bronze_trigger_ms: int = _setting(2000, "trigger of the stream from Kafka to bronze, milliseconds", least=0, most=600_000)
+    silver_trigger_ms: int = _setting(
+        3000, "trigger of the stream from bronze to silver and Redis, milliseconds", least=0, most=600_000
+    )
+    gold_trigger_ms: int = _setting(15_000, "trigger of the stream from silver to gold, milliseconds", least=0, most=600_000)
+    spark_cores: int = _setting(2, "threads of the local Spark driver", least=1, most=256)
+    spark_memory_mb: int = _setting(1536, "heap of the local Spark driver, MiB", least=512, most=262_144)
+
+    @property
+    def home_path(self) -> Path:
+        return Path(self.home).expanduser().absolute()
+
+    @property
+    def cache_path(self) -> Path:
+        return Path(self.cache_dir).expanduser().absolute()
+
+    @property
+    def jars_path(self) -> Path:
+        """Holds the folders kafka, spark and registry, as deploy.bootstrap fetched them."""
+        return self.cache_path / "jars"
+
+    @property
+    def bootstrap(self) -> str:
+        return self.kafka_bootstrap or f"{self.host}:{self.kafka_port}"
+
+    @property
+    def redis(self) -> str:
+        return self.redis_url or f"redis://{self.host}:{self.redis_port}/0"
+
+    @property
+    def registry(self) -> str:
+        return self.registry_url or f"http://{self.host}:{self.registry_port}/apis/ccompat/v7"
+
+    @property
+    def mlflow(self) -> str:
+        return self.mlflow_url or f"http://{self.host}:{self.mlflow_port}"
+
+    @property
+    def gateway(self) -> str:
+        return f"http://{self.host}:{self.gateway_port}"
+
+    @property
+    def tables(self) -> str:
+        return self.tables_uri or str(self.home_path / "tables")
+
+    @property
+    def checkpoints(self) -> str:
+        return self.checkpoints_uri or str(self.home_path / "checkpoints")
+
+    @property
+    def models_path(self) -> Path:
+        return Path(self.model_dir).expanduser().absolute() if self.model_dir else self.home_path / "models"
+
+    @property
+    def schemas_path(self) -> Path:
+        """The local copy of the schema registry's answers."""
+        return self.home_path / "schemas"
+
+
+def load_settings(env: Mapping[str, str] | None = None) -> Settings:
+    """Settings from FRAUDGATE_* variables. Raises `SettingError`, also for a FRAUDGATE_ variable that names no setting."""
+    env = os.environ if env is None else env
+    known = {ENV_PREFIX + f.name.upper(): f for f in fields(Settings)}
+    values: dict[str, Any] = {}
+    for name, text in env.items():
+        if not name.startswith(ENV_PREFIX):
+            continue
+        if name not in known:
+            raise SettingError(f"{name} is not a setting; docs/settings.md lists them")
+        f = known[name]
+        if not isinstance(f.default, int):
+            values[f.name] = text
+            continue
+        least, most = f.metadata["least"], f.metadata["most"]
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            raise SettingError(f"{name} must be a whole number in {least}..{most}: {f.metadata['doc']}")
+        values[f.name] = value
+    settings = Settings(**values)
+    if settings.feature_budget_ms >= settings.decision_budget_ms:
+        raise SettingError("FRAUDGATE_FEATURE_BUDGET_MS must be less than FRAUDGATE_DECISION_BUDGET_MS")
+    return settings

@@ -1,0 +1,31 @@
+"""The Delta tables: names and what a row of each is. All lie under the setting `tables_uri`, one folder each."""
+
+from __future__ import annotations
+
+# topic, partition, offset, key, value (raw bytes), headers, kafka_timestamp, batch_id: every record of transactions, decisions
+# and labels as it came, once. Partitioned by topic.
+BRONZE = "bronze"
+# The fields of a transaction, then scored_by (null: by the Kafka door), partition, offset, kafka_timestamp, batch_id; typed, valid,
+# one row a transaction_id within the deduplication window.
+SILVER = "silver_transactions"
+# reason, field, topic, partition, offset, kafka_timestamp, value (original bytes), batch_id: what the feature jobs refused.
+QUARANTINE = "quarantine"
+# The fields of a receipt (its transaction flattened is not repeated: join on transaction_id), then partition, offset,
+# kafka_timestamp, batch_id; one row a transaction_id.
+DECISIONS = "decisions"
+# The fields of a label, then partition, offset, kafka_timestamp, batch_id.
+LABELS = "labels"
+# entity, entity_id, hour, transactions, amount_minor, declined, largest_minor, updated_at: one row an entity and hour.
+GOLD_ENTITY_HOUR = "gold_entity_hour"
+# transaction_id, the transaction's fields, the decision's outcome and score, the newest label: one row a transaction.
+GOLD_DECISIONS = "gold_decisions"
+# transaction_id, event_time_ms, one float column a feature (contracts.features.FEATURE_NAMES), is_fraud.
+TRAINING_SET = "training_set"
+
+TABLES: tuple[str, ...] = (BRONZE, SILVER, QUARANTINE, DECISIONS, LABELS, GOLD_ENTITY_HOUR, GOLD_DECISIONS, TRAINING_SET)
+
+
+def table_uri(tables: str, name: str) -> str:
+    """The address of a table under the setting `tables_uri`."""
+    assert name in TABLES
+    return f"{tables.rstrip('/')}/{name}"

@@ -1,0 +1,46 @@
+"""Topics, their schemas and headers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+
+TRANSACTIONS = "transactions"
+DECISIONS = "decisions"
+LABELS = "labels"
+QUARANTINE = "transactions.quarantine"
+ALERTS = "alerts"
+
+
+@dataclass(frozen=True)
+class Topic:
+    """`schema` is a file in gateway/contracts/schemas, registered under `subject`. Keys are plain UTF-8 (the card_id)."""
+
+    name: str
+    schema: str
+
+    @property
+    def subject(self) -> str:
+        return f"{self.name}-value"
+
+    @property
+    def schema_text(self) -> str:
+        return files("gateway.contracts").joinpath(f"schemas/{self.schema}").read_text()
+
+
+TOPICS: dict[str, Topic] = {
+    TRANSACTIONS: Topic(TRANSACTIONS, "transaction.avsc"),
+    DECISIONS: Topic(DECISIONS, "decision.avsc"),
+    LABELS: Topic(LABELS, "label.avsc"),
+    QUARANTINE: Topic(QUARANTINE, "quarantine.avsc"),
+    ALERTS: Topic(ALERTS, "alert.avsc"),
+}
+COMPATIBILITY = "BACKWARD"
+
+# A record of `transactions` with this header has its decision already (or never needs one): the Kafka door skips it.
+SCORED_HEADER = "fraudgate-scored"
+SCORED_BY_HTTP = b"http"
+SCORED_NEVER = b"history"
+
+# Every producer must place a card in the same partition. librdkafka's name for the Java client's and aiokafka's default.
+LIBRDKAFKA_PARTITIONER = "murmur2_random"
