@@ -226,3 +226,12 @@ def test_events_that_leave_a_full_head_before_they_are_tiled_are_counted(server:
     head = server.get(layout.head_key("device", "d0"))
     assert isinstance(head, bytes)
     assert layout.HEAD_HEADER.unpack_from(head)[5] == 0, "once Spark has tiled them, nothing is missing any more"
+
+
+def test_a_burst_over_the_heads_bound_counts_as_many_as_the_definition_says(server: redis.Redis) -> None:
+    store, oracle = Store(server), Oracle()
+    stream = [t for t in make_stream(9, 800, 1, 0) if t.card_id == "c0"][:150]
+    for n, t in enumerate(stream):
+        assert differences(oracle.observe(t), store.observe(t)) == [], n
+        if n % 30 == 29:
+            store.tile(stream[n - 29 : n + 1])
