@@ -16,6 +16,7 @@ import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from gateway.contracts import layout, windows
 from gateway.contracts.features import ENTITIES, feature_matrix, request_columns
@@ -230,7 +231,8 @@ def test_events_that_leave_a_full_head_before_they_are_tiled_are_counted(server:
 
 def test_a_burst_over_the_heads_bound_counts_as_many_as_the_definition_says(server: redis.Redis) -> None:
     store, oracle = Store(server), Oracle()
-    stream = [t for t in make_stream(9, 800, 1, 0) if t.card_id == "c0"][:150]
+    burst = [t for t in make_stream(9, 800, 1, 0) if t.card_id == "c0"][:150]
+    stream = [structs.replace(t, event_time_ms=NOON_MS + 100 * n) for n, t in enumerate(burst)]
     for n, t in enumerate(stream):
         assert differences(oracle.observe(t), store.observe(t)) == [], n
         if n % 30 == 29:
