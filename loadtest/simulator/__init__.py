@@ -2,6 +2,6 @@
 
 from loadtest.simulator.config import SimulatorConfig
 from loadtest.simulator.patterns import PATTERNS, Incident
-from loadtest.simulator.stream import SimulatedEvent, Simulator
+from loadtest.simulator.stream import Simulator
 
-__all__ = ["PATTERNS", "Incident", "SimulatedEvent", "Simulator", "SimulatorConfig"]
+__all__ = ["PATTERNS", "Incident", "Simulator", "SimulatorConfig"]

@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from operator import itemgetter
-from typing import NamedTuple
 
 import numpy as np
 
 from gateway.contracts.label import Label
 from gateway.contracts.transaction import Transaction
+from loadtest.events import Event
 from loadtest.simulator.config import DAY_MS, SimulatorConfig
 from loadtest.simulator.genuine import Genuine, Row, Slice, recent_of
 from loadtest.simulator.labels import GENUINE_LABEL_SHARE, labels_of
@@ -26,14 +26,6 @@ from loadtest.simulator.world import build_world
 RECENT_EVENTS_MAX = 50_000
 INCIDENTS_KEPT_MAX = 10_000
 EVENTS_MAX = 10**10
-
-
-class SimulatedEvent(NamedTuple):
-    """A payment and the truth about it, which no transaction carries. `pattern` is None for a genuine one."""
-
-    transaction: Transaction
-    is_fraud: bool
-    pattern: str | None
 
 
 class Simulator:
@@ -52,12 +44,12 @@ class Simulator:
         self._planned_count = 0
         self._recent: deque[Slice] = deque()
         self._slice_number = 0
-        self._merged: Iterator[SimulatedEvent] = iter(())
+        self._merged: Iterator[Event] = iter(())
         self._sent = 0
         self._labels: list[tuple[int, int, Label]] = []
         self._labels_count = 0
 
-    def events(self, count: int) -> Iterator[SimulatedEvent]:
+    def events(self, count: int) -> Iterator[Event]:
         """The next `count` payments in event-time order. A later call goes on where this one stopped."""
         assert count >= 0 and self._sent + count < EVENTS_MAX
         for _ in range(count):
@@ -78,7 +70,7 @@ class Simulator:
         """Every label that was not handed out yet, in the order in which they will become known."""
         return self.labels_due(2**62)
 
-    def _next_slice(self) -> list[SimulatedEvent]:
+    def _next_slice(self) -> list[Event]:
         genuine = self._genuine.slice(self._slice_number)
         rows: list[Row] = []
         while self._planned and self._planned[0][0] < genuine.end_ms:
@@ -92,7 +84,7 @@ class Simulator:
         self._slice_number += 1
         return events
 
-    def _event(self, row: Row) -> SimulatedEvent:
+    def _event(self, row: Row) -> Event:
         self._sent += 1
         t = Transaction(
             # A letter between seed and number keeps the digits from running together to a card number.
@@ -113,9 +105,9 @@ class Simulator:
             latitude=row[13],
             longitude=row[14],
         )
-        return SimulatedEvent(t, row[15] is not None, row[15])
+        return Event(t, row[15] is not None, row[15])
 
-    def _draw_labels(self, events: list[SimulatedEvent]) -> None:
+    def _draw_labels(self, events: list[Event]) -> None:
         rng = np.random.default_rng([self.config.seed, 3, self._slice_number])
         for event, chance in zip(events, rng.random(len(events)).tolist(), strict=True):
             if event.is_fraud or chance < GENUINE_LABEL_SHARE:
