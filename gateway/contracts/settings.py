@@ -33,6 +33,9 @@ class Settings:
 
     home: str = _setting(".fraudgate", "directory of everything that runs here: data, logs, tables, models, checkpoints")
     cache_dir: str = _setting("~/.cache/fraudgate", "directory of what was downloaded (jars), shared between checkouts")
+    maven_url: str = _setting(
+        "https://repo1.maven.org/maven2/", "where make setup fetches the jars: Maven Central or a mirror of it"
+    )
     host: str = _setting("127.0.0.1", "address that every server listens on")
 
     kafka_port: int = _port(19092, "port of the local Kafka broker")
