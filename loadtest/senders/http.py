@@ -21,6 +21,7 @@ import msgspec
 
 from gateway.contracts.transaction import encode_json
 from loadtest.events import Event, LoadError
+from loadtest.latency import Latency, latency_of
 from loadtest.ledger import Ledger
 from loadtest.pace import Pace, Punctuality
 
@@ -59,6 +60,10 @@ class HttpReport:
     took_s: float = 0.0
     latencies_s: array[float] = field(default_factory=lambda: array("d"))
     punctuality: Punctuality = field(default_factory=Punctuality)
+
+    @property
+    def latency(self) -> Latency:
+        return latency_of(self.latencies_s)
 
 
 @dataclass
@@ -190,11 +195,12 @@ class HttpSender:
                 t = event.transaction
                 body = encode_json(t)
                 meant = now if due is None else due
+                if self._ledger is not None:
+                    # Before it leaves, so that a decision never comes for a payment the ledger doesn't know.
+                    self._ledger.add(t.transaction_id, event.is_fraud, "http", epoch + meant, time.time())
                 await queue.put(_Request(t.transaction_id, b"%b%d\r\n\r\n%b" % (self._head, len(body), body), started + meant))
                 if due is not None:
                     self.report.punctuality.note(loop.time() - started - due)
-                if self._ledger is not None:
-                    self._ledger.add(t.transaction_id, event.is_fraud, "http", epoch + meant, time.time())
                 self.report.sent += 1
             for _ in range(self._connections):
                 await queue.put(None)

@@ -38,7 +38,8 @@ def require_topics(bootstrap: str, topics: tuple[str, ...]) -> None:
         known = admin.list_topics(timeout=REACH_TIMEOUT_S).topics
     except KafkaException as exc:
         raise LoadError(
-            f"Kafka doesn't answer at {bootstrap}: start it with fraudgate up, or set FRAUDGATE_KAFKA_BOOTSTRAP or FRAUDGATE_KAFKA_PORT"
+            f"Kafka doesn't answer at {bootstrap}: start it with fraudgate up, or set FRAUDGATE_KAFKA_BOOTSTRAP or"
+            " FRAUDGATE_KAFKA_PORT"
         ) from exc
     missing = [t for t in topics if t not in known]
     if missing:
