@@ -69,7 +69,7 @@ def to_onnx(booster: xgboost.Booster) -> bytes:
 
 
 def golden_rows(booster: xgboost.Booster, sample: Floats) -> Floats:
-    """(GOLDEN_ROWS, features): half are ordinary rows over the range of scores, half missing values, extremes and values at splits."""
+    """(GOLDEN_ROWS, features): half ordinary rows over the range of scores, half missing values, extremes and values at splits."""
     half = GOLDEN_ROWS // 2
     by_score = np.argsort(probabilities(booster, sample), kind="stable")
     ordinary = sample[by_score[np.linspace(0, len(sample) - 1, half).astype(np.int64)]]
