@@ -28,6 +28,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "up", "deploy.commands", "up", "start Kafka, Redis, schema registry and MLflow; --all adds feature jobs and gateway"
         ),
         Command("down", "deploy.commands", "down", "stop everything that up started"),
+        Command("restart", "deploy.commands", "restart", "stop one service and start it again"),
         Command("status", "deploy.commands", "status", "what runs, on which port, and whether it is well"),
         Command("demo", "deploy.commands", "demo", "the whole pipeline, from an empty directory to a table of results"),
     ),
