@@ -23,8 +23,9 @@ Bools = npt.NDArray[np.bool_]
 ID_COLUMN = "transaction_id"
 TIME_COLUMN = "event_time_ms"
 LABEL_COLUMN = "is_fraud"
-# Where the writer of the table may record the fingerprint of the features it computed; compared when it is there.
-FINGERPRINT_PROPERTY = "fraudgate.feature_fingerprint"
+# The writer of the table may say in the commit's userMetadata (Spark's option of that name) which features it computed, as this
+# prefix and the fingerprint; compared when it does.
+FINGERPRINT_PREFIX = "fraudgate.feature_fingerprint="
 
 ROWS_MIN = 500
 FRAUDS_MIN = 20
@@ -60,17 +61,17 @@ def read_training_set(tables: str, version: int | None = None) -> TrainingSet:
     try:
         table = DeltaTable(uri, version=version)
         found = table.version()
-        written_for = table.metadata().configuration.get(FINGERPRINT_PROPERTY)
+        written_for = str(table.history(1)[0].get("userMetadata", ""))
         rows = table.to_pyarrow_table()
     except TableNotFoundError as exc:
         raise TrainingSetError(f"there is no training set at {uri}; write one with: fraudgate training-set") from exc
     except (DeltaError, OSError) as exc:
         at = "its newest version" if version is None else f"version {version}"
         raise TrainingSetError(f"the training set at {uri} can't be read at {at}: {exc}") from exc
-    if written_for not in (None, FINGERPRINT):
+    if written_for.startswith(FINGERPRINT_PREFIX) and written_for != FINGERPRINT_PREFIX + FINGERPRINT:
         raise TrainingSetError(
-            f"version {found} of {uri} was written for features {written_for}, this code knows {FINGERPRINT}; "
-            "write it anew with: fraudgate training-set"
+            f"version {found} of {uri} was written for features {written_for.removeprefix(FINGERPRINT_PREFIX)}, "
+            f"this code computes {FINGERPRINT}; write it anew with: fraudgate training-set"
         )
     return training_set_of(rows, uri, found)
 

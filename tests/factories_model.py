@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from deltalake import write_deltalake
+from deltalake import CommitProperties, write_deltalake
 
 from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.model_meta import REGISTERED_NAME, Manifest, sha256_file
 from gateway.contracts.tables import TRAINING_SET, table_uri
-from model_export.dataset import FINGERPRINT_PROPERTY, TrainingSet, training_set_of
+from model_export.dataset import FINGERPRINT_PREFIX, TrainingSet, training_set_of
 from model_export.export import export, write_export
 from model_export.package import INCOMING_PREFIX, current_manifest, metadata_of, place, publish, verify_package, write_metadata
 from model_export.training import train
@@ -82,10 +82,16 @@ def make_rows(rows: int = 3000, seed: int = 1) -> pa.Table:
     return pa.table(columns)
 
 
-def write_training_set(tables: Path | str, rows: int = 3000, seed: int = 1) -> str:
-    """Appends a version to the table `training_set` under `tables`; returns its address."""
+def write_training_set(
+    tables: Path | str, rows: int = 3000, seed: int = 1, *, fingerprint: str = FINGERPRINT, data: pa.Table | None = None
+) -> str:
+    """Replaces the rows of the table `training_set` under `tables` by `data` or by synthetic ones, as a new version.
+
+    Returns the table's address.
+    """
     uri = table_uri(str(tables), TRAINING_SET)
-    write_deltalake(uri, make_rows(rows, seed), mode="overwrite", configuration={FINGERPRINT_PROPERTY: FINGERPRINT})
+    said = CommitProperties(custom_metadata={"userMetadata": FINGERPRINT_PREFIX + fingerprint})
+    write_deltalake(uri, make_rows(rows, seed) if data is None else data, mode="overwrite", commit_properties=said)
     return uri
 
 
