@@ -15,8 +15,9 @@ from model_export.dataset import read_training_set
 from model_export.errors import ModelExportError
 from model_export.export import export
 from model_export.metrics import REPORT_THRESHOLDS
+from model_export.package import RegisteredModel
 from model_export.pull import pull_models
-from model_export.registry import RegisteredModel, Registry
+from model_export.registry import Registry
 from model_export.training import TrainedModel
 from model_export.training import train as train_model
 
@@ -97,7 +98,7 @@ def train(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     try:
         outcome = train_and_register(load_settings(), options.training_set_version, options.alias, options.name)
-    except ModelExportError as exc:
+    except (ModelExportError, OSError) as exc:
         print(f"fraudgate train: {exc}", file=sys.stderr)
         return 1
     print(report(outcome))
@@ -117,8 +118,8 @@ def pull(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     settings = load_settings()
     try:
-        pulled = pull_models(settings, options.name)
-    except ModelExportError as exc:
+        pulled = pull_models(settings.models_path, Registry(settings.mlflow), options.name)
+    except (ModelExportError, OSError) as exc:
         print(f"fraudgate pull: {exc}", file=sys.stderr)
         return 1
     for route, entry in sorted(pulled.routes.items()):

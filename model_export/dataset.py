@@ -28,7 +28,7 @@ LABEL_COLUMN = "is_fraud"
 FINGERPRINT_PREFIX = "fraudgate.feature_fingerprint="
 
 ROWS_MIN = 500
-FRAUDS_MIN = 20
+FRAUDS_MIN = 40
 GENUINE_MIN = 20
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -37,6 +38,16 @@ KEPT_VERSIONS = 3
 INCOMING_PREFIX = ".incoming-"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RegisteredModel:
+    """One version in a registry. `source` is where that registry keeps its files; `sha256` what it recorded of each of them."""
+
+    name: str
+    version: str
+    source: str
+    sha256: dict[str, str]
+
+
 def metadata_of(name: str, version: str, data: TrainingSet, model: TrainedModel, onnx_sha256: str) -> ModelMetadata:
     return ModelMetadata(
         name=name,
@@ -61,7 +72,7 @@ def write_metadata(metadata: ModelMetadata, directory: Path) -> None:
 def verify_package(directory: Path, name: str, version: str, sha256: Mapping[str, str] | None = None) -> ModelEntry:
     """The manifest entry of the package in `directory`, when everything about it is right. Raises `PackageRefusedError`.
 
-    `sha256` is what the registry recorded of each file, where it did.
+    `sha256` is what the registry recorded of each file; None for a package that is only being made.
     """
     where = f"model {name} version {version}"
     found: dict[str, str] = {}
@@ -70,10 +81,10 @@ def verify_package(directory: Path, name: str, version: str, sha256: Mapping[str
         if not path.is_file():
             raise PackageRefusedError(f"{where}: {file} is missing")
         found[file] = sha256_file(path)
-        if sha256 is not None and sha256.get(file) != found[file]:
-            raise PackageRefusedError(
-                f"{where}: {file} is corrupted: its sha256 is {found[file]}, registered was {sha256.get(file)}"
-            )
+        if sha256 is not None and file not in sha256:
+            raise PackageRefusedError(f"{where}: the registry holds no sha256 of {file}; its registration did not come to its end")
+        if sha256 is not None and sha256[file] != found[file]:
+            raise PackageRefusedError(f"{where}: {file} is corrupted: its sha256 is {found[file]}, registered was {sha256[file]}")
     try:
         metadata = msgspec.json.decode((directory / METADATA_FILE).read_bytes(), type=ModelMetadata)
     except msgspec.DecodeError as exc:

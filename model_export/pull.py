@@ -13,15 +13,30 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from gateway.contracts.decision import Route
 from gateway.contracts.model_meta import REGISTERED_NAME, ModelEntry
-from gateway.contracts.settings import Settings
 from model_export.errors import ModelExportError, RegistryRefusedError
-from model_export.package import INCOMING_PREFIX, installed, place, publish, verify_package
-from model_export.registry import RegisteredModel, Registry
+from model_export.package import INCOMING_PREFIX, RegisteredModel, installed, place, publish, verify_package
 
 LOCK_FILE = ".pull.lock"
+
+
+class ModelSource(Protocol):
+    """Where models come from: `model_export.registry.Registry`, or anything else that keeps versions under aliases.
+
+    Its methods raise a `ModelExportError`.
+    """
+
+    def check(self) -> None:
+        """Returns when the source answers."""
+
+    def find(self, name: str, alias: str) -> RegisteredModel | None:
+        """The version that the alias points at, or None."""
+
+    def download(self, model: RegisteredModel, directory: Path) -> None:
+        """The files of its package into `directory`, which is created."""
 
 
 class PullRunningError(ModelExportError):
@@ -37,38 +52,43 @@ class Pulled:
     changed: bool
 
 
-def pull_models(settings: Settings, name: str = REGISTERED_NAME) -> Pulled:
-    """Champion, and challenger where that alias is set, from the registry into `settings.models_path`.
+def pull_models(models_path: Path, source: ModelSource, name: str = REGISTERED_NAME) -> Pulled:
+    """Champion, and challenger where that alias is set, from `source` into the gateway's model directory.
 
-    A second call without a change in the registry downloads nothing and writes nothing. Raises `RegistryUnavailableError`,
-    `RegistryRefusedError` (no champion), `PackageRefusedError` or `PullRunningError`; then the directory's manifest is untouched.
+    A second call without a change in the source downloads nothing and writes nothing. Raises what the source raises,
+    `RegistryRefusedError` (no champion), `PackageRefusedError` or `PullRunningError`; then the manifest is as it was.
     """
-    registry = Registry(settings.mlflow)
-    registry.check()
-    wanted = {route.value: found for route in Route if (found := registry.find(name, route.value)) is not None}
+    source.check()
+    wanted = {route.value: found for route in Route if (found := source.find(name, route.value)) is not None}
     if Route.CHAMPION.value not in wanted:
         raise RegistryRefusedError(
-            f"MLflow at {settings.mlflow} has no model {name} with the alias {Route.CHAMPION.value}; make one with: fraudgate train"
+            f"the registry has no model {name} with the alias {Route.CHAMPION.value}; make one with: fraudgate train"
         )
-    models_path = settings.models_path
     models_path.mkdir(parents=True, exist_ok=True)
     with _locked(models_path):
         _remove_leftovers(models_path)
-        entries: dict[str, ModelEntry] = {}
-        incoming: list[tuple[Path, ModelEntry]] = []
-        for model in {m.version: m for m in wanted.values()}.values():
-            entry = _already_there(models_path, model)
-            if entry is None:
-                package = models_path / f"{INCOMING_PREFIX}{model.name}-{model.version}"
-                registry.download(model, package)
-                entry = verify_package(package, model.name, model.version, model.sha256)
-                incoming.append((package, entry))
-            entries[model.version] = entry
-        # All are verified before the first gets its place.
-        for package, entry in incoming:
-            place(models_path, package, entry)
-        routes = {route: entries[model.version] for route, model in wanted.items()}
-        changed = publish(models_path, routes)
+        try:
+            return _bring(models_path, source, wanted)
+        finally:
+            _remove_leftovers(models_path)
+
+
+def _bring(models_path: Path, source: ModelSource, wanted: dict[str, RegisteredModel]) -> Pulled:
+    entries: dict[str, ModelEntry] = {}
+    incoming: list[tuple[Path, ModelEntry]] = []
+    for model in {m.version: m for m in wanted.values()}.values():
+        entry = _already_there(models_path, model)
+        if entry is None:
+            package = models_path / f"{INCOMING_PREFIX}{model.name}-{model.version}"
+            source.download(model, package)
+            entry = verify_package(package, model.name, model.version, model.sha256)
+            incoming.append((package, entry))
+        entries[model.version] = entry
+    # All are verified before the first gets its place.
+    for package, entry in incoming:
+        place(models_path, package, entry)
+    routes = {route: entries[model.version] for route, model in wanted.items()}
+    changed = publish(models_path, routes)
     return Pulled(routes=routes, fetched=[entry.version for _, entry in incoming], changed=changed)
 
 

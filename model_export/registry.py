@@ -1,7 +1,7 @@
 """MLflow: where a trained model is logged, gets its version and its alias, and is fetched from again.
 
 Called by `fraudgate train` and `fraudgate pull`; the gateway never asks MLflow. Importing this module loads MLflow's client, which
-takes some seconds, so nothing else in model_export imports it at the top but pull and commands.
+takes some seconds; of the package only `commands` does it.
 
 A version counts as complete when its tags hold the sha256 of each of its files; the alias is set last. A command that is killed on
 the way leaves a version without an alias, which nobody pulls.
@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import math
 import os
 import shutil
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -33,7 +34,7 @@ from model_export.checks import Check
 from model_export.dataset import TrainingSet
 from model_export.errors import RegistryRefusedError, RegistryUnavailableError
 from model_export.export import Export, write_export
-from model_export.package import PACKAGE_FILES, metadata_of, write_metadata
+from model_export.package import PACKAGE_FILES, RegisteredModel, metadata_of, write_metadata
 from model_export.training import TrainedModel
 
 REQUEST_TIMEOUT_S = 5
@@ -56,30 +57,24 @@ for _name, _value in {
     os.environ.setdefault(_name, str(_value))
 
 
-@dataclass(frozen=True, kw_only=True)
-class RegisteredModel:
-    """One version in the registry. `sha256` maps each of its files to what was recorded of it when it was registered."""
-
-    name: str
-    version: str
-    source: str
-    sha256: dict[str, str]
-
-
 class Registry:
     """The registry at `url` (http://..., or sqlite:///... without a server). Nothing is asked before the first call."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+        """`timeout_s` bounds the question of `check`; the other calls have the environment's MLFLOW_HTTP_REQUEST_TIMEOUT."""
+        # MLflow tells of each step at INFO, amid the table that a person reads.
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._url = url
+        self._timeout_s = timeout_s
         self._client = MlflowClient(tracking_uri=url, registry_uri=url)
 
     def check(self) -> None:
-        """One quick question. Raises `RegistryUnavailableError` within REQUEST_TIMEOUT_S when nobody answers."""
+        """One quick question. Raises `RegistryUnavailableError` within `timeout_s` when nobody answers."""
         if not self._url.startswith(("http://", "https://")):
             return
         request = urllib.request.Request(f"{self._url.rstrip('/')}/health")  # noqa: S310 - the scheme is checked above
         try:
-            with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:  # noqa: S310
                 answer.read()
         except urllib.error.HTTPError:
             # Somebody answers, and a proxy in front may not know /health: the calls that follow tell more.
@@ -156,12 +151,12 @@ class Registry:
             "training_frauds": model.training_frauds,
             "fraudgate_version": importlib.metadata.version("fraudgate"),
         }
-        now_ms = int(data.event_time_ms[-1])
+        now_ms = time.time_ns() // 1_000_000
         self._client.log_batch(
             run_id,
-            metrics=[Metric(key.replace("@", "_at_"), v, now_ms, 0) for key, v in model.metrics.items() if math.isfinite(v)],
+            metrics=[Metric(key, v, now_ms, 0) for key, v in model.metrics.items() if math.isfinite(v)],
             params=[Param(key, str(value)) for key, value in params.items()],
-            tags=[RunTag("fraudgate.training_table_version", str(data.version))],
+            tags=[RunTag("mlflow.note.content", f"{data.rows} rows of {data.table}, Delta version {data.version}")],
         )
 
     def _create_version(

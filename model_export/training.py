@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xgboost
 
-from model_export.dataset import Floats, TrainingSet
+from model_export.dataset import FRAUDS_MIN, Floats, TrainingSet
 from model_export.errors import TrainingSetError
 from model_export.metrics import quality
 
@@ -22,6 +22,8 @@ assert 0 < TRAIN_SHARE < TRAIN_SHARE + VALIDATION_SHARE < 1
 
 # Fewer frauds than this in a part make early stopping and the metrics a matter of luck.
 PART_FRAUDS_MIN = 5
+# However bunched in time, the fewest frauds that a training set may have can be cut so that each part gets its own.
+assert int(FRAUDS_MIN * (1 - TRAIN_SHARE - VALIDATION_SHARE)) >= PART_FRAUDS_MIN
 TRAIN_ROWS_MIN = 200
 
 ROUNDS_MAX = 400
