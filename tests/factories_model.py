@@ -1,6 +1,6 @@
 """Training sets with a rule that can be learnt, and model directories of a tiny real model, for any test that needs one.
 
-The rule: a payment is mostly fraud when its amount is above 50,000 minor units while its card paid at five or more merchants within
+The rule: a payment is mostly fraud when its amount is above 20,000 minor units while its card paid at five or more merchants within
 the hour (or its device used five or more cards within a day). safe_row() and risky_row() differ in nothing else, and their
 probabilities lie far apart in every model made here.
 """
@@ -49,7 +49,7 @@ def make_features(rows: int, seed: int = 1) -> npt.NDArray[np.float32]:
 def make_labels(features: npt.NDArray[np.float32], seed: int = 1) -> npt.NDArray[np.bool_]:
     """By the rule above, with 2 % of either kind mislabelled among the risky and 0.2 % among the others."""
     rng = np.random.default_rng(seed + 1)
-    risky = (features[:, AMOUNT] > 50_000) & ((features[:, MERCHANTS] >= 5) | (features[:, CARDS] >= 5))
+    risky = (features[:, AMOUNT] > 20_000) & ((features[:, MERCHANTS] >= 5) | (features[:, CARDS] >= 5))
     out: npt.NDArray[np.bool_] = np.where(risky, rng.random(len(risky)) < 0.98, rng.random(len(risky)) < 0.002)
     return out
 
