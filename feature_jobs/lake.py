@@ -60,9 +60,20 @@ PARTITIONED_BY: dict[str, tuple[str, ...]] = {tables.BRONZE: ("topic",)}
 PROPERTIES: dict[str, str] = {
     # A commit every few seconds: a checkpoint of the log each 10 of them would cost more than it saves a reader.
     "delta.checkpointInterval": "100",
-    # min and max of raw bytes and long arrays help no query.
-    "delta.dataSkippingNumIndexedCols": "4",
 }
+
+
+# Columns whose least and greatest value each file's entry in the log keeps: those that a reader selects by.
+STATISTICS: dict[str, str] = {
+    tables.BRONZE: "offset,kafka_timestamp,ingested_at,batch_id",
+    tables.SILVER: "transaction_id,event_time_ms,kafka_timestamp,batch_id",
+    tables.QUARANTINE: "reason,kafka_timestamp,batch_id",
+    tables.DECISIONS: "transaction_id,event_time_ms,kafka_timestamp,batch_id",
+    tables.LABELS: "transaction_id,reported_at_ms,kafka_timestamp,batch_id",
+    tables.GOLD_ENTITY_HOUR: "entity,hour",
+    tables.GOLD_DECISIONS: "transaction_id,event_time_ms,kafka_timestamp,batch_id",
+}
+assert STATISTICS.keys() == DDL.keys()
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ def create_tables(spark: SparkSession, settings: Settings) -> None:
         builder = DeltaTable.createIfNotExists(spark).location(uri).addColumns(StructType.fromDDL(ddl))
         if name in PARTITIONED_BY:
             builder = builder.partitionedBy(*PARTITIONED_BY[name])
-        for key, value in PROPERTIES.items():
+        for key, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": STATISTICS[name]}).items():
             builder = builder.property(key, value)
         builder.execute()
 
