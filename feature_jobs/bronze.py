@@ -65,13 +65,7 @@ def writer(spark: SparkSession, settings: Settings, metrics: Metrics) -> DataStr
 
 def _starting_offsets(spark: SparkSession, settings: Settings, uri: str) -> str:
     """For a new checkpoint beside an old table: go on behind what the table holds, so that nothing stands there twice."""
-    held = (
-        spark.read.format("delta")
-        .load(uri)
-        .groupBy("topic", "partition")
-        .agg(F.max("offset").alias("offset"))
-        .collect()
-    )
+    held = spark.read.format("delta").load(uri).groupBy("topic", "partition").agg(F.max("offset").alias("offset")).collect()
     if not held:
         return "earliest"
     offsets: dict[str, dict[str, int]] = defaultdict(dict)

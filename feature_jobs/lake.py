@@ -32,9 +32,7 @@ RECEIPT_DDL = (
     "admit_us bigint, features_us bigint, model_us bigint, policy_us bigint"
 )
 # Of a receipt's transaction only what gold needs to count a decline for its entities.
-RECEIPT_ENTITIES_DDL = (
-    "event_time_ms bigint, card_id string, customer_id string, merchant_id string, device_id string, ip string"
-)
+RECEIPT_ENTITIES_DDL = "event_time_ms bigint, card_id string, customer_id string, merchant_id string, device_id string, ip string"
 LABEL_DDL = "transaction_id string, card_id string, is_fraud boolean, source string, state string, reported_at_ms bigint"
 
 DDL: dict[str, str] = {
@@ -127,18 +125,25 @@ def commit_note(query: str, batch_id: int) -> str:
 
 def checkpoint(spark: SparkSession, settings: Settings, query: str) -> Checkpoint:
     """The query's checkpoint, created when it isn't there. Works on every file system that Hadoop knows."""
-    root = f"{settings.checkpoints.rstrip('/')}/{query}"
-    path, fs = _file_system(spark, f"{root}/epoch")
-    if fs.exists(path):
-        stream = fs.open(path)
-        try:
-            epoch = int(stream.readInt()) & 0xFFFFFFFF
-        finally:
-            stream.close()
-        return Checkpoint(root + "/stream", epoch, fresh=not fs.exists(_file_system(spark, root + "/stream/offsets/0")[0]))
-    epoch = secrets.randbits(32) or 1
-    save_epoch(spark, settings, query, epoch)
-    return Checkpoint(root + "/stream", epoch, fresh=True)
+    uri = f"{settings.checkpoints.rstrip('/')}/{query}/stream"
+    path, fs = _file_system(spark, f"{uri}/offsets/0")
+    fresh = not fs.exists(path) and not fs.exists(path.getParent())
+    epoch = None if fresh else load_epoch(spark, settings, query)
+    if epoch is None:
+        epoch = secrets.randbits(32) or 1
+        save_epoch(spark, settings, query, epoch)
+    return Checkpoint(uri, epoch, fresh)
+
+
+def load_epoch(spark: SparkSession, settings: Settings, query: str) -> int | None:
+    path, fs = _file_system(spark, f"{settings.checkpoints.rstrip('/')}/{query}/epoch")
+    if not fs.exists(path):
+        return None
+    stream = fs.open(path)
+    try:
+        return int(stream.readInt()) & 0xFFFFFFFF
+    finally:
+        stream.close()
 
 
 def save_epoch(spark: SparkSession, settings: Settings, query: str, epoch: int) -> None:

@@ -32,7 +32,9 @@ class Metrics:
         self.late = Counter("fraudgate_jobs_late", "Records dropped behind the watermark: never expected", registry=r)
         self.entities = Counter("fraudgate_jobs_tiles_written", "Entities whose tiles were written to Redis", registry=r)
         self.rebuilds = Counter("fraudgate_jobs_tiles_rebuilt", "Times that tiles were rebuilt from silver", registry=r)
-        self.restarts = Counter("fraudgate_jobs_restarts", "Failures of a query that the supervisor restarted", ["query"], registry=r)
+        self.restarts = Counter(
+            "fraudgate_jobs_restarts", "Failures of a query that the supervisor restarted", ["query"], registry=r
+        )
         self.up = Gauge("fraudgate_jobs_up", "1 while the query runs", ["query"], registry=r)
         self.lag = Gauge("fraudgate_jobs_kafka_lag", "Records in Kafka that bronze doesn't hold yet", registry=r)
 

@@ -165,9 +165,7 @@ def _typed(rows: DataFrame) -> DataFrame:
     )
     label = F.coalesce(F.col(f"avro_{LABELS}"), F.col("json_label"))
     rows = (
-        rows.withColumn(
-            "t", F.when(F.col("shaped"), from_variant).when(avro["transaction_id"].isNotNull(), from_record)
-        )
+        rows.withColumn("t", F.when(F.col("shaped"), from_variant).when(avro["transaction_id"].isNotNull(), from_record))
         .withColumn("d", F.when(decision["transaction_id"].isNotNull(), receipt))
         .withColumn("l", F.when(_label_is_right(label), F.struct(*(label[name].alias(name) for name in LABEL_FIELDS))))
     )

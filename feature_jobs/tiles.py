@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -116,9 +117,11 @@ def merge_into_redis(job: TileJob) -> Callable[[Iterator[pa.RecordBatch]], Itera
             with client:
                 for first in range(0, len(events.tags), OWNERS_MAX):
                     chunk = _part(events, first, min(first + OWNERS_MAX, len(events.tags)))
-                    written += _with_retries(client, job, chunk)
+                    written += _merge_patiently(client, job, chunk)
         unchanged = len(events.tags) - written
-        yield pa.RecordBatch.from_pydict({"written": pa.array([written], pa.int64()), "unchanged": pa.array([unchanged], pa.int64())})
+        yield pa.RecordBatch.from_pydict(
+            {"written": pa.array([written], pa.int64()), "unchanged": pa.array([unchanged], pa.int64())}
+        )
 
     return merge
 
@@ -126,7 +129,9 @@ def merge_into_redis(job: TileJob) -> Callable[[Iterator[pa.RecordBatch]], Itera
 def _read(batches: list[pa.RecordBatch]) -> Events:
     empty = np.zeros(0, np.int64)
     if not batches or not sum(b.num_rows for b in batches):
-        return Events([], empty, empty.astype(np.uint64), empty, empty, empty.astype(np.uint32), empty.astype(np.uint32), empty.astype(bool))
+        return Events(
+            [], empty, empty.astype(np.uint64), empty, empty, empty.astype(np.uint32), empty.astype(np.uint32), empty.astype(bool)
+        )
     table = pa.Table.from_batches(batches).combine_chunks()
     tags = table["tag"].combine_chunks().dictionary_encode()
     owner = tags.indices.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -160,20 +165,37 @@ def _part(events: Events, first: int, end: int) -> Events:
     )
 
 
-def _with_retries(client: redis.Redis, job: TileJob, events: Events) -> int:
-    """`merge_events`, again while Redis is down or starting: what the first try wrote, its fence protects. Entities written."""
-    give_up = time.monotonic() + job.retry_s
+T = TypeVar("T")
+
+
+def patient(call: Callable[[], T], retry_s: float) -> T:
+    """What `call` gives, tried again with growing waits while Redis is down or starting. Raises `RedisUnavailableError`.
+
+    `call` must be idempotent.
+    """
+    give_up = time.monotonic() + retry_s
     wait_s = 0.05
     while True:
+        try:
+            return call()
+        except _RETRIED as exc:
+            if time.monotonic() > give_up:
+                raise RedisUnavailableError(f"Redis did not answer for {retry_s} s") from exc
+            time.sleep(wait_s * (0.5 + random.random() / 2))  # noqa: S311
+            wait_s = min(BACKOFF_S_MAX, wait_s * 2)
+
+
+def _merge_patiently(client: redis.Redis, job: TileJob, events: Events) -> int:
+    """`merge_events`, again while Redis is down or starting: what the first try wrote, its fence protects. Entities written."""
+
+    def merge() -> int:
         try:
             return merge_events(client, job, events)
         except NoScriptError:
             client.script_load(layout.MERGE_LUA)
-        except _RETRIED as exc:
-            if time.monotonic() > give_up:
-                raise RedisUnavailableError(f"Redis did not answer for {job.retry_s} s") from exc
-            time.sleep(wait_s * (0.5 + random.random() / 2))  # noqa: S311
-            wait_s = min(BACKOFF_S_MAX, wait_s * 2)
+            return merge_events(client, job, events)
+
+    return patient(merge, job.retry_s)
 
 
 def merge_events(client: redis.Redis, job: TileJob, events: Events) -> int:
@@ -199,9 +221,7 @@ def merge_events(client: redis.Redis, job: TileJob, events: Events) -> int:
         parts.append(value[layout.TILES_HEADER.size :])
     old = np.frombuffer(b"".join(parts), layout.TILE)
     now_min = job.now_ms // 60_000
-    new, new_owner = tiles_of(
-        events.event_time_ms, events.amount_minor, events.dim_a, events.dim_b, events.owner, now_min % 65_536
-    )
+    new, new_owner = tiles_of(events.event_time_ms, events.amount_minor, events.dim_a, events.dim_b, events.owner, now_min % 65_536)
     tiles, owner = merge_tiles(np.concatenate([old, new]), np.concatenate([np.repeat(np.arange(len(names)), lengths), new_owner]))
     keep = keep_tiles(tiles, owner, now_min)
     tiles, owner = tiles[keep], owner[keep]
