@@ -1,7 +1,8 @@
 -- One atomic step of the gateway for a batch: claim idempotency records, append each transaction to its entities' heads,
 -- and return what stood there before, with the tiles.
 --
--- KEYS  progress, then for each transaction: its idempotency key, then head and tiles key of each of its entities
+-- KEYS  progress, then for each transaction: its idempotency key, then head and tiles key of each of its entities (the key of the
+--       early list, which differs from the tiles key in its last letter, lies in the same hash slot and is derived)
 -- ARGV  1 update (1 or 0: read only), 2 idempotency ttl ms, 3 head ttl ms,
 --       then for each transaction: claim (fingerprint and position, 32 bytes), number of entities,
 --       then for each entity: capacity, head header for a new head (16 bytes), packed event (48 bytes)
@@ -52,6 +53,21 @@ while a <= #ARGV do
         seq = b1 + b2 * 256 + b3 * 65536 + b4 * 16777216
       elseif update then
         local stamped = string.sub(event, 1, 20) .. struct.pack('<I4', seq) .. string.sub(event, 25)
+        -- The Spark job may have come to it first (see merge.lua): then a tile holds it already.
+        local early = redis.call('GETRANGE', tiles_key, 20, 23)
+        if #early == 4 and early ~= '\0\0\0\0' then
+          local hashes = redis.call('GET', string.sub(tiles_key, 1, -2) .. 'e') or ''
+          local txn, at = string.sub(event, 1, 8), 1
+          while true do
+            at = string.find(hashes, txn, at, true)
+            if not at then break end
+            if (at - 1) % 8 == 0 then
+              stamped = string.sub(stamped, 1, 44) .. '\1' .. string.sub(stamped, 46)
+              break
+            end
+            at = at + 1
+          end
+        end
         if head == '' then
           redis.call('SET', head_key, string.sub(ARGV[a - 2], 1, 8) .. struct.pack('<I4I4', seq + 1, 0) .. stamped, 'PX', ARGV[3])
         elseif #head - 16 >= 48 * (capacity + math.floor(capacity / 4)) then
