@@ -33,6 +33,9 @@ class Settings:
 
     home: str = _setting(".fraudgate", "directory of everything that runs here: data, logs, tables, models, checkpoints")
     cache_dir: str = _setting("~/.cache/fraudgate", "directory of what was downloaded (jars), shared between checkouts")
+    maven_url: str = _setting(
+        "https://repo1.maven.org/maven2/", "where make setup fetches the jars: Maven Central or a mirror of it"
+    )
     host: str = _setting("127.0.0.1", "address that every server listens on")
 
     kafka_port: int = _port(19092, "port of the local Kafka broker")
@@ -42,6 +45,10 @@ class Settings:
     mlflow_port: int = _port(15000, "port of the local MLflow server")
     gateway_port: int = _port(18080, "port of the gateway")
     jobs_port: int = _port(18090, "port of the feature jobs' metrics")
+
+    redis_memory_mb: int = _setting(
+        1024, "most memory of the local Redis, MiB; writes beyond it are refused, nothing is evicted", least=16, most=1_048_576
+    )
 
     kafka_bootstrap: str = _setting("", "Kafka brokers, host:port separated by commas; empty: the local broker")
     redis_url: str = _setting("", "Redis, redis://host:port/db; empty: the local one")
@@ -125,6 +132,12 @@ class Settings:
     def schemas_path(self) -> Path:
         """The local copy of the schema registry's answers."""
         return self.home_path / "schemas"
+
+
+def settings_env(settings: Settings) -> dict[str, str]:
+    """The FRAUDGATE_* variables that make `load_settings` of a process started anywhere return these settings."""
+    env = {ENV_PREFIX + f.name.upper(): str(getattr(settings, f.name)) for f in fields(Settings)}
+    return env | {ENV_PREFIX + "HOME": str(settings.home_path), ENV_PREFIX + "CACHE_DIR": str(settings.cache_path)}
 
 
 def load_settings(env: Mapping[str, str] | None = None) -> Settings:

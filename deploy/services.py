@@ -1,0 +1,336 @@
+"""What the local stack is made of: for each service its ports, files, command line and health check.
+
+`local_services` names what these settings ask to run here. A service whose address is set (kafka_bootstrap, redis_url, ...) is
+somebody else's and is left alone. `deploy.stack` starts and stops what stands here.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from deploy.toolchain import find_redis, java_home
+from gateway.contracts.settings import ENV_PREFIX, Settings, settings_env
+
+PROBE_TIMEOUT_S = 2.0
+KAFKA_HEAP_MB = 512
+REGISTRY_HEAP_MB = 256
+# Below everything a customer waits for.
+JOBS_NICENESS = 10
+# Partitions of Kafka's own topics. Kafka's default of 50 costs seconds at the first start and is for clusters.
+INTERNAL_PARTITIONS = 8
+REGISTRY_ARCHIVE = "apicurio-registry-app-2.6.13.Final-all.tar.gz"
+REGISTRY_JAR = "apicurio-registry-app-2.6.13.Final-runner.jar"
+
+
+class ServiceFilesError(RuntimeError):
+    """Something that a service needs to start isn't there. The message says how to get it."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """`ports` maps each setting to the port it gives, the one that clients use first. `prepare` writes files, once or each time.
+
+    `command` returns the argument list and the environment. `healthy` asks in the service's own protocol and takes at most a few
+    seconds. `core` services start first; the others need them.
+    """
+
+    name: str
+    ports: dict[str, int]
+    prepare: Callable[[], None]
+    command: Callable[[], tuple[list[str], dict[str, str]]]
+    healthy: Callable[[], bool]
+    ready_within_s: float
+    stop_within_s: float
+    core: bool = True
+    niceness: int = 0
+
+    @property
+    def port(self) -> int:
+        return next(iter(self.ports.values()))
+
+
+def local_services(settings: Settings) -> dict[str, Service]:
+    """The services to run here, by name, in the order to start them."""
+    found = []
+    if not settings.kafka_bootstrap:
+        found.append(_kafka(settings))
+    if not settings.redis_url:
+        found.append(_redis(settings))
+    if not settings.registry_url:
+        found.append(_registry(settings))
+    if not settings.mlflow_url:
+        found.append(_mlflow(settings))
+    found += [_jobs(settings), _gateway(settings)]
+    return {service.name: service for service in found}
+
+
+def data_path(settings: Settings, name: str) -> Path:
+    return settings.home_path / "data" / name
+
+
+def _kafka(settings: Settings) -> Service:
+    """One KRaft node that is broker and controller. Its cluster id is drawn at the first start, which formats the directory."""
+    data = data_path(settings, "kafka")
+    properties, logging = data / "server.properties", data / "log4j2.properties"
+
+    def java(main: str, *arguments: str) -> list[str]:
+        jars = settings.jars_path / "kafka"
+        if not any(jars.glob("kafka_*.jar")):
+            raise ServiceFilesError(f"Kafka's jars are not in {jars}: run make setup")
+        launcher = str(java_home(settings.cache_path) / "bin/java")
+        options = [f"-Xmx{KAFKA_HEAP_MB}m", "-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20", "-XX:+ExplicitGCInvokesConcurrent"]
+        return [launcher, *options, f"-Dlog4j2.configurationFile={logging}", "-cp", f"{jars}/*", main, *arguments]
+
+    def prepare() -> None:
+        properties.write_text(_kafka_properties(settings, data / "log"))
+        logging.write_text(KAFKA_LOGGING)
+        if (data / "log/meta.properties").exists():
+            return
+        # A format that was interrupted leaves a directory without meta.properties, which may be formatted again.
+        cluster_id = "f" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]
+        argv = java("kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config", str(properties))
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode != 0:
+            raise ServiceFilesError(f"Kafka's data directory {data} could not be formatted:\n{done.stdout}{done.stderr}")
+
+    def healthy() -> bool:
+        if not _listens(settings.host, settings.kafka_port):
+            return False
+        admin = AdminClient({"bootstrap.servers": f"{settings.host}:{settings.kafka_port}", "log_level": 0})
+        try:
+            return bool(admin.list_topics(timeout=PROBE_TIMEOUT_S).brokers)
+        except KafkaException:
+            return False
+
+    return Service(
+        name="kafka",
+        ports={
+            ENV_PREFIX + "KAFKA_PORT": settings.kafka_port,
+            ENV_PREFIX + "KAFKA_CONTROLLER_PORT": settings.kafka_controller_port,
+        },
+        prepare=prepare,
+        command=lambda: (java("kafka.Kafka", str(properties)), _plain_env()),
+        healthy=healthy,
+        ready_within_s=90,
+        stop_within_s=20,
+    )
+
+
+def _kafka_properties(settings: Settings, log_dir: Path) -> str:
+    host, port, controller_port = settings.host, settings.kafka_port, settings.kafka_controller_port
+    values = {
+        "process.roles": "broker,controller",
+        "node.id": 1,
+        "controller.quorum.voters": f"1@{host}:{controller_port}",
+        "controller.listener.names": "CONTROLLER",
+        "listeners": f"PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller_port}",
+        "advertised.listeners": f"PLAINTEXT://{host}:{port}",
+        "inter.broker.listener.name": "PLAINTEXT",
+        "log.dirs": log_dir,
+        "auto.create.topics.enable": "false",
+        "group.initial.rebalance.delay.ms": 0,
+        "num.network.threads": 2,
+        "num.io.threads": 4,
+        "offsets.topic.replication.factor": 1,
+        "offsets.topic.num.partitions": INTERNAL_PARTITIONS,
+        "transaction.state.log.replication.factor": 1,
+        "transaction.state.log.min.isr": 1,
+        "transaction.state.log.num.partitions": INTERNAL_PARTITIONS,
+        "share.coordinator.state.topic.replication.factor": 1,
+        "share.coordinator.state.topic.min.isr": 1,
+        "share.coordinator.state.topic.num.partitions": INTERNAL_PARTITIONS,
+    }
+    return "".join(f"{name}={value}\n" for name, value in values.items())
+
+
+KAFKA_LOGGING = """\
+status = error
+appender.console.type = Console
+appender.console.name = console
+appender.console.layout.type = PatternLayout
+appender.console.layout.pattern = %d{ISO8601} %p %m (%c)%n
+rootLogger.level = warn
+rootLogger.appenderRef.console.ref = console
+logger.start.name = kafka.server.KafkaRaftServer
+logger.start.level = info
+"""
+
+
+def _redis(settings: Settings) -> Service:
+    """An append-only file keeps every acknowledged write when the process is killed: it is written before the reply.
+
+    Not so with `appendfsync everysec`: while its fsync is under way, Redis acknowledges writes that it still holds in memory. With
+    `no` the kernel decides when they reach the disk (within about 30 s), which matters only when the machine itself fails.
+    """
+    data = data_path(settings, "redis")
+    config = data / "redis.conf"
+
+    def prepare() -> None:
+        values = {
+            "bind": settings.host,
+            "port": settings.redis_port,
+            "dir": f'"{data}"',
+            "daemonize": "no",
+            "appendonly": "yes",
+            "appendfsync": "no",
+            "save": '""',
+            "maxmemory": f"{settings.redis_memory_mb}mb",
+            "maxmemory-policy": "noeviction",
+            "tcp-keepalive": 60,
+        }
+        config.write_text("".join(f"{name} {value}\n" for name, value in values.items()))
+
+    def healthy() -> bool:
+        try:
+            with socket.create_connection((settings.host, settings.redis_port), timeout=PROBE_TIMEOUT_S) as connection:
+                connection.sendall(b"PING\r\n")
+                # While it reads its file it answers -LOADING.
+                return connection.recv(64) == b"+PONG\r\n"
+        except OSError:
+            return False
+
+    return Service(
+        name="redis",
+        ports={ENV_PREFIX + "REDIS_PORT": settings.redis_port},
+        prepare=prepare,
+        command=lambda: ([str(find_redis()), str(config)], _plain_env()),
+        healthy=healthy,
+        ready_within_s=60,
+        stop_within_s=20,
+    )
+
+
+def _registry(settings: Settings) -> Service:
+    """Apicurio, its schemas in an H2 file that each write reaches at once, so that ids stay what they were over a restart."""
+    data = data_path(settings, "registry")
+    program = settings.cache_path / "registry" / REGISTRY_ARCHIVE.removesuffix(".tar.gz")
+
+    def prepare() -> None:
+        if program.is_dir():
+            return
+        archive = settings.jars_path / "registry" / REGISTRY_ARCHIVE
+        if not archive.exists():
+            raise ServiceFilesError(f"the schema registry's archive is not in {archive.parent}: run make setup")
+        partial = program.with_name(f"{program.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        with tarfile.open(archive) as tar:
+            tar.extractall(partial, filter="data")
+        try:
+            partial.rename(program)
+        except OSError:
+            # Another start was first.
+            shutil.rmtree(partial)
+
+    def command() -> tuple[list[str], dict[str, str]]:
+        env = _plain_env() | {
+            "QUARKUS_HTTP_HOST": settings.host,
+            "QUARKUS_HTTP_PORT": str(settings.registry_port),
+            "QUARKUS_DATASOURCE_JDBC_URL": f"jdbc:h2:file:{data}/registry;WRITE_DELAY=0",
+            "QUARKUS_LOG_LEVEL": "WARN",
+            "REGISTRY_LOG_LEVEL": "WARN",
+        }
+        options = [f"-Xmx{REGISTRY_HEAP_MB}m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+        return [str(java_home(settings.cache_path) / "bin/java"), *options, "-jar", str(program / REGISTRY_JAR)], env
+
+    return Service(
+        name="registry",
+        ports={ENV_PREFIX + "REGISTRY_PORT": settings.registry_port},
+        prepare=prepare,
+        command=command,
+        healthy=lambda: http_ok(f"{settings.registry}/subjects"),
+        ready_within_s=90,
+        stop_within_s=10,
+    )
+
+
+def _mlflow(settings: Settings) -> Service:
+    """MLflow on a SQLite file; artifacts go through the server into its directory. Without job execution it is 2 processes."""
+    data = data_path(settings, "mlflow")
+
+    def command() -> tuple[list[str], dict[str, str]]:
+        argv = [sys.executable, "-m", "mlflow", "server", "--host", settings.host, "--port", str(settings.mlflow_port)]
+        argv += ["--workers", "1", "--backend-store-uri", f"sqlite:///{data}/mlflow.db"]
+        argv += ["--artifacts-destination", str(data / "artifacts")]
+        return argv, _plain_env() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+    return Service(
+        name="mlflow",
+        ports={ENV_PREFIX + "MLFLOW_PORT": settings.mlflow_port},
+        prepare=lambda: (data / "artifacts").mkdir(exist_ok=True),
+        command=command,
+        healthy=lambda: http_ok(f"{settings.mlflow}/health"),
+        # The first start imports 1 GB of packages from a cold disk and creates the tables.
+        ready_within_s=180,
+        stop_within_s=10,
+    )
+
+
+def _jobs(settings: Settings) -> Service:
+    return Service(
+        name="jobs",
+        ports={ENV_PREFIX + "JOBS_PORT": settings.jobs_port},
+        prepare=_nothing,
+        command=lambda: ([sys.executable, "-m", "deploy.cli", "jobs"], _own_env(settings)),
+        healthy=lambda: http_ok(f"http://{settings.host}:{settings.jobs_port}/metrics"),
+        ready_within_s=120,
+        stop_within_s=60,
+        core=False,
+        niceness=JOBS_NICENESS,
+    )
+
+
+def _gateway(settings: Settings) -> Service:
+    return Service(
+        name="gateway",
+        ports={ENV_PREFIX + "GATEWAY_PORT": settings.gateway_port},
+        prepare=_nothing,
+        command=lambda: ([sys.executable, "-m", "deploy.cli", "serve"], _own_env(settings)),
+        healthy=lambda: http_ok(f"{settings.gateway}/readyz"),
+        ready_within_s=60,
+        stop_within_s=20,
+        core=False,
+    )
+
+
+def _nothing() -> None:
+    """What a service prepares that needs no files."""
+
+
+def _plain_env() -> dict[str, str]:
+    """This process's environment without our settings, which say nothing to a foreign program."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+
+
+def _own_env(settings: Settings) -> dict[str, str]:
+    return _plain_env() | settings_env(settings) | {"PYTHONUNBUFFERED": "1"}
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=PROBE_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def http_ok(url: str) -> bool:
+    """True when GET `url` answers with status 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S) as reply:  # noqa: S310
+            return bool(reply.status == 200)
+    except (OSError, ValueError):
+        return False

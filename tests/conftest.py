@@ -1,0 +1,45 @@
+"""Fixtures of the whole suite: one set of settings and one real stack a session."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from deploy.stack import Stack
+from deploy.toolchain import spark_env
+from gateway.contracts.settings import ENV_PREFIX, Settings, settings_env
+from tests.helpers import local_settings
+
+
+def pytest_configure() -> None:
+    # Whoever ends the run politely gets the same clean-up as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """Free ports and an empty home, also in the environment, so that `load_settings` and subprocesses agree.
+
+    What Spark needs to start in this process is in the environment too.
+    """
+    made = local_settings(tmp_path_factory.mktemp("home"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
+            patch.delenv(name)
+        for name, value in (settings_env(made) | spark_env(made.cache_path)).items():
+            patch.setenv(name, value)
+        yield made
+
+
+@pytest.fixture(scope="session")
+def stack(settings: Settings) -> Iterator[Stack]:
+    """Kafka, Redis, schema registry and MLflow run, topics and schemas exist. At the end everything is stopped."""
+    running = Stack(settings, say=lambda line: print(line, flush=True))
+    try:
+        running.up()
+        yield running
+    finally:
+        running.stop()
