@@ -235,7 +235,8 @@ class SchemaBook:
         stream = io.BytesIO(payload)
         try:
             fields: Any = fastavro.schemaless_reader(stream, writer, _parsed[TRANSACTIONS])
-        except Exception as exc:  # noqa: BLE001: fastavro raises whatever its decoder runs into on hostile bytes
+        except Exception as exc:  # noqa: BLE001
+            # On hostile bytes fastavro raises whatever its decoder runs into.
             raise RefusedError(_avro_refusal(exc)) from exc
         if stream.tell() != len(payload) or not isinstance(fields, dict):
             raise RefusedError(Refusal.MALFORMED_AVRO)

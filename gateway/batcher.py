@@ -24,8 +24,8 @@ Waiter = asyncio.Future[Result]
 class Batcher:
     """The HTTP door's way to the scorer.
 
-    At most `in_flight_max` transactions are accepted and not yet answered. A retry of one of them waits for the first. Decisions are
-    handed to the publisher and answered when Kafka has acknowledged them or `publish_budget_s` is over.
+    At most `in_flight_max` transactions are accepted and not yet answered. A retry of one of them waits for the first. Decisions
+    are handed to the publisher and answered when Kafka has acknowledged them or `publish_budget_s` is over.
     """
 
     def __init__(

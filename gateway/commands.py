@@ -70,9 +70,10 @@ def score(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     settings = load_settings()
     body = sys.stdin.buffer.read() if args.transaction == "-" else args.transaction.encode()
-    request = urllib.request.Request(settings.gateway + SCORE_PATH, body, {"Content-Type": "application/json"})
+    # The URL is our own setting, hence http.
+    request = urllib.request.Request(settings.gateway + SCORE_PATH, body, {"Content-Type": "application/json"})  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=SCORE_TIMEOUT_S) as reply:  # noqa: S310: the URL is our own setting
+        with urllib.request.urlopen(request, timeout=SCORE_TIMEOUT_S) as reply:  # noqa: S310
             answer = reply.read()
     except urllib.error.HTTPError as exc:
         with exc:
@@ -80,7 +81,10 @@ def score(argv: Sequence[str]) -> int:
         return 1
     except OSError as exc:
         reason = getattr(exc, "reason", exc)
-        print(f"fraudgate score: no gateway answers at {settings.gateway} ({reason}); start one with: fraudgate serve", file=sys.stderr)
+        print(
+            f"fraudgate score: no gateway answers at {settings.gateway} ({reason}); start one with: fraudgate serve",
+            file=sys.stderr,
+        )
         return 1
     print(answer.decode() if args.json else _readable(msgspec.json.decode(answer, type=Answer)))
     return 0

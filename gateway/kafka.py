@@ -46,10 +46,9 @@ TRANSACTION_TIMEOUT_MS = 30_000
 COMMIT_TIMEOUT_S = TRANSACTION_TIMEOUT_MS / 1000
 SESSION_TIMEOUT_MS = 10_000
 HEARTBEAT_MS = 2000
-# The most bytes of a quarantined message that are kept, so that the record still fits into what the broker takes.
-QUARANTINE_VALUE_BYTES_MAX = 1_000_000
 REASON_HEADER = "reason"
-ORIGINAL_BYTES_HEADER = "original_bytes"
+# The quarantine topic takes messages twice as large as the others, so that original and envelope fit; a key may not come on top.
+QUARANTINE_KEY_BYTES_MAX = 1024
 
 
 @dataclass(slots=True)
@@ -190,9 +189,7 @@ class KafkaDoor:
         self._count(chunk, results, published_from_s)
         return chunk.next_offsets
 
-    async def _commit(
-        self, producer: AIOKafkaProducer, records: Sequence[Record], next_offsets: dict[TopicPartition, int]
-    ) -> None:
+    async def _commit(self, producer: AIOKafkaProducer, records: Sequence[Record], next_offsets: dict[TopicPartition, int]) -> None:
         """Records and offsets, all or nothing. An error leaves the transaction open: the next session's producer aborts it."""
         await producer.begin_transaction()
         for future in await send_all(producer, records, self._schemas):
@@ -281,11 +278,6 @@ def merge_by_event_time(partitions: Sequence[Sequence[tuple[Job, Any]]]) -> Iter
 
 def _quarantine(m: Any, refused: RefusedError) -> Record:
     """One refused message with its original bytes, keyed as it came."""
-    value: bytes = m.value or b""
-    headers = [(REASON_HEADER, refused.reason.value.encode())]
-    if len(value) > QUARANTINE_VALUE_BYTES_MAX:
-        headers.append((ORIGINAL_BYTES_HEADER, str(len(value)).encode()))
-        value = value[:QUARANTINE_VALUE_BYTES_MAX]
     payload = avro.encode_quarantined(
         {
             "reason": refused.reason.value,
@@ -295,12 +287,12 @@ def _quarantine(m: Any, refused: RefusedError) -> Record:
             "offset": m.offset,
             "timestamp_ms": m.timestamp,
             "key": m.key,
-            "value": value,
+            "value": m.value or b"",
             "quarantined_at_ms": time.time_ns() // 1_000_000,
         }
     )
-    # A key as large as a value would not fit a second time.
-    return Record(QUARANTINE, None if m.key is None else m.key[:1024], payload, headers)
+    key = None if m.key is None else m.key[:QUARANTINE_KEY_BYTES_MAX]
+    return Record(QUARANTINE, key, payload, [(REASON_HEADER, refused.reason.value.encode())])
 
 
 async def _stop_consumer(consumer: AIOKafkaConsumer) -> None:

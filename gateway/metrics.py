@@ -60,10 +60,18 @@ class Metrics:
             "fraudgate_decisions", "Transactions decided, by outcome and door", ["outcome", "door"], registry=registry
         )
         self.latency_ms = BatchHistogram(
-            "fraudgate_decision_latency_ms", "From arrival at a door to the answer, milliseconds", LATENCY_BOUNDS_MS, "door", registry
+            "fraudgate_decision_latency_ms",
+            "From arrival at a door to the answer, milliseconds",
+            LATENCY_BOUNDS_MS,
+            "door",
+            registry,
         )
         self.step_ms = BatchHistogram(
-            "fraudgate_step_ms", "Time of a batch in each step: redis, decode, model, policy, publish", STEP_BOUNDS_MS, "step", registry
+            "fraudgate_step_ms",
+            "Time of a batch in each step: redis, decode, model, policy, publish",
+            STEP_BOUNDS_MS,
+            "step",
+            registry,
         )
         self.batch_rows = BatchHistogram("fraudgate_batch_rows", "Transactions in a micro-batch", BATCH_BOUNDS, "door", registry)
         self.in_flight = Gauge("fraudgate_in_flight", "Transactions accepted over HTTP and not yet answered", registry=registry)
@@ -78,7 +86,9 @@ class Metrics:
         self.publish_dropped = Counter(
             "fraudgate_publish_dropped", "Records dropped because the buffer was full", registry=registry
         )
-        self.lag = Gauge("fraudgate_consumer_lag_records", "Records of transactions not yet consumed", ["partition"], registry=registry)
+        self.lag = Gauge(
+            "fraudgate_consumer_lag_records", "Records of transactions not yet consumed", ["partition"], registry=registry
+        )
         self.kafka_sessions = Counter(
             "fraudgate_kafka_sessions", "Times the Kafka door (re)joined its consumer group", registry=registry
         )

@@ -1,7 +1,8 @@
 """The policy: from risk scores, features and fields to outcomes and reasons, for a whole batch at a time.
 
-A policy is a YAML file (gateway/default_policy.yaml, or the setting `policy_path`). Every name in it is resolved when it is loaded, so
-that a misspelt feature is refused with its place and nothing is looked up on the hot path. Its sha256 stands in each receipt.
+A policy is a YAML file (gateway/default_policy.yaml, or the setting `policy_path`). Every name in it is resolved when it is
+loaded, so that a misspelt feature is refused with its place and nothing is looked up on the hot path. Its sha256 stands in each
+receipt.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Decisions:
-    """By row: the outcome, the reasons (most severe first), the ids of the rules that fired, and a risk score when no model gave one."""
+    """By row: the outcome, the reasons (most severe first), the ids of the rules that fired, and a stand-in for the risk score."""
 
     outcome: list[Outcome]
     reasons: list[list[Reason]]
@@ -166,11 +167,13 @@ def _compile(c: Condition, place: str) -> Check:
 
 
 def _not_equal(x: npt.NDArray[np.floating[Any]], value: float) -> Bools:
-    return (x != value) & ~np.isnan(x)
+    out: Bools = (x != value) & ~np.isnan(x)
+    return out
 
 
 def _not_in(x: npt.NDArray[np.floating[Any]], values: npt.NDArray[np.float64]) -> Bools:
-    return ~np.isin(x, values) & ~np.isnan(x)
+    out: Bools = ~np.isin(x, values) & ~np.isnan(x)
+    return out
 
 
 def _compile_text(c: Condition, values: list[Any], place: str) -> Check:

@@ -64,9 +64,9 @@ class Publisher:
         return self._records
 
     def send(self, records: Sequence[Record]) -> asyncio.Future[None]:
-        """Buffer `records` as one group. The future ends when Kafka has acknowledged all; it is failed at once when the buffer is full.
+        """Buffer `records` as one group. The future ends when Kafka has acknowledged all; nobody has to wait for it.
 
-        Nobody has to wait for it.
+        It is cancelled at once when the buffer is full.
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if not records:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import hiredis
@@ -47,8 +47,8 @@ class _Connection(asyncio.Protocol):
         self._lost = lost
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        # uvloop's transports are none by inheritance.
+        self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
@@ -90,7 +90,7 @@ class _Connection(asyncio.Protocol):
             future.set_exception(RedisUnavailableError("connection lost"))
             return future
         self.pending.append(future)
-        self.transport.write(hiredis.pack_command(tuple(arguments)))
+        self.transport.write(hiredis.pack_command(tuple(arguments)))  # type: ignore[arg-type]
         return future
 
 

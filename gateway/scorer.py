@@ -6,7 +6,6 @@ while a batch is in flight the next one collects, and nothing waits when the gat
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import Counter
@@ -219,7 +218,9 @@ class Scorer:
         self._store.record(records)
         self._count(fresh, decisions.outcome, decisions.rule_hits, degraded, timing)
 
-    def _probability(self, model: Model | None, matrix: npt.NDArray[np.float32], jobs: Sequence[Job]) -> npt.NDArray[np.float64] | None:
+    def _probability(
+        self, model: Model | None, matrix: npt.NDArray[np.float32], jobs: Sequence[Job]
+    ) -> npt.NDArray[np.float64] | None:
         """The model's probabilities, or None when there is no model or no time for it."""
         if model is None:
             return None
