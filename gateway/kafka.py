@@ -237,7 +237,7 @@ class KafkaDoor:
     def _count(self, chunk: Chunk, results: Sequence[Result], published_from_s: float) -> None:
         metrics, door = self._metrics, Door.KAFKA.value
         now_s, now_ms = time.monotonic(), time.time_ns() // 1_000_000
-        metrics.step_ms.observe("publish", [(now_s - published_from_s) * 1000])
+        metrics.step_ms.observe("commit", [(now_s - published_from_s) * 1000])
         if results:
             # Since the producer's timestamp: what somebody who waits for the receipt sees.
             metrics.latency_ms.observe(door, [max(0, now_ms - r.job.arrived_ms) for r in results])

@@ -68,7 +68,7 @@ class Metrics:
         )
         self.step_ms = BatchHistogram(
             "fraudgate_step_ms",
-            "Time of a batch in each step: redis, decode, model, policy, publish",
+            "Time of a batch in each step: features, model, policy, publish (HTTP), commit (Kafka)",
             STEP_BOUNDS_MS,
             "step",
             registry,

@@ -37,6 +37,11 @@ class RedisReplyError(RuntimeError):
     """Redis answered with an error. The message is Redis' own."""
 
 
+def _pack(arguments: Sequence[Argument]) -> bytes:
+    packed: bytes = hiredis.pack_command(tuple(arguments))  # type: ignore[arg-type]
+    return packed
+
+
 class _Connection(asyncio.Protocol):
     """`pending` holds a future for each reply that is due, in order."""
 
@@ -90,8 +95,17 @@ class _Connection(asyncio.Protocol):
             future.set_exception(RedisUnavailableError("connection lost"))
             return future
         self.pending.append(future)
-        self.transport.write(hiredis.pack_command(tuple(arguments)))  # type: ignore[arg-type]
+        self.transport.write(_pack(arguments))
         return future
+
+    def send_all(self, commands: Sequence[Sequence[Argument]]) -> list[asyncio.Future[Any]]:
+        """One write for all of `commands`. The connection must stand."""
+        assert self.transport is not None
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[Any]] = [loop.create_future() for _ in commands]
+        self.pending += futures
+        self.transport.write(b"".join([_pack(command) for command in commands]))
+        return futures
 
 
 class RedisLink:
@@ -133,11 +147,12 @@ class RedisLink:
             await asyncio.wait({self._keeper})
         self.abandon()
 
-    def send(self, *arguments: Argument) -> asyncio.Future[Any]:
-        """The future of one command's reply. Never cancel it: wait with a timeout, then `abandon`."""
-        if self._connection is None:
+    def send_all(self, commands: Sequence[Sequence[Argument]]) -> list[asyncio.Future[Any]]:
+        """The futures of some commands' replies, which nobody has to wait for. Raises `RedisUnavailableError`."""
+        connection = self._connection
+        if connection is None or connection.transport is None or connection.transport.is_closing():
             raise RedisUnavailableError("no connection")
-        return self._connection.send(arguments)
+        return connection.send_all(commands)
 
     async def call(self, arguments: Sequence[Argument], timeout_s: float) -> Any:
         """One command within `timeout_s`. Raises `RedisUnavailableError` (and abandons the connection) or `RedisReplyError`."""

@@ -150,13 +150,16 @@ class Store:
 
         A later `observe` on this connection comes after it.
         """
-        if not self._link.ready:
+        commands = [
+            ("SET", idempotency_key(job.transaction.transaction_id), job.claim + answer, "PX", self._claim_ttl_ms)
+            for job, answer in answers
+        ]
+        try:
+            futures = self._link.send_all(commands)
+        except RedisUnavailableError:
             self.failed_records += len(answers)
             return
-        for job, answer in answers:
-            future = self._link.send(
-                "SET", idempotency_key(job.transaction.transaction_id), job.claim + answer, "PX", self._claim_ttl_ms
-            )
+        for future in futures:
             future.add_done_callback(self._recorded)
 
     def _recorded(self, future: asyncio.Future[Any]) -> None:
