@@ -17,13 +17,15 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import tqdm
 
-from deploy.toolchain import ToolMissingError, find_redis, java_home, java_major, redis_version, wheel_folder
+from deploy.toolchain import ToolMissingError, find_redis, java_home, java_major, redis_version, system_java_home, wheel_folder
+from deploy.truststore import java_options
 from gateway.contracts.settings import SettingError, Settings, load_settings
 
 HERE = Path(__file__).parent
@@ -113,7 +115,9 @@ def _retrieve(settings: Settings, into: Path, expected_bytes: int) -> None:
         raise JarsError("pyspark, which carries Ivy, is not installed: run make setup")
     shutil.rmtree(into, ignore_errors=True)
     cache, log_path = settings.cache_path / "ivy", settings.cache_path / "ivy.log"
-    argv = [str(java_home(settings.cache_path) / "bin/java"), f"-Dmaven.url={settings.maven_url.rstrip('/')}/", "-jar", str(ivy)]
+    home = java_home(settings.cache_path)
+    trust = [] if home == system_java_home() else java_options(settings.cache_path / "authorities.jks")
+    argv = [str(home / "bin/java"), *trust, f"-Dmaven.url={settings.maven_url.rstrip('/')}/", "-jar", str(ivy)]
     argv += ["-settings", str(HERE / "ivysettings.xml"), "-ivy", str(HERE / "ivy.xml"), "-cache", str(cache)]
     argv += ["-retrieve", f"{into}/[conf]/[artifact]-[revision](-[classifier]).[ext]"]
     with log_path.open("wb") as log, subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT) as ivy_run:
@@ -123,14 +127,23 @@ def _retrieve(settings: Settings, into: Path, expected_bytes: int) -> None:
             # Also on Ctrl-C; what has come is kept in Ivy's cache.
             ivy_run.kill()
     if ivy_run.returncode != 0:
-        report = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-        problems = "\n".join(line for line in report if "WARN" in line or "ERROR" in line or "::" in line) or "\n".join(
-            report[-20:]
-        )
+        report = log_path.read_text(errors="replace").splitlines()
+        # Of a module that can't be had, Ivy says "not found" whatever the cause.
+        problems = [line.strip(" \t:") for line in report if ": not found" in line or "FAILED" in line or "ERROR" in line]
         raise JarsError(
-            f"the JVM programs could not be fetched from {settings.maven_url} (set FRAUDGATE_MAVEN_URL for a mirror):\n"
-            f"{problems[-3000:]}\nall of it: {log_path}"
+            f"Ivy could not fetch the JVM programs from {settings.maven_url}; {_reachable(settings.maven_url)}\n  "
+            + "\n  ".join(problems[:10] or report[-10:])
+            + f"\nall of it: {log_path}"
         )
+
+
+def _reachable(url: str) -> str:
+    """What Python finds when it asks for `url`: tells a network that is down from a mirror that lacks something."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as reply:  # noqa: S310
+            return f"the address answers (status {reply.status})"
+    except (OSError, ValueError) as exc:
+        return f"it can't be reached ({exc}): check the network, or set FRAUDGATE_MAVEN_URL to a mirror"
 
 
 def _watch(ivy_run: subprocess.Popen[bytes], cache: Path, expected_bytes: int) -> None:
