@@ -234,6 +234,8 @@ class Demo:
         deadline = time.monotonic() + within_s
         shown = time.monotonic()
         while (have := count()) < wanted:
+            if self.stack.pid("jobs") is None:
+                raise DemoError(f"the feature jobs ended; {self.stack.log_path('jobs')} says why")
             if time.monotonic() > deadline:
                 raise DemoError(f"after {within_s:.0f} s there are {have:,} {what}, {wanted:,} were expected")
             if time.monotonic() - shown >= 5:
