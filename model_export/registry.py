@@ -187,7 +187,7 @@ class Registry:
             raise self._unavailable(exc) from exc
 
     def _unavailable(self, exc: Exception) -> RegistryUnavailableError:
-        why = str(exc).strip().split("\n", 1)[0]
+        why = str(getattr(exc, "reason", exc)).strip().split("\n", 1)[0]
         return RegistryUnavailableError(
             f"MLflow does not answer at {self._url} ({why}); start it with: fraudgate up, or set FRAUDGATE_MLFLOW_URL "
             "(FRAUDGATE_MLFLOW_PORT for a local one) to where it is"
