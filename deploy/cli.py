@@ -6,20 +6,26 @@ A command's module is imported when the command runs, so that `fraudgate score` 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 
-from gateway.contracts.settings import SettingError
+from deploy.toolchain import ToolMissingError, spark_env
+from gateway.contracts.settings import SettingError, load_settings
 
 
 @dataclass(frozen=True)
 class Command:
-    """`module:function` takes the arguments behind the command's name and returns the exit status."""
+    """`module:function` takes the arguments behind the command's name and returns the exit status.
+
+    `spark`: it starts Spark in this process, which needs JAVA_HOME and PYSPARK_PYTHON in the environment.
+    """
 
     name: str
     module: str
     function: str
     help: str
+    spark: bool = False
 
 
 GROUPS: dict[str, tuple[Command, ...]] = {
@@ -30,20 +36,30 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("down", "deploy.commands", "down", "stop everything that up started"),
         Command("restart", "deploy.commands", "restart", "stop one service and start it again"),
         Command("status", "deploy.commands", "status", "what runs, on which port, and whether it is well"),
-        Command("demo", "deploy.commands", "demo", "the whole pipeline, from an empty directory to a table of results"),
+        Command("demo", "deploy.demo", "main", "the whole pipeline, from an empty directory to a table of results"),
     ),
     "Scoring": (
         Command("serve", "gateway.commands", "serve", "run the gateway: POST /score and the transactions topic"),
         Command("score", "gateway.commands", "score", "score one transaction, given as JSON, and print the decision"),
     ),
     "Features": (
-        Command("jobs", "feature_jobs.commands", "jobs", "run the Spark streams: bronze, silver, Redis, gold"),
+        Command("jobs", "feature_jobs.commands", "jobs", "run the Spark streams: bronze, silver, Redis, gold", spark=True),
         Command(
-            "training-set", "feature_jobs.commands", "training_set", "write features and labels of the past as a Delta version"
+            "training-set",
+            "feature_jobs.commands",
+            "training_set",
+            "write features and labels of the past as a Delta version",
+            spark=True,
         ),
     ),
     "Models": (
-        Command("train", "deploy.commands", "train", "training set, XGBoost, ONNX, checks, MLflow registry, alias champion"),
+        Command(
+            "train",
+            "deploy.training",
+            "train",
+            "training set, XGBoost, ONNX, checks, MLflow registry, alias champion",
+            spark=True,
+        ),
         Command("pull", "model_export.commands", "pull", "bring the promoted models to the gateway's model directory"),
     ),
     "Load": (
@@ -80,11 +96,16 @@ def main() -> int:
         print(f"fraudgate: there is no command {sys.argv[1]!r}; fraudgate --help lists them", file=sys.stderr)
         return 2
     try:
+        if command.spark:
+            os.environ.update(spark_env(load_settings().cache_path))
         module = importlib.import_module(command.module)
         status = getattr(module, command.function)(sys.argv[2:])
     except SettingError as exc:
         print(f"fraudgate {command.name}: {exc}", file=sys.stderr)
         return 2
+    except ToolMissingError as exc:
+        print(f"fraudgate {command.name}: {exc}", file=sys.stderr)
+        return 1
     except ModuleNotFoundError as exc:
         print(f"fraudgate {command.name}: the Python package {exc.name} is not installed here; run make setup", file=sys.stderr)
         return 2

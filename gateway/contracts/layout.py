@@ -6,6 +6,7 @@ tiled in the head: so each event is counted from exactly one of the two, however
 
     fg1:{card:abc}:h   header (16 bytes), then HEAD_EVENT records (48 bytes each) in order of observation
     fg1:{card:abc}:t   header (24 bytes), then TILE records (48 bytes each)
+    fg1:{card:abc}:e   hashes (8 bytes each) of transactions that the Spark job tiled before the gateway had observed them: early
     fg1:i:{<transaction_id>}   idempotency record: fingerprint (16), position (16), answer (empty until decided)
     fg1:progress       how far the Spark job has got: PROGRESS, msgpack
 
@@ -28,7 +29,7 @@ PREFIX = f"fg{LAYOUT_VERSION}"
 PROGRESS_KEY = f"{PREFIX}:progress"
 
 HEAD_HEADER = struct.Struct("<BBHIII")  # version, entity, -, check, next seq, events evicted before they were tiled
-TILES_HEADER = struct.Struct("<BBHIqII")  # version, entity, -, check, batch_id, epoch, -
+TILES_HEADER = struct.Struct("<BBHIqII")  # version, entity, -, check, batch_id, epoch, early hashes
 assert HEAD_HEADER.size == 16
 assert TILES_HEADER.size == 24
 
@@ -70,6 +71,9 @@ TILES_TTL_MS = 32 * 86_400_000
 HEAD_COMPACT_ABOVE = 16
 HEAD_KEPT_MIN = 4
 
+# How long a gateway may be down and still find what the Spark job tiled meanwhile.
+EARLY_TTL_MS = 86_400_000
+
 FINGERPRINT_BYTES = 16
 POSITION = struct.Struct("<cxHIq")  # door ("k" or "h"), partition, -, offset
 assert POSITION.size == 16
@@ -102,6 +106,10 @@ def head_key(entity: str, entity_id: str) -> str:
 
 def tiles_key(entity: str, entity_id: str) -> str:
     return f"{PREFIX}:{{{entity}:{entity_id}}}:t"
+
+
+def early_key(entity: str, entity_id: str) -> str:
+    return f"{PREFIX}:{{{entity}:{entity_id}}}:e"
 
 
 def idempotency_key(transaction_id: str) -> str:

@@ -87,12 +87,19 @@ class SchemaRegistry:
         return text
 
     def ids_of_subject(self, subject: str) -> dict[int, str]:
-        """Every registered version of a subject: schema id to text."""
-        versions = self.request("GET", f"/subjects/{subject}/versions")
+        """Every registered version of a subject: schema id to text, from the registry or else from the local copy."""
+        try:
+            versions = self.request("GET", f"/subjects/{subject}/versions")
+        except RegistryUnavailableError:
+            kept = self._kept(f"versions-{subject}.json")
+            if kept is None:
+                raise
+            return {int(schema_id): str(text) for schema_id, text in kept.items()}
         found = {}
         for version in versions:
             entry = self.request("GET", f"/subjects/{subject}/versions/{version}")
             found[int(entry["id"])] = str(entry["schema"])
+        self._keep(f"versions-{subject}.json", {str(schema_id): text for schema_id, text in found.items()})
         return found
 
     def _kept(self, name: str) -> dict[str, Any] | None:

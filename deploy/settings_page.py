@@ -1,0 +1,35 @@
+"""Writes docs/settings.md from the settings themselves: python -m deploy.settings_page (make docs)."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from gateway.contracts.settings import ENV_PREFIX, Settings
+
+PAGE_PATH = Path(__file__).resolve().parent.parent / "docs/settings.md"
+HEADER = """\
+# Settings
+
+Every setting is an environment variable, read once when a command starts. A variable that names no setting, or a value outside its
+range, is refused with exit status 2. An empty default is derived, as its description says.
+
+This page is generated (`make docs`) from `gateway/contracts/settings.py`.
+
+| variable | default | range | what it is |
+| --- | --- | --- | --- |
+"""
+
+
+def page() -> str:
+    rows = []
+    for f in fields(Settings):
+        allowed = f"{f.metadata['least']:,} to {f.metadata['most']:,}" if isinstance(f.default, int) else "text"
+        default = f"`{f.default}`" if f.default != "" else "empty"
+        rows.append(f"| `{ENV_PREFIX}{f.name.upper()}` | {default} | {allowed} | {f.metadata['doc'].replace('|', '/')} |\n")
+    return HEADER + "".join(rows)
+
+
+if __name__ == "__main__":
+    PAGE_PATH.write_text(page())
+    print(f"{PAGE_PATH} written")

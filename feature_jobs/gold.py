@@ -1,0 +1,184 @@
+"""Stream 3: per entity and hour sums, and one row a transaction with its decision and newest label.
+
+One query reads silver, decisions and labels, so that a batch holds what arrived of all three, in whatever order. Both tables are
+written by MERGE, fenced by (txnAppId, txnVersion) as session settings, which Delta honours for MERGE: a replayed batch adds nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from delta.tables import DeltaTable
+from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+from pyspark.sql.streaming import DataStreamWriter
+
+from feature_jobs import lake
+from feature_jobs.metrics import Metrics
+from gateway.contracts import tables
+from gateway.contracts.decision import Outcome
+from gateway.contracts.features import ENTITIES
+from gateway.contracts.settings import Settings
+from gateway.contracts.transaction import FIELDS
+
+QUERY = "gold"
+TXN_APP_ID = "spark.databricks.delta.write.txnAppId"
+TXN_VERSION = "spark.databricks.delta.write.txnVersion"
+USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
+# Bronze-sized bounds: what one batch reads of each of the three tables at most.
+MAX_FILES = 1000
+
+ENTITY_FIELDS = ("event_time_ms", *(e.field for e in ENTITIES))
+DECISION_FIELDS = ("decision", "risk_score", "probability", "model_name", "model_version", "decided_at_ms")
+# Columns of gold_decisions by the columns of labels they come from.
+LABEL_COLUMNS = {"is_fraud": "is_fraud", "label_source": "source", "label_state": "state", "reported_at_ms": "reported_at_ms"}
+
+
+@dataclass
+class Gold:
+    spark: SparkSession
+    settings: Settings
+    metrics: Metrics
+
+    def __post_init__(self) -> None:
+        self.checkpoint = lake.checkpoint(self.spark, self.settings, QUERY)
+
+    def writer(self) -> DataStreamWriter:
+        """The stream, not started yet and without a trigger."""
+        sources = (
+            self._stream(tables.SILVER, "t", (*FIELDS, "scored_by")),
+            self._stream(tables.DECISIONS, "d", ("transaction_id", *ENTITY_FIELDS, *DECISION_FIELDS)),
+            self._stream(tables.LABELS, "l", ("transaction_id", *LABEL_COLUMNS.values())),
+        )
+        rows = sources[0].unionByName(sources[1], allowMissingColumns=True).unionByName(sources[2], allowMissingColumns=True)
+        return rows.writeStream.queryName(QUERY).option("checkpointLocation", self.checkpoint.uri).foreachBatch(self.write)
+
+    def _stream(self, table: str, kind: str, columns: tuple[str, ...]) -> DataFrame:
+        uri = tables.table_uri(self.settings.tables, table)
+        stream = self.spark.readStream.format("delta").option("maxFilesPerTrigger", MAX_FILES).load(uri)
+        return stream.select(F.lit(kind).alias("kind"), "kafka_timestamp", F.struct(*columns).alias(kind))
+
+    def write(self, batch: DataFrame, batch_id: int) -> None:
+        started = time.monotonic()
+        batch.persist()
+        try:
+            bounds = batch.agg(
+                F.count("*").alias("rows"),
+                F.min(F.coalesce("t.event_time_ms", "d.event_time_ms")).alias("oldest_ms"),
+                F.max(F.coalesce("t.event_time_ms", "d.event_time_ms")).alias("newest_ms"),
+                F.unix_millis(F.min("kafka_timestamp")).alias("arrived_ms"),
+            ).collect()[0]
+            if not bounds["rows"]:
+                return
+            if bounds["oldest_ms"] is not None:
+                self._merge_entity_hours(batch, batch_id, bounds["oldest_ms"], bounds["newest_ms"])
+            self._merge_decisions(batch, batch_id)
+            self.metrics.freshness_seconds.labels(QUERY).set(time.time() - bounds["arrived_ms"] / 1000)
+        finally:
+            batch.unpersist()
+        self.metrics.batch(QUERY, time.monotonic() - started)
+
+    def _merge_entity_hours(self, batch: DataFrame, batch_id: int, oldest_ms: int, newest_ms: int) -> None:
+        """Sums are added to the row of their entity and hour. `oldest_ms` and `newest_ms` bound the batch: older files aren't read."""
+        declined = F.lit(Outcome.DECLINE.value)
+        events = (
+            batch.where("kind = 't'")
+            .select(
+                *(F.col(f"t.{name}").alias(name) for name in ENTITY_FIELDS),
+                F.lit(1).cast("bigint").alias("transactions"),
+                F.col("t.amount_minor").alias("amount_minor"),
+                F.lit(0).cast("bigint").alias("declined"),
+                F.col("t.amount_minor").alias("largest_minor"),
+            )
+            .unionByName(
+                batch.where((F.col("kind") == "d") & (F.col("d.decision") == declined)).select(
+                    *(F.col(f"d.{name}").alias(name) for name in ENTITY_FIELDS),
+                    F.lit(0).cast("bigint").alias("transactions"),
+                    F.lit(0).cast("bigint").alias("amount_minor"),
+                    F.lit(1).cast("bigint").alias("declined"),
+                    F.lit(None).cast("bigint").alias("largest_minor"),
+                )
+            )
+        )
+        entity = F.explode(
+            F.array(*(F.struct(F.lit(e.name).alias("entity"), F.col(e.field).alias("entity_id")) for e in ENTITIES))
+        ).alias("e")
+        hour = F.date_trunc("hour", F.timestamp_millis("event_time_ms")).alias("hour")
+        sums = ("transactions", "amount_minor", "declined")
+        source = (
+            events.select(entity, hour, *sums, "largest_minor")
+            .where("e.entity_id is not null")
+            .groupBy("e.entity", "e.entity_id", "hour")
+            .agg(*(F.sum(name).alias(name) for name in sums), F.max("largest_minor").alias("largest_minor"))
+            .withColumn("updated_at", F.current_timestamp())
+        )
+        first, last = (f"date_trunc('hour', timestamp_millis({ms}))" for ms in (oldest_ms, newest_ms))
+        on = f"g.hour between {first} and {last} and g.entity = s.entity and g.entity_id = s.entity_id and g.hour = s.hour"
+        with self._fenced(batch.sparkSession, tables.GOLD_ENTITY_HOUR, batch_id) as table:
+            (
+                table.alias("g")
+                .merge(source.alias("s"), on)
+                .whenMatchedUpdate(
+                    set={name: F.col(f"g.{name}") + F.col(f"s.{name}") for name in sums}
+                    | {"largest_minor": F.greatest("g.largest_minor", "s.largest_minor"), "updated_at": F.col("s.updated_at")}
+                )
+                .whenNotMatchedInsertAll()
+                .execute()
+            )
+
+    def _merge_decisions(self, batch: DataFrame, batch_id: int) -> None:
+        """Each of transaction, decision and label fills its own columns of the row, whichever comes first; the newest label stays."""
+        # Silver keeps a transaction_id apart from itself within its window only: a repetition after it may meet the first one here.
+        one = ["transaction_id"]
+        transactions = batch.where("kind = 't'").select("t.*", "kafka_timestamp").dropDuplicates(one)
+        decisions = (
+            batch.where("kind = 'd'").select("d.transaction_id", *(f"d.{name}" for name in DECISION_FIELDS)).dropDuplicates(one)
+        )
+        by_time = Window.partitionBy("transaction_id").orderBy(
+            F.desc("reported_at_ms"), F.desc("label_state"), F.desc("label_source")
+        )
+        labels = (
+            batch.where("kind = 'l'")
+            .select("l.transaction_id", *(F.col(f"l.{source}").alias(name) for name, source in LABEL_COLUMNS.items()))
+            .withColumn("place", F.row_number().over(by_time))
+            .where("place = 1")
+            .drop("place")
+        )
+        source = transactions.join(decisions, "transaction_id", "full").join(labels, "transaction_id", "full")
+        columns = (*(f for f in FIELDS if f != "transaction_id"), "scored_by", "kafka_timestamp", *DECISION_FIELDS, *LABEL_COLUMNS)
+        insert = {name: F.col(f"s.{name}") for name in ("transaction_id", *columns)}
+        newer = F.col("s.reported_at_ms") >= F.coalesce(F.col("g.reported_at_ms"), F.lit(-1))
+        update: dict[str, Column] = {
+            name: F.coalesce(f"g.{name}", f"s.{name}") for name in columns if name not in LABEL_COLUMNS
+        } | {name: F.when(newer, F.col(f"s.{name}")).otherwise(F.col(f"g.{name}")) for name in LABEL_COLUMNS}
+        # The batch in which the transaction itself came, for freshness.
+        stamp = F.when(F.col("s.event_time_ms").isNotNull(), F.lit(batch_id).cast("bigint"))
+        insert["batch_id"] = stamp
+        update["batch_id"] = F.coalesce(F.col("g.batch_id"), stamp)
+        with self._fenced(batch.sparkSession, tables.GOLD_DECISIONS, batch_id) as table:
+            (
+                table.alias("g")
+                .merge(source.alias("s"), "g.transaction_id = s.transaction_id")
+                .whenMatchedUpdate(set=update)
+                .whenNotMatchedInsert(values=insert)
+                .execute()
+            )
+
+    @contextmanager
+    def _fenced(self, session: SparkSession, name: str, batch_id: int) -> Iterator[DeltaTable]:
+        """The table to merge into, on the query's own session, with the fence and the commit's note set as session settings."""
+        chosen = {
+            TXN_APP_ID: self.checkpoint.app_id(name),
+            TXN_VERSION: str(batch_id),
+            USER_METADATA: lake.commit_note(QUERY, batch_id),
+        }
+        for key, value in chosen.items():
+            session.conf.set(key, value)
+        try:
+            yield DeltaTable.forPath(session, tables.table_uri(self.settings.tables, name))
+        finally:
+            for key in chosen:
+                session.conf.unset(key)

@@ -1,0 +1,162 @@
+"""The Delta tables as Spark sees them: their columns, their creation, and appends that happen once.
+
+Every append carries (txnAppId, txnVersion) = (id of the checkpoint and table, batch id): Delta skips a version it has seen, so a
+replayed batch changes nothing. The batch id also stands in the commit's userMetadata and in each row, so that freshness can be measured.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+
+from delta.tables import DeltaTable
+from py4j.java_gateway import JavaObject
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.types import StructType
+
+from gateway.contracts import tables
+from gateway.contracts.settings import Settings
+
+TRANSACTION_DDL = (
+    "transaction_id string, event_time_ms bigint, card_id string, customer_id string, merchant_id string, amount_minor bigint, "
+    "currency string, channel string, mcc string, country string, device_id string, ip string, card_bin string, "
+    "card_country string, latitude double, longitude double"
+)
+SOURCE_DDL = "partition int, offset bigint, kafka_timestamp timestamp, batch_id bigint"
+RECEIPT_DDL = (
+    "transaction_id string, door string, source_partition int, source_offset bigint, received_at_ms bigint, decided_at_ms bigint, "
+    "decision string, risk_score int, probability double, reasons array<string>, rule_hits array<string>, degraded array<string>, "
+    "model_name string, model_version string, model_digest string, route string, feature_fingerprint string, "
+    "features array<float>, observed_seq array<bigint>, tiles_age_ms bigint, policy_digest string, code_version string, "
+    "admit_us bigint, features_us bigint, model_us bigint, policy_us bigint"
+)
+# Of a receipt's transaction only what gold needs to count a decline for its entities.
+RECEIPT_ENTITIES_DDL = "event_time_ms bigint, card_id string, customer_id string, merchant_id string, device_id string, ip string"
+LABEL_DDL = "transaction_id string, card_id string, is_fraud boolean, source string, state string, reported_at_ms bigint"
+
+DDL: dict[str, str] = {
+    tables.BRONZE: (
+        "topic string, partition int, offset bigint, key binary, value binary, headers array<struct<key: string, value: binary>>, "
+        "kafka_timestamp timestamp, ingested_at timestamp, batch_id bigint"
+    ),
+    tables.SILVER: f"{TRANSACTION_DDL}, scored_by string, {SOURCE_DDL}",
+    tables.QUARANTINE: f"reason string, field string, topic string, value binary, {SOURCE_DDL}",
+    tables.DECISIONS: f"{RECEIPT_DDL}, {RECEIPT_ENTITIES_DDL}, {SOURCE_DDL}",
+    tables.LABELS: f"{LABEL_DDL}, {SOURCE_DDL}",
+    tables.GOLD_ENTITY_HOUR: (
+        "entity string, entity_id string, hour timestamp, transactions bigint, amount_minor bigint, declined bigint, "
+        "largest_minor bigint, updated_at timestamp"
+    ),
+    tables.GOLD_DECISIONS: (
+        f"{TRANSACTION_DDL}, scored_by string, decision string, risk_score int, probability double, model_name string, "
+        "model_version string, decided_at_ms bigint, is_fraud boolean, label_source string, label_state string, "
+        "reported_at_ms bigint, kafka_timestamp timestamp, batch_id bigint"
+    ),
+}
+PARTITIONED_BY: dict[str, tuple[str, ...]] = {tables.BRONZE: ("topic",)}
+PROPERTIES: dict[str, str] = {
+    # A commit every few seconds: a checkpoint of the log each 10 of them would cost more than it saves a reader.
+    "delta.checkpointInterval": "100",
+}
+
+
+# Columns whose least and greatest value each file's entry in the log keeps: those that a reader selects by.
+STATISTICS: dict[str, str] = {
+    tables.BRONZE: "offset,kafka_timestamp,ingested_at,batch_id",
+    tables.SILVER: "transaction_id,event_time_ms,kafka_timestamp,batch_id",
+    tables.QUARANTINE: "reason,kafka_timestamp,batch_id",
+    tables.DECISIONS: "transaction_id,event_time_ms,kafka_timestamp,batch_id",
+    tables.LABELS: "transaction_id,reported_at_ms,kafka_timestamp,batch_id",
+    tables.GOLD_ENTITY_HOUR: "entity,hour",
+    tables.GOLD_DECISIONS: "transaction_id,event_time_ms,kafka_timestamp,batch_id",
+}
+assert STATISTICS.keys() == DDL.keys()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a stream keeps its offsets, and the random number that was drawn when the place was created.
+
+    `fresh` is True when it was created just now: the stream starts from the beginning of its source.
+    """
+
+    uri: str
+    epoch: int
+    fresh: bool
+
+    def app_id(self, table: str) -> str:
+        return f"fraudgate-{self.epoch:08x}-{table}"
+
+
+def create_tables(spark: SparkSession, settings: Settings) -> None:
+    """Each table that isn't there yet, empty."""
+    for name, ddl in DDL.items():
+        uri = tables.table_uri(settings.tables, name)
+        if DeltaTable.isDeltaTable(spark, uri):
+            continue
+        builder = DeltaTable.createIfNotExists(spark).location(uri).addColumns(StructType.fromDDL(ddl))
+        if name in PARTITIONED_BY:
+            builder = builder.partitionedBy(*PARTITIONED_BY[name])
+        for key, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": STATISTICS[name]}).items():
+            builder = builder.property(key, value)
+        builder.execute()
+
+
+def append(rows: DataFrame, uri: str, app_id: str, batch_id: int, query: str) -> None:
+    """Append `rows` to the table once, however often this batch is replayed. One file a partition of the table.
+
+    One task writes: a micro-batch is small, and each further file costs every reader.
+    """
+    (
+        rows.coalesce(1)
+        .write.format("delta")
+        .mode("append")
+        .option("txnAppId", app_id)
+        .option("txnVersion", batch_id)
+        .option("userMetadata", commit_note(query, batch_id))
+        .save(uri)
+    )
+
+
+def commit_note(query: str, batch_id: int) -> str:
+    return json.dumps({"query": query, "batch_id": batch_id})
+
+
+def checkpoint(spark: SparkSession, settings: Settings, query: str) -> Checkpoint:
+    """The query's checkpoint, created when it isn't there. Works on every file system that Hadoop knows."""
+    uri = f"{settings.checkpoints.rstrip('/')}/{query}/stream"
+    path, fs = _file_system(spark, f"{uri}/offsets/0")
+    fresh = not fs.exists(path) and not fs.exists(path.getParent())
+    epoch = None if fresh else load_epoch(spark, settings, query)
+    if epoch is None:
+        epoch = secrets.randbits(32) or 1
+        save_epoch(spark, settings, query, epoch)
+    return Checkpoint(uri, epoch, fresh)
+
+
+def load_epoch(spark: SparkSession, settings: Settings, query: str) -> int | None:
+    path, fs = _file_system(spark, f"{settings.checkpoints.rstrip('/')}/{query}/epoch")
+    if not fs.exists(path):
+        return None
+    stream = fs.open(path)
+    try:
+        return int(stream.readInt()) & 0xFFFFFFFF
+    finally:
+        stream.close()
+
+
+def save_epoch(spark: SparkSession, settings: Settings, query: str, epoch: int) -> None:
+    path, fs = _file_system(spark, f"{settings.checkpoints.rstrip('/')}/{query}/epoch")
+    stream = fs.create(path, True)
+    try:
+        stream.writeInt(epoch - (1 << 32) if epoch >= 1 << 31 else epoch)
+    finally:
+        stream.close()
+
+
+def _file_system(spark: SparkSession, uri: str) -> tuple[JavaObject, JavaObject]:
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    path = jvm.org.apache.hadoop.fs.Path(uri)
+    return path, path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())

@@ -1,0 +1,42 @@
+"""Prometheus metrics of the feature jobs. Names are spelled here; dashboards and alerts use them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+BATCH_SECONDS_BUCKETS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0)
+
+
+@dataclass
+class Metrics:
+    """One set a process. `registry` is what the metrics port serves."""
+
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+
+    def __post_init__(self) -> None:
+        r = self.registry
+        self.rows = Counter("fraudgate_jobs_rows", "Rows written, by table", ["table"], registry=r)
+        self.batch_seconds = Histogram(
+            "fraudgate_jobs_batch_seconds", "Time of one micro-batch", ["query"], registry=r, buckets=BATCH_SECONDS_BUCKETS
+        )
+        self.freshness_seconds = Gauge(
+            "fraudgate_jobs_freshness_seconds",
+            "Age of the oldest Kafka record of the last batch when the batch was written",
+            ["query"],
+            registry=r,
+        )
+        self.quarantined = Counter("fraudgate_jobs_quarantined", "Records refused, by reason", ["reason"], registry=r)
+        self.duplicates = Counter("fraudgate_jobs_duplicates", "Records dropped because their transaction_id was seen", registry=r)
+        self.late = Counter("fraudgate_jobs_late", "Records dropped behind the watermark: never expected", registry=r)
+        self.entities = Counter("fraudgate_jobs_tiles_written", "Entities whose tiles were written to Redis", registry=r)
+        self.rebuilds = Counter("fraudgate_jobs_tiles_rebuilt", "Times that tiles were rebuilt from silver", registry=r)
+        self.restarts = Counter(
+            "fraudgate_jobs_restarts", "Failures of a query that the supervisor restarted", ["query"], registry=r
+        )
+        self.up = Gauge("fraudgate_jobs_up", "1 while the query runs", ["query"], registry=r)
+        self.lag = Gauge("fraudgate_jobs_kafka_lag", "Records in Kafka that bronze doesn't hold yet", registry=r)
+
+    def batch(self, query: str, seconds: float) -> None:
+        self.batch_seconds.labels(query).observe(seconds)

@@ -1,0 +1,123 @@
+"""The one place that builds the Spark session of the feature jobs. Start-up costs about 10 seconds and 600 MB.
+
+docs/pipeline.md repeats why each value below is what it is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from gateway.contracts.settings import Settings
+
+APP_NAME = "fraudgate-jobs"
+# What Spark 4.1.1 doesn't carry itself, by the start of the file name. The jars folder holds more (Hadoop, Jackson, Scala ...), which
+# Spark has already, in its own versions: two of them on one class path break it.
+JAR_PREFIXES = (
+    "delta-spark_4.1_2.13-",
+    "delta-storage-",
+    "delta-kernel-api-",
+    "delta-kernel-defaults-",
+    "delta-kernel-unitycatalog-",
+    "unitycatalog-client-",
+    "unitycatalog-hadoop-",
+    "spark-avro_2.13-",
+    "spark-sql-kafka-0-10_2.13-",
+    "spark-token-provider-kafka-0-10_2.13-",
+    "kafka-clients-",
+    "commons-pool2-",
+)
+# Present only where the tables lie on s3a://; see docs/pipeline.md.
+S3A_FOLDER = "spark-s3a"
+
+
+class MissingJarError(RuntimeError):
+    """A jar that the jobs need is not in the jars folder. `make setup` fetches them."""
+
+
+def jars(jars_path: Path) -> list[Path]:
+    """The jars to give Spark. Raises `MissingJarError`."""
+    folder = jars_path / "spark"
+    found = []
+    for prefix in JAR_PREFIXES:
+        hits = sorted(folder.glob(f"{prefix}[0-9]*.jar"))
+        if not hits:
+            raise MissingJarError(f"no {prefix}*.jar in {folder}; run make setup")
+        found.append(hits[-1])
+    return found + sorted((jars_path / S3A_FOLDER).glob("*.jar"))
+
+
+def options(settings: Settings) -> dict[str, str]:
+    """Every Spark option that differs from Spark's own default, and why."""
+    heap_mb = settings.spark_memory_mb
+    chosen = {
+        "spark.master": f"local[{settings.spark_cores}]",
+        "spark.app.name": APP_NAME,
+        "spark.driver.memory": f"{heap_mb}m",
+        # One young collector for a small heap: G1's concurrent threads compete with the stream on two cores.
+        "spark.driver.extraJavaOptions": (
+            "-XX:+UseSerialGC -XX:TieredStopAtLevel=4 -Dlog4j2.level=ERROR -Djava.net.preferIPv4Stack=true"
+            f" -Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
+        ),
+        "spark.jars": ",".join(str(jar) for jar in jars(settings.jars_path)),
+        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+        # Loopback only: a driver that binds every address offers its block manager to the network.
+        "spark.driver.host": "127.0.0.1",
+        "spark.driver.bindAddress": "127.0.0.1",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.sql.session.timeZone": "UTC",
+        # A micro-batch is a few thousand rows: more tasks than cores only add scheduling.
+        "spark.sql.shuffle.partitions": str(settings.spark_cores),
+        "spark.default.parallelism": str(settings.spark_cores),
+        # Re-planning between stages pays for large joins; here it costs a tenth of a second a batch.
+        "spark.sql.adaptive.enabled": "false",
+        # The three streams share the cores by turns, so that a long merge of gold doesn't hold back bronze.
+        "spark.scheduler.mode": "FAIR",
+        # Delta's default of 50 made each snapshot a stage of 50 tasks.
+        "spark.databricks.delta.snapshotPartitions": "1",
+        # Logs are read by this driver only: their in-memory state needs no freshness check against other writers.
+        "spark.databricks.delta.stalenessLimit": "0",
+        "spark.databricks.delta.checkpoint.partSize": "100000",
+        "spark.databricks.delta.merge.repartitionBeforeWrite.enabled": "true",
+        # Keys of the last ten minutes: millions. The default store copies its whole map each batch; RocksDB writes what changed.
+        "spark.sql.streaming.stateStore.providerClass": (
+            "org.apache.spark.sql.execution.streaming.state.RocksDBStateStoreProvider"
+        ),
+        "spark.sql.streaming.stateStore.rocksdb.changelogCheckpointing.enabled": "true",
+        # An empty batch only to evict state costs as much as a full one.
+        "spark.sql.streaming.noDataMicroBatches.enabled": "false",
+        "spark.sql.streaming.minBatchesToRetain": "20",
+        "spark.sql.streaming.stopTimeout": "30s",
+        # A polling sources' wait between two looks: less makes no batch fresher than its trigger.
+        "spark.sql.streaming.pollingDelay": "50ms",
+        "spark.sql.streaming.metricsEnabled": "false",
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "50000",
+        "spark.python.worker.reuse": "true",
+        "spark.cleaner.periodicGC.interval": "10min",
+    }
+    if settings.tables.startswith("s3a://"):
+        chosen |= {
+            "spark.hadoop.fs.s3a.path.style.access": "true",
+            # Uploads of small files from memory, not by way of a local disk.
+            "spark.hadoop.fs.s3a.fast.upload.buffer": "bytebuffer",
+            "spark.hadoop.fs.s3a.directory.marker.retention": "keep",
+        }
+    return chosen
+
+
+def build_session(settings: Settings) -> SparkSession:
+    """A Spark session for the feature jobs, the process' only one."""
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+    os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
+    builder = SparkSession.builder
+    for name, value in options(settings).items():
+        builder = builder.config(name, value)
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark

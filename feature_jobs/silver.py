@@ -1,0 +1,249 @@
+"""Stream 2: bronze becomes typed, valid, deduplicated rows; refusals go to `quarantine`; new transactions are added to the tiles.
+
+Inside a batch: tables first, then Redis, then the progress record. Each step alone is idempotent, so a kill between any two of them
+and the replay of the batch lose nothing and count nothing twice. Tiles never hold what silver doesn't.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import time
+from dataclasses import dataclass
+
+import msgspec
+import redis
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.streaming import DataStreamWriter
+
+from feature_jobs import lake
+from feature_jobs.metrics import Metrics
+from feature_jobs.parse import LABEL_FIELDS, RECEIPT_ENTITY_FIELDS, RECEIPT_FIELDS, parse
+from feature_jobs.schemas import SchemaBook
+from feature_jobs.tiles import SOCKET_TIMEOUT_S, RedisUnavailableError, TileJob, patient, write_tiles
+from gateway.contracts import layout, tables
+from gateway.contracts.reasons import Refusal
+from gateway.contracts.settings import Settings
+from gateway.contracts.topics import DECISIONS, LABELS, TRANSACTIONS
+from gateway.contracts.transaction import FIELDS
+
+QUERY = "silver"
+# Where the epoch of the tiles is kept when it isn't the checkpoint's own any more.
+TILES = f"{QUERY}/tiles"
+# Redis restarts that one batch bears before it is replayed.
+ATTEMPTS_MAX = 5
+# Transactions that one Python worker holds at a time when tiles are rebuilt: five events each, 60 bytes an event.
+REBUILD_ROWS_PER_PARTITION = 100_000
+# Younger than this when tiles are rebuilt, a transaction may still be on its way to the gateway.
+IN_FLIGHT_S = 3600
+
+log = logging.getLogger(__name__)
+
+
+class SchemasChangedError(RuntimeError):
+    """A schema id came that the query's plan doesn't know and the registry does: start the query anew with the grown book."""
+
+
+class CheckpointLostError(RuntimeError):
+    """Silver has rows and its checkpoint is gone: reading bronze again would append everything a second time."""
+
+
+@dataclass
+class Silver:
+    """The state of the stream between its batches. `idle_progress` is refreshed by the supervisor while nothing comes."""
+
+    spark: SparkSession
+    settings: Settings
+    schemas: SchemaBook
+    metrics: Metrics
+
+    def __post_init__(self) -> None:
+        self.checkpoint = lake.checkpoint(self.spark, self.settings, QUERY)
+        held = None if self.checkpoint.fresh else lake.load_epoch(self.spark, self.settings, TILES)
+        self.epoch = held or self.checkpoint.epoch
+        self.progress: layout.Progress | None = None
+
+    def writer(self) -> DataStreamWriter:
+        """The stream, not started yet and without a trigger. Raises `CheckpointLostError`."""
+        silver_uri = self._uri(tables.SILVER)
+        if self.checkpoint.fresh and not self.spark.read.format("delta").load(silver_uri).isEmpty():
+            raise CheckpointLostError(
+                f"{silver_uri} has rows and {self.checkpoint.uri} is gone: remove the tables made from bronze too"
+            )
+        bronze = (
+            self.spark.readStream.format("delta")
+            .option("maxBytesPerTrigger", f"{self.settings.silver_batch_mb_max}m")
+            .option("maxFilesPerTrigger", 100_000)
+            .load(self._uri(tables.BRONZE))
+        )
+        rows = parse(bronze, self.schemas.by_topic)
+        # The watermark follows the time a record was read from Kafka, which never goes back. A producer with a wrong clock can set a
+        # Kafka timestamp far ahead: a watermark on that would drop everyone else's records as late.
+        unique = rows.withWatermark("ingested_at", f"{self.settings.dedup_window_s} seconds").dropDuplicatesWithinWatermark(
+            ["dedup_key"]
+        )
+        return unique.writeStream.queryName(QUERY).option("checkpointLocation", self.checkpoint.uri).foreachBatch(self.write)
+
+    def write(self, batch: DataFrame, batch_id: int) -> None:
+        started = time.monotonic()
+        now_ms = time.time_ns() // 1_000_000
+        batch.persist()
+        try:
+            self._write(batch, batch_id, now_ms)
+        finally:
+            batch.unpersist()
+        self.metrics.batch(QUERY, time.monotonic() - started)
+
+    def _write(self, batch: DataFrame, batch_id: int, now_ms: int) -> None:
+        counted = (
+            batch.groupBy("topic", "reason")
+            .agg(
+                F.count("*").alias("rows"),
+                F.unix_millis(F.max("kafka_timestamp")).alias("newest_ms"),
+                F.unix_millis(F.min("kafka_timestamp")).alias("oldest_ms"),
+                F.unix_millis(F.max("ingested_at")).alias("ingested_ms"),
+            )
+            .collect()
+        )
+        counts = {(row["topic"], row["reason"]): row["rows"] for row in counted}
+        if any(reason == Refusal.UNKNOWN_SCHEMA_ID for _, reason in counts) and self.schemas.refresh():
+            raise SchemasChangedError
+        valid = batch.where("reason is null")
+        stamp = F.lit(batch_id).cast("bigint").alias("batch_id")
+        source = ("partition", "offset", "kafka_timestamp", stamp)
+        transactions = valid.where(F.col("topic") == TRANSACTIONS).select(*(f"t.{name}" for name in FIELDS), "scored_by", *source)
+        refused = sum(n for (_, reason), n in counts.items() if reason is not None)
+        new = counts.get((TRANSACTIONS, None), 0)
+        outputs = (
+            (tables.SILVER, new, transactions),
+            (tables.QUARANTINE, refused, batch.where("reason is not null").select("reason", "field", "topic", "value", *source)),
+            (
+                tables.DECISIONS,
+                counts.get((DECISIONS, None), 0),
+                valid.where(F.col("topic") == DECISIONS).select(
+                    *(f"d.{name}" for name in RECEIPT_FIELDS + RECEIPT_ENTITY_FIELDS), *source
+                ),
+            ),
+            (
+                tables.LABELS,
+                counts.get((LABELS, None), 0),
+                valid.where(F.col("topic") == LABELS).select(*(f"l.{name}" for name in LABEL_FIELDS), *source),
+            ),
+        )
+        for table, rows, frame in outputs:
+            if rows:
+                lake.append(frame, self._uri(table), self.checkpoint.app_id(table), batch_id, QUERY)
+                self.metrics.rows.labels(table).inc(rows)
+        newest_ms = max((row["newest_ms"] for row in counted if row["topic"] == TRANSACTIONS), default=0)
+        self._write_tiles(transactions if new else None, batch_id, now_ms, newest_ms)
+        for (_, reason), n in counts.items():
+            if reason is not None:
+                self.metrics.quarantined.labels(reason).inc(n)
+        if counted:
+            oldest_ms = min(row["oldest_ms"] for row in counted)
+            self.metrics.freshness_seconds.labels(QUERY).set(time.time() - oldest_ms / 1000)
+            self.metrics.freshness_seconds.labels("bronze").set((max(row["ingested_ms"] for row in counted) - oldest_ms) / 1000)
+
+    def _uri(self, table: str) -> str:
+        return tables.table_uri(self.settings.tables, table)
+
+    def _tile_job(self, batch_id: int, now_ms: int) -> TileJob:
+        return TileJob(self.settings.redis, self.epoch, batch_id, now_ms, self.settings.redis_retry_s)
+
+    def _write_tiles(self, transactions: DataFrame | None, batch_id: int, now_ms: int, newest_ms: int) -> None:
+        """Add the batch to the tiles and say so, on a Redis that holds every batch before this one and stays up meanwhile.
+
+        A Redis that restarts may have lost its latest writes, so what was written to it in this batch is written again; fences keep
+        what survived. Raises `RedisUnavailableError`.
+        """
+        for _ in range(ATTEMPTS_MAX):
+            run = self._verified_run(batch_id, now_ms)
+            if transactions is not None:
+                written, _ = write_tiles(transactions, self._tile_job(batch_id, now_ms), self.settings.spark_cores)
+                self.metrics.entities.inc(written)
+            if self._run_id() == run:
+                self._write_progress(batch_id, newest_ms)
+                return
+        raise RedisUnavailableError(f"Redis restarted {ATTEMPTS_MAX} times during one batch")
+
+    def _verified_run(self, batch_id: int, now_ms: int) -> str:
+        """The run id of a Redis that holds every batch before this one; its tiles are rebuilt from silver if it doesn't.
+
+        It may have been emptied, or have come back from a snapshot older than our last batch.
+        """
+        run = self._run_id()
+        held = self._get_progress()
+        if held is not None and held.epoch == self.epoch and held.batch_id >= batch_id - 1:
+            self.progress = held
+        elif batch_id > 0:
+            self.rebuild(batch_id - 1, now_ms)
+        return run
+
+    def _write_progress(self, batch_id: int, newest_ms: int) -> None:
+        before = self.progress.arrived_through_ms if self.progress and self.progress.epoch == self.epoch else 0
+        progress = layout.Progress(
+            epoch=self.epoch,
+            batch_id=batch_id,
+            written_at_ms=time.time_ns() // 1_000_000,
+            arrived_through_ms=max(before, newest_ms),
+        )
+        self._set_progress(progress)
+        self.progress = progress
+
+    def refresh_progress(self) -> None:
+        """Say that the tiles are as new as can be, while nothing comes. Called by the supervisor when the stream has caught up.
+
+        Says nothing when Redis is down or holds other progress than ours: the next batch looks into it.
+        """
+        progress = self.progress
+        if progress is None:
+            return
+        try:
+            held = self._get_progress(retry_s=0)
+            if held is not None and (held.epoch, held.batch_id) == (progress.epoch, progress.batch_id):
+                self._set_progress(msgspec.structs.replace(progress, written_at_ms=time.time_ns() // 1_000_000), retry_s=0)
+        except RedisUnavailableError:
+            log.warning("Redis doesn't answer")
+
+    def _client(self) -> redis.Redis:
+        return redis.Redis.from_url(self.settings.redis, socket_timeout=SOCKET_TIMEOUT_S, socket_connect_timeout=SOCKET_TIMEOUT_S)
+
+    def _run_id(self) -> str:
+        def ask() -> str:
+            with self._client() as client:
+                return str(client.info("server")["run_id"])
+
+        return patient(ask, self.settings.redis_retry_s)
+
+    def _get_progress(self, retry_s: float | None = None) -> layout.Progress | None:
+        def get() -> layout.Progress | None:
+            with self._client() as client:
+                held = client.get(layout.PROGRESS_KEY)
+            return None if held is None else msgspec.msgpack.decode(held, type=layout.Progress)
+
+        return patient(get, self.settings.redis_retry_s if retry_s is None else retry_s)
+
+    def _set_progress(self, progress: layout.Progress, retry_s: float | None = None) -> None:
+        def put() -> None:
+            with self._client() as client:
+                client.set(layout.PROGRESS_KEY, msgspec.msgpack.encode(progress))
+
+        patient(put, self.settings.redis_retry_s if retry_s is None else retry_s)
+
+    def rebuild(self, through_batch_id: int, now_ms: int) -> None:
+        """Write every entity's tiles anew from silver, as of the end of a batch. Under a new epoch, so that no old tile is built upon."""
+        self.epoch = self.epoch % 0xFFFFFFFF + 1
+        lake.save_epoch(self.spark, self.settings, TILES, self.epoch)
+        silver = self.spark.read.format("delta").load(self._uri(tables.SILVER)).where(F.col("batch_id") <= through_batch_id)
+        rows = silver.count()
+        log.warning("Redis doesn't hold the tiles of batch %d: rebuilding them from %d transactions", through_batch_id, rows)
+        recent = F.col("kafka_timestamp") >= F.lit(dt.datetime.fromtimestamp(now_ms / 1000 - IN_FLIGHT_S, tz=dt.UTC))
+        settled = silver.withColumn(
+            "scored_by", F.when(~recent, F.coalesce("scored_by", F.lit("settled"))).otherwise(F.col("scored_by"))
+        )
+        if rows:
+            write_tiles(settled, self._tile_job(through_batch_id, now_ms), max(1, rows // REBUILD_ROWS_PER_PARTITION))
+        newest = silver.agg(F.unix_millis(F.max("kafka_timestamp")).alias("ms")).collect()[0]["ms"]
+        self._write_progress(through_batch_id, newest or 0)
+        self.metrics.rebuilds.inc()

@@ -1,0 +1,208 @@
+"""One driver process, three queries: starts them, restarts what fails, stops them gracefully, and reports their progress."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+from pyspark.sql.streaming import DataStreamWriter, StreamingQuery
+
+from feature_jobs import bronze, gold, lake, silver
+from feature_jobs.metrics import Metrics
+from feature_jobs.schemas import SchemaBook, schema_book
+from feature_jobs.silver import CheckpointLostError, SchemasChangedError, Silver
+from gateway.contracts.registry import RegistryUnavailableError
+from gateway.contracts.settings import Settings
+
+log = logging.getLogger(__name__)
+
+QUERIES = (bronze.QUERY, silver.QUERY, gold.QUERY)
+LOOK_S = 0.25
+BACKOFF_S_MIN = 1.0
+BACKOFF_S_MAX = 30.0
+# Failures in a row, without a completed batch between them, after which the process ends, so that its own supervisor starts it anew.
+FAILURES_MAX = 20
+# How long a stop waits for running batches. An interrupted batch is replayed at the next start.
+DRAIN_S_MAX = 20.0
+PROGRESS_REFRESH_S = 2.0
+
+
+class GaveUpError(RuntimeError):
+    """A query failed `FAILURES_MAX` times in a row."""
+
+
+@dataclass
+class Runner:
+    """One query and what became of it. `make` gives the writer anew for each start."""
+
+    name: str
+    make: Callable[[], DataStreamWriter]
+    trigger_ms: int
+    query: StreamingQuery | None = None
+    failures: int = 0
+    retry_at: float = 0.0
+    reported: str = ""
+    batch_seen: int = -1
+
+
+class Supervisor:
+    """`run` returns when `stop` is set; `run_once` when everything that is there now has been processed."""
+
+    def __init__(self, spark: SparkSession, settings: Settings, metrics: Metrics, queries: tuple[str, ...]) -> None:
+        self._spark = spark
+        self._settings = settings
+        self._metrics = metrics
+        self._schemas: SchemaBook | None = None
+        self._silver: Silver | None = None
+        self._refreshed_at = 0.0
+        self.stop = threading.Event()
+        makers = {bronze.QUERY: self._make_bronze, silver.QUERY: self._make_silver, gold.QUERY: self._make_gold}
+        triggers = {
+            bronze.QUERY: settings.bronze_trigger_ms,
+            silver.QUERY: settings.silver_trigger_ms,
+            gold.QUERY: settings.gold_trigger_ms,
+        }
+        self._runners = [Runner(name, makers[name], triggers[name]) for name in QUERIES if name in queries]
+        lake.create_tables(spark, settings)
+
+    def _make_bronze(self) -> DataStreamWriter:
+        return bronze.writer(self._spark, self._settings, self._metrics)
+
+    def _make_silver(self) -> DataStreamWriter:
+        if self._schemas is None:
+            self._schemas = schema_book(self._settings)
+        self._silver = Silver(self._spark, self._settings, self._schemas, self._metrics)
+        return self._silver.writer()
+
+    def _make_gold(self) -> DataStreamWriter:
+        return gold.Gold(self._spark, self._settings, self._metrics).writer()
+
+    def run(self) -> None:
+        """Until `stop` is set. Raises `GaveUpError`, and `CheckpointLostError`, which no restart repairs."""
+        try:
+            while not self.stop.wait(LOOK_S):
+                for runner in self._runners:
+                    self._look_after(runner)
+                self._refresh_progress()
+        finally:
+            self._drain()
+
+    def run_once(self) -> None:
+        """Each query in turn, through everything that was there when it started. Raises as `run` does."""
+        for runner in self._runners:
+            while not self.stop.is_set():
+                if time.monotonic() < runner.retry_at:
+                    self.stop.wait(LOOK_S)
+                    continue
+                self._start(runner, once=True)
+                query = runner.query
+                if query is None:
+                    continue
+                try:
+                    query.awaitTermination()
+                except PySparkException as exc:
+                    self._failed(runner, exc)
+                    continue
+                self._note_progress(runner)
+                break
+
+    def _look_after(self, runner: Runner) -> None:
+        query = runner.query
+        if query is None:
+            if time.monotonic() >= runner.retry_at:
+                self._start(runner)
+            return
+        self._note_progress(runner)
+        if query.isActive:
+            return
+        self._failed(runner, query.exception() or RuntimeError("the query ended by itself"))
+
+    def _start(self, runner: Runner, once: bool = False) -> None:
+        # Streams inherit the pool of the thread that starts them.
+        self._spark.sparkContext.setLocalProperty("spark.scheduler.pool", runner.name)
+        try:
+            writer = runner.make()
+            trigger = (
+                writer.trigger(availableNow=True) if once else writer.trigger(processingTime=f"{runner.trigger_ms} milliseconds")
+            )
+            runner.query = trigger.start()
+        except (PySparkException, RegistryUnavailableError) as exc:
+            self._failed(runner, exc)
+            return
+        self._metrics.up.labels(runner.name).set(1)
+
+    def _failed(self, runner: Runner, exc: Exception) -> None:
+        """Plan the next start. The error is logged in full when it is new, in a word when it is the same again."""
+        runner.query = None
+        self._metrics.up.labels(runner.name).set(0)
+        text = str(exc)
+        if SchemasChangedError.__name__ in text:
+            log.info("%s: the registry has a new schema; starting again with it", runner.name)
+            return
+        if isinstance(exc, CheckpointLostError):
+            raise exc
+        runner.failures += 1
+        self._metrics.restarts.labels(runner.name).inc()
+        if runner.failures >= FAILURES_MAX:
+            raise GaveUpError(f"{runner.name} failed {runner.failures} times in a row: {text}")
+        wait_s = min(BACKOFF_S_MAX, BACKOFF_S_MIN * 2 ** (runner.failures - 1))
+        runner.retry_at = time.monotonic() + wait_s
+        if text == runner.reported:
+            log.warning("%s failed the same way again; next try in %.0f s", runner.name, wait_s)
+        else:
+            log.error("%s failed, next try in %.0f s: %s", runner.name, wait_s, text)
+            runner.reported = text
+
+    def _note_progress(self, runner: Runner) -> None:
+        """Metrics from Spark's own account of the newest batch."""
+        assert runner.query is not None
+        progress: Any = runner.query.lastProgress
+        if progress is None or progress["batchId"] == runner.batch_seen or not progress["numInputRows"]:
+            return
+        runner.batch_seen = progress["batchId"]
+        runner.failures, runner.reported = 0, ""
+        if runner.name == bronze.QUERY:
+            self._metrics.rows.labels("bronze").inc(progress["numInputRows"])
+            behind = progress["sources"][0]["metrics"].get("maxOffsetsBehindLatest")
+            if behind is not None:
+                self._metrics.lag.set(float(behind))
+        for operator in progress["stateOperators"]:
+            self._metrics.duplicates.inc(operator["customMetrics"].get("numDroppedDuplicateRows", 0))
+            late = operator["numRowsDroppedByWatermark"]
+            if late:
+                self._metrics.late.inc(late)
+                log.error("%s dropped %d records behind its watermark: the clock of this machine was set back", runner.name, late)
+
+    def _refresh_progress(self) -> None:
+        """While nothing comes, the tiles don't grow old: say so to the gateway."""
+        now = time.monotonic()
+        if self._silver is None or now - self._refreshed_at < PROGRESS_REFRESH_S:
+            return
+        query = next(r.query for r in self._runners if r.name == silver.QUERY)
+        if query is None or not query.isActive:
+            return
+        status: Any = query.status
+        if not status["isDataAvailable"] and not status["isTriggerActive"]:
+            self._refreshed_at = now
+            self._silver.refresh_progress()
+
+    def _drain(self) -> None:
+        """Let running batches end, within `DRAIN_S_MAX`, then stop the queries."""
+        give_up = time.monotonic() + DRAIN_S_MAX
+        for runner in self._runners:
+            query = runner.query
+            if query is None:
+                continue
+            try:
+                while query.isActive and query.status["isTriggerActive"] and time.monotonic() < give_up:
+                    time.sleep(0.05)
+                query.stop()
+            except (PySparkException, Py4JError) as exc:
+                log.warning("%s did not stop cleanly, its last batch will be replayed: %s", runner.name, exc)

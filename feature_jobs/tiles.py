@@ -1,0 +1,262 @@
+"""Windowed sums to Redis: each micro-batch's new transactions are added to the tiles of their entities.
+
+`explode_entities` runs in the JVM; `merge_into_redis` in Python workers, one call a partition, vectorised over its entities: about
+25 us of CPU an entity and batch. Every entity's write is one atomic step (contracts.layout.MERGE_LUA), fenced by (epoch, batch id):
+a replay of the batch, by this driver or by a zombie of it, finds the batch's id in the entity's header and changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import redis
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from redis.exceptions import BusyLoadingError, NoScriptError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from gateway.contracts import layout
+from gateway.contracts.features import ENTITIES, ENTITY_INDEX
+from gateway.contracts.windows import HEAD_RETENTION_MS, RETENTION_REAL_S, keep_tiles, merge_tiles, tiles_of
+
+# Commands in one pipeline: more only makes Redis and the worker wait for each other (measured in docs/pipeline.md).
+PIPELINE_COMMANDS_MAX = 256
+# Entities merged at once: bounds a worker's memory at about 50 MB of tiles.
+OWNERS_MAX = 4096
+# Of the events that one batch adds to one entity, only the newest that a head can hold need to be looked for there.
+HASHES_MAX = 2 * max(e.head_events_max for e in ENTITIES)
+MERGE_SHA = hashlib.sha1(layout.MERGE_LUA.encode(), usedforsecurity=False).hexdigest()
+SOCKET_TIMEOUT_S = 5.0
+BACKOFF_S_MAX = 2.0
+
+OUTPUT_DDL = "written bigint, unchanged bigint"
+
+_RETRIED = (RedisConnectionError, RedisTimeoutError, BusyLoadingError)
+
+
+class RedisUnavailableError(RuntimeError):
+    """Redis did not answer within the setting `redis_retry_s`; the batch fails and is replayed."""
+
+
+@dataclass(frozen=True)
+class TileJob:
+    """What a worker needs to know of the batch. `now_ms` is the wall clock when the batch began."""
+
+    redis_url: str
+    epoch: int
+    batch_id: int
+    now_ms: int
+    retry_s: int
+
+
+@dataclass
+class Events:
+    """Events of a partition, one row each; `owner` indexes `tags` ("card:abc")."""
+
+    tags: list[str]
+    owner: npt.NDArray[np.int64]
+    transaction: npt.NDArray[np.uint64]
+    event_time_ms: npt.NDArray[np.int64]
+    amount_minor: npt.NDArray[np.int64]
+    dim_a: npt.NDArray[np.uint32]
+    dim_b: npt.NDArray[np.uint32]
+    from_kafka: npt.NDArray[np.bool_]
+
+
+def explode_entities(transactions: DataFrame) -> DataFrame:
+    """One row for each entity that a transaction names: tag, txn (8 bytes), event_time_ms, amount_minor, dim_a, dim_b, from_kafka."""
+    named = F.array(
+        *(
+            F.when(
+                F.col(e.field).isNotNull(),
+                F.struct(
+                    F.concat(F.lit(f"{e.name}:"), F.col(e.field)).alias("tag"),
+                    F.crc32(F.coalesce(F.col(e.dim_a), F.lit(""))).alias("dim_a"),
+                    F.crc32(F.coalesce(F.col(e.dim_b), F.lit(""))).alias("dim_b"),
+                ),
+            )
+            for e in ENTITIES
+        )
+    )
+    txn = F.substring(F.unhex(F.md5("transaction_id")), 1, 8)
+    # What came through the HTTP door was observed before it was published; history never is.
+    from_kafka = F.col("scored_by").isNull().alias("from_kafka")
+    rows = transactions.select(
+        txn.alias("txn"), "event_time_ms", "amount_minor", from_kafka, F.explode(F.array_compact(named)).alias("e")
+    )
+    return rows.select("e.tag", "txn", "event_time_ms", "amount_minor", "e.dim_a", "e.dim_b", "from_kafka")
+
+
+def write_tiles(transactions: DataFrame, job: TileJob, partitions: int) -> tuple[int, int]:
+    """Add `transactions` to the tiles in Redis. (entities written, entities that had this batch already).
+
+    `partitions` bounds the memory of a worker, which holds one partition at a time. Raises what Spark makes of `RedisUnavailableError`.
+    """
+    events = explode_entities(transactions).repartition(partitions, "tag")
+    results = events.mapInArrow(merge_into_redis(job), OUTPUT_DDL).collect()
+    return sum(r["written"] for r in results), sum(r["unchanged"] for r in results)
+
+
+def merge_into_redis(job: TileJob) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """The worker's side: all events of an entity are in one partition, so each entity is written once a batch."""
+
+    def merge(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        events = _read(list(batches))
+        written = 0
+        if events.tags:
+            client = redis.Redis.from_url(job.redis_url, socket_timeout=SOCKET_TIMEOUT_S, socket_connect_timeout=SOCKET_TIMEOUT_S)
+            with client:
+                for first in range(0, len(events.tags), OWNERS_MAX):
+                    chunk = _part(events, first, min(first + OWNERS_MAX, len(events.tags)))
+                    written += _merge_patiently(client, job, chunk)
+        unchanged = len(events.tags) - written
+        yield pa.RecordBatch.from_pydict(
+            {"written": pa.array([written], pa.int64()), "unchanged": pa.array([unchanged], pa.int64())}
+        )
+
+    return merge
+
+
+def _read(batches: list[pa.RecordBatch]) -> Events:
+    empty = np.zeros(0, np.int64)
+    if not batches or not sum(b.num_rows for b in batches):
+        return Events(
+            [], empty, empty.astype(np.uint64), empty, empty, empty.astype(np.uint32), empty.astype(np.uint32), empty.astype(bool)
+        )
+    table = pa.Table.from_batches(batches).combine_chunks()
+    tags = table["tag"].combine_chunks().dictionary_encode()
+    owner = tags.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    # By owner and time, so that each owner's events are one slice with the newest last.
+    event_time_ms = table["event_time_ms"].to_numpy()
+    order = np.lexsort((event_time_ms, owner))
+    return Events(
+        tags=tags.dictionary.to_pylist(),
+        owner=owner[order],
+        transaction=np.frombuffer(b"".join(table["txn"].to_pylist()), "<u8")[order],
+        event_time_ms=event_time_ms[order],
+        amount_minor=table["amount_minor"].to_numpy()[order],
+        dim_a=table["dim_a"].to_numpy().astype(np.uint32)[order],
+        dim_b=table["dim_b"].to_numpy().astype(np.uint32)[order],
+        from_kafka=table["from_kafka"].to_numpy(zero_copy_only=False)[order],
+    )
+
+
+def _part(events: Events, first: int, end: int) -> Events:
+    """The events of the owners first..end, renumbered from 0."""
+    a, b = np.searchsorted(events.owner, [first, end])
+    return Events(
+        tags=events.tags[first:end],
+        owner=events.owner[a:b] - first,
+        transaction=events.transaction[a:b],
+        event_time_ms=events.event_time_ms[a:b],
+        amount_minor=events.amount_minor[a:b],
+        dim_a=events.dim_a[a:b],
+        dim_b=events.dim_b[a:b],
+        from_kafka=events.from_kafka[a:b],
+    )
+
+
+T = TypeVar("T")
+
+
+def patient(call: Callable[[], T], retry_s: float) -> T:
+    """What `call` gives, tried again with growing waits while Redis is down or starting. Raises `RedisUnavailableError`.
+
+    `call` must be idempotent.
+    """
+    give_up = time.monotonic() + retry_s
+    wait_s = 0.05
+    while True:
+        try:
+            return call()
+        except _RETRIED as exc:
+            if time.monotonic() > give_up:
+                raise RedisUnavailableError(f"Redis did not answer for {retry_s} s") from exc
+            time.sleep(wait_s * (0.5 + random.random() / 2))  # noqa: S311
+            wait_s = min(BACKOFF_S_MAX, wait_s * 2)
+
+
+def _merge_patiently(client: redis.Redis, job: TileJob, events: Events) -> int:
+    """`merge_events`, again while Redis is down or starting: what the first try wrote, its fence protects. Entities written."""
+
+    def merge() -> int:
+        try:
+            return merge_events(client, job, events)
+        except NoScriptError:
+            client.script_load(layout.MERGE_LUA)
+            return merge_events(client, job, events)
+
+    return patient(merge, job.retry_s)
+
+
+def merge_events(client: redis.Redis, job: TileJob, events: Events) -> int:
+    """Read the owners' tiles, add the events, write them back. Entities written, those that had this batch before left out."""
+    names = [tag.split(":", 1) for tag in events.tags]
+    head_keys = [layout.head_key(*name) for name in names]
+    tiles_keys = [layout.tiles_key(*name) for name in names]
+    values = _pipelined(client, [("GET", key) for key in tiles_keys])
+    parts: list[bytes] = []
+    lengths = np.zeros(len(names), np.int64)
+    done = np.zeros(len(names), bool)
+    for i, value in enumerate(values):
+        if value is None:
+            continue
+        # Raises for a value of another layout or key: that must not be built upon.
+        held = layout.tile_records(value, ENTITY_INDEX[names[i][0]], layout.key_check(*names[i]))
+        *_, batch_id, epoch, _ = layout.TILES_HEADER.unpack_from(value)
+        if epoch != job.epoch:
+            # Of an earlier life of the checkpoint: this one has read, or will read, everything from the start.
+            continue
+        done[i] = batch_id >= job.batch_id
+        lengths[i] = len(held)
+        parts.append(value[layout.TILES_HEADER.size :])
+    old = np.frombuffer(b"".join(parts), layout.TILE)
+    now_min = job.now_ms // 60_000
+    new, new_owner = tiles_of(events.event_time_ms, events.amount_minor, events.dim_a, events.dim_b, events.owner, now_min % 65_536)
+    tiles, owner = merge_tiles(np.concatenate([old, new]), np.concatenate([np.repeat(np.arange(len(names)), lengths), new_owner]))
+    keep = keep_tiles(tiles, owner, now_min)
+    tiles, owner = tiles[keep], owner[keep]
+
+    tile_edges = np.searchsorted(owner, np.arange(len(names) + 1))
+    event_edges = np.searchsorted(events.owner, np.arange(len(names) + 1))
+    observed_since_s = job.now_ms // 1000 - RETENTION_REAL_S
+    calls = []
+    for i in np.flatnonzero(~done):
+        entity, entity_id = names[i]
+        packed = layout.pack_tiles(
+            ENTITY_INDEX[entity],
+            layout.key_check(entity, entity_id),
+            job.batch_id,
+            job.epoch,
+            tiles[tile_edges[i] : tile_edges[i + 1]],
+        )
+        first, end = int(event_edges[i]), int(event_edges[i + 1])
+        newest = slice(max(first, end - HASHES_MAX), end)
+        hashes, from_kafka = events.transaction[newest], events.from_kafka[newest]
+        calls.append(
+            ("EVALSHA", MERGE_SHA, 3, head_keys[i], tiles_keys[i], layout.early_key(entity, entity_id), packed)
+            + (hashes[from_kafka].tobytes(), hashes[~from_kafka].tobytes(), end - first, layout.TILES_TTL_MS)
+            + (layout.HEAD_COMPACT_ABOVE, layout.HEAD_KEPT_MIN, observed_since_s, HEAD_RETENTION_MS)
+            + (layout.EARLY_TTL_MS, HASHES_MAX)
+        )
+    return sum(_pipelined(client, calls))
+
+
+def _pipelined(client: redis.Redis, commands: list[tuple[object, ...]]) -> list:  # type: ignore[type-arg]
+    """The replies to `commands`, sent a bounded number at a time. Raises the first error among the replies."""
+    replies: list[object] = []
+    for first in range(0, len(commands), PIPELINE_COMMANDS_MAX):
+        pipe = client.pipeline(transaction=False)
+        for command in commands[first : first + PIPELINE_COMMANDS_MAX]:
+            pipe.execute_command(*command)
+        replies += pipe.execute()
+    return replies
