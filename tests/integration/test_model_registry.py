@@ -28,6 +28,7 @@ from gateway.contracts.model_meta import (
     sha256_file,
 )
 from gateway.contracts.settings import Settings, settings_env
+from gateway.model import load_model
 from model_export import commands
 from model_export.checks import Check
 from model_export.commands import Outcome, train_and_register
@@ -85,6 +86,9 @@ def test_a_training_set_becomes_a_model_that_computes_its_golden_rows(local: Set
     assert (metadata.name, metadata.version, metadata.feature_fingerprint) == ("whole-way", "1", FINGERPRINT)
     assert (metadata.training_table_version, metadata.training_rows) == (0, outcome.model.training_rows)
     assert metadata.metrics["test_auc"] == outcome.model.metrics["test_auc"]
+    serving = load_model(local.models_path, "champion")
+    assert serving is not None
+    assert serving.digest == outcome.registered.sha256[MODEL_FILE]
     session = onnxruntime.InferenceSession(directory / MODEL_FILE, providers=["CPUExecutionProvider"])
     with np.load(directory / GOLDEN_FILE) as golden:
         scored = session.run([OUTPUT_NAME], {INPUT_NAME: golden["features"]})[0][:, 1]
