@@ -37,7 +37,9 @@ from model_export.export import Export, write_export
 from model_export.package import PACKAGE_FILES, RegisteredModel, metadata_of, write_metadata
 from model_export.training import TrainedModel
 
-REQUEST_TIMEOUT_S = 5
+# The first question finds out whether anybody is there; a busy server may take longer over the ones that follow.
+CHECK_TIMEOUT_S = 5
+REQUEST_TIMEOUT_S = 10
 REQUEST_RETRIES = 1
 READY_WAIT_S = 10
 ARTIFACT_PATH = "model"
@@ -60,7 +62,7 @@ for _name, _value in {
 class Registry:
     """The registry at `url` (http://..., or sqlite:///... without a server). Nothing is asked before the first call."""
 
-    def __init__(self, url: str, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+    def __init__(self, url: str, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """`timeout_s` bounds the question of `check`; the other calls have the environment's MLFLOW_HTTP_REQUEST_TIMEOUT."""
         # MLflow tells of each step at INFO, amid the table that a person reads.
         logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -187,7 +189,7 @@ class Registry:
             raise self._unavailable(exc) from exc
 
     def _unavailable(self, exc: Exception) -> RegistryUnavailableError:
-        why = str(exc).strip().split("\n", 1)[0]
+        why = str(getattr(exc, "reason", exc)).strip().split("\n", 1)[0]
         return RegistryUnavailableError(
             f"MLflow does not answer at {self._url} ({why}); start it with: fraudgate up, or set FRAUDGATE_MLFLOW_URL "
             "(FRAUDGATE_MLFLOW_PORT for a local one) to where it is"
