@@ -13,7 +13,7 @@ from gateway.avro import SchemaBook, encode_receipt, encode_transaction, receipt
 from gateway.contracts.decision import Door, Outcome, Receipt
 from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.reasons import Refusal
-from gateway.contracts.registry import SchemaRegistry
+from gateway.contracts.registry import SchemaRegistry, UnknownSchemaError
 from gateway.contracts.topics import TOPICS, TRANSACTIONS
 from gateway.contracts.transaction import RefusedError, Transaction, encode_json
 from gateway.contracts.wire import frame
@@ -151,7 +151,12 @@ async def test_hostile_bytes_are_refused_with_their_reason(book: SchemaBook) -> 
 
 async def test_an_unknown_schema_id_is_asked_for_once_in_a_while(book: SchemaBook, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(book._registry, "schema", lambda schema_id: asked.append(schema_id) or (_ for _ in ()).throw(ValueError))
+
+    def schema(schema_id: int) -> str:
+        asked.append(schema_id)
+        raise UnknownSchemaError
+
+    monkeypatch.setattr(book._registry, "schema", schema)
     now_s = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     value = frame(77, b"x")

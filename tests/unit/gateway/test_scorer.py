@@ -65,6 +65,7 @@ async def test_a_decision_has_an_answer_and_a_receipt_with_the_models_inputs(slo
     assert np.array_equal(np.array(receipt.features, np.float32), observation.matrix[0], equal_nan=True)
     assert slot.model is not None
     assert receipt.model_digest == slot.model.digest
+    assert receipt.probability is not None
     assert receipt.probability == pytest.approx(slot.model.probability(observation.matrix)[0])
     assert receipt.risk_score == result.answer.risk_score == int(receipt.probability * 1000 + 0.5)
 
