@@ -42,7 +42,7 @@ REFUSAL_TEXT: dict[Refusal, str] = {
     Refusal.WRONG_TYPE: "a field has the wrong type",
     Refusal.CARD_NUMBER: "a text field holds a raw card number; send a token instead",
     Refusal.BAD_FORMAT: "a text field doesn't match its documented pattern",
-    Refusal.AMOUNT_OUT_OF_RANGE: "amount_minor must lie in 1..1000000000",
+    Refusal.AMOUNT_OUT_OF_RANGE: "amount_minor must lie in 0..1000000000",
     Refusal.UNKNOWN_CURRENCY: "currency is not an active ISO 4217 code",
     Refusal.COORDINATE_OUT_OF_RANGE: "latitude must lie in -90..90 and longitude in -180..180, both or neither given",
     Refusal.EVENT_TIME_IN_FUTURE: "event_time_ms lies too far in the future",

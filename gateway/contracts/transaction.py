@@ -18,7 +18,8 @@ MESSAGE_BYTES_MAX = 16_384
 # The deepest nesting that is parsed at all. A transaction is flat (depth 1).
 JSON_DEPTH_MAX = 64
 TEXT_LENGTH_MAX = 64
-AMOUNT_MINOR_MIN = 1
+# Zero is a card verification: an authorisation of no amount.
+AMOUNT_MINOR_MIN = 0
 AMOUNT_MINOR_MAX = 1_000_000_000
 EVENT_TIME_FUTURE_MS_MAX = 24 * 3_600_000
 EVENT_TIME_PAST_MS_MAX = 20 * 365 * 24 * 3_600_000
@@ -138,7 +139,8 @@ def check(t: Transaction, now_ms: int) -> None:
     The order of the checks is the precedence of the reasons when several apply.
     """
     texts = _texts(t)
-    if _digit_run(texts) is not None:
+    # `texts` leaves out channel, which is one of four words, and currency, which is looked at here when it can't be a code.
+    if _digit_run(texts) is not None or (len(t.currency) != 3 and _digit_run(t.currency) is not None):
         for field in TEXT_FIELDS:
             value = getattr(t, field)
             if value is not None and holds_card_number(value):

@@ -1,0 +1,185 @@
+"""The slow oracle: what each feature's value must be, recounted event by event in plain Python from the documented semantics.
+
+It shares the list of features with the product and nothing else: no tiles, no heads, no numpy.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gateway.contracts.features import ENTITIES, FEATURES, Entity
+from gateway.contracts.transaction import CHANNELS, Transaction
+
+MINUTE_MS = 60_000
+HOUR_MS = 60 * MINUTE_MS
+DAY_MS = 24 * HOUR_MS
+# name: (length, the grid its tail is rounded down to; 1 for exact)
+WINDOWS_MS = {
+    "5m": (300_000, 1),
+    "1h": (HOUR_MS, 300_000),
+    "24h": (DAY_MS, HOUR_MS),
+    "7d": (7 * DAY_MS, DAY_MS),
+    "30d": (30 * DAY_MS, DAY_MS),
+}
+
+
+def float32(x: float) -> float:
+    """The nearest single-precision number."""
+    return float(struct.unpack("<f", struct.pack("<f", x))[0])
+
+
+def floor_to(t_ms: int, grid_ms: int) -> int:
+    return t_ms - t_ms % grid_ms
+
+
+@dataclass
+class Past:
+    """What was observed of one entity, in order of observation."""
+
+    events: list[Transaction] = field(default_factory=list)
+
+    def covered(self, entity: Entity, t_ms: int, window: str) -> list[Transaction]:
+        """The events that `window` covers for a transaction at `t_ms` that is observed next."""
+        length_ms, grid_ms = WINDOWS_MS[window]
+        first_ms = floor_to(t_ms - length_ms, grid_ms)
+        newest = self.events[-entity.head_events_max :]
+        if grid_ms == 1:
+            return [e for e in newest if first_ms <= e.event_time_ms <= t_ms]
+        boundary_ms = floor_to(t_ms - MINUTE_MS, 5 * MINUTE_MS)
+        tiled = [e for e in self.events if first_ms <= e.event_time_ms < boundary_ms]
+        return tiled + [e for e in newest if max(boundary_ms, first_ms) <= e.event_time_ms <= t_ms]
+
+    def last(self, entity: Entity, t_ms: int) -> Transaction | None:
+        before = [e for e in self.events[-entity.head_events_max :] if e.event_time_ms <= t_ms]
+        return _newest(before) if before else None
+
+
+def _newest(events: Sequence[Transaction]) -> Transaction:
+    """The one with the latest event time; among equals the one observed last."""
+    newest = events[0]
+    for e in events:
+        if e.event_time_ms >= newest.event_time_ms:
+            newest = e
+    return newest
+
+
+def sketched_distinct(values: Sequence[str | None]) -> float:
+    """Linear counting over 64 buckets of CRC-32, rounded; a full sketch reads as 63.5 occupied buckets."""
+    occupied = min(len({zlib.crc32((v or "").encode()) % 64 for v in values}), 63.5)
+    return float(round(-64 * math.log((64 - occupied) / 64)))
+
+
+def request_value(name: str, t: Transaction) -> float:
+    day = t.event_time_ms // DAY_MS
+    hour = t.event_time_ms % DAY_MS // HOUR_MS
+    weekday = (day + 3) % 7  # 1970-01-01 was a Thursday
+    values = {
+        "amount_minor": t.amount_minor,
+        "hour": hour,
+        "weekday": weekday,
+        "is_night": hour < 7,
+        "is_weekend": weekday >= 5,
+        "channel": CHANNELS.index(t.channel),
+        "mcc": int(t.mcc),
+        "cross_border": math.nan if t.card_country is None else t.card_country != t.country,
+    }
+    return float(values[name])
+
+
+def _over(a: float, b: float) -> float:
+    return math.nan if b == 0 else a / b
+
+
+def _history_value(aggregate: str, entity: Entity, amount: int, events: list[Transaction]) -> float:
+    n = float(len(events))
+    total = float(sum(e.amount_minor for e in events))
+    mean = _over(total, n)
+    squares = float(sum(min(e.amount_minor, 10_000_000) ** 2 for e in events))
+    std = math.nan if n < 2 else math.sqrt(max(squares / n - mean * mean, 0.0))
+    if aggregate == "count":
+        return n
+    if aggregate == "sum":
+        return total
+    if aggregate == "mean":
+        return mean
+    if aggregate == "max":
+        return float(max((e.amount_minor for e in events), default=math.nan))
+    if aggregate == "std":
+        return std
+    if aggregate == "ratio":
+        return _over(float(amount), mean)
+    if aggregate == "zscore":
+        return _over(float(amount) - mean, std)
+    assert aggregate in {"distinct_a", "distinct_b"}
+    dim = entity.dim_a if aggregate == "distinct_a" else entity.dim_b
+    return sketched_distinct([getattr(e, dim) for e in events])
+
+
+def _last_value(aggregate: str, t: Transaction, last: Transaction | None) -> float:
+    if last is None:
+        return math.nan
+    if aggregate == "since_last":
+        return (t.event_time_ms - last.event_time_ms) / 1000.0
+    assert aggregate == "speed"
+    if t.latitude is None or t.longitude is None or last.latitude is None or last.longitude is None:
+        return math.nan
+    lat1, lat2 = math.radians(float32(last.latitude)), math.radians(float32(t.latitude))
+    dlat, dlon = lat2 - lat1, math.radians(float32(t.longitude) - float32(last.longitude))
+    h = math.sin(dlat / 2) ** 2 + math.cos(lat1) * math.cos(lat2) * math.sin(dlon / 2) ** 2
+    km = 2 * 6371.0 * math.asin(math.sqrt(min(h, 1.0)))
+    return km / (max(t.event_time_ms - last.event_time_ms, 1000) / HOUR_MS)
+
+
+def features_of(t: Transaction, past: dict[str, Past]) -> list[float]:
+    """Every feature of `t`, in order, as single-precision numbers. `past` maps an entity's name to what was observed before."""
+    values = []
+    for f in FEATURES:
+        if f.entity is None:
+            values.append(float32(request_value(f.aggregate, t)))
+            continue
+        entity = next(e for e in ENTITIES if e.name == f.entity)
+        if getattr(t, entity.field) is None:
+            values.append(math.nan)
+        elif f.window is None:
+            values.append(float32(_last_value(f.aggregate, t, past[f.entity].last(entity, t.event_time_ms))))
+        else:
+            covered = past[f.entity].covered(entity, t.event_time_ms, f.window)
+            values.append(float32(_history_value(f.aggregate, entity, t.amount_minor, covered)))
+    return values
+
+
+# Great-circle trigonometry differs in the last bit between libraries; everything else is compared exactly.
+INEXACT = frozenset(f.name for f in FEATURES if f.aggregate == "speed")
+
+
+def differences(expected: Sequence[float], found: Sequence[float]) -> list[str]:
+    """A line for each feature whose two values differ: equal means the same bits, or both NaN."""
+    lines = []
+    for f, want, got in zip(FEATURES, expected, found, strict=True):
+        same = want == got or (math.isnan(want) and math.isnan(got))
+        if not same and not (f.name in INEXACT and math.isclose(want, got, rel_tol=1e-5, abs_tol=1e-3)):
+            lines.append(f"{f.name}: expected {want!r}, found {got!r}")
+    return lines
+
+
+@dataclass
+class Oracle:
+    """Feeds transactions in order of observation and tells what each one's features must be."""
+
+    pasts: dict[tuple[str, str], Past] = field(default_factory=dict)
+
+    def observe(self, t: Transaction) -> list[float]:
+        """The features of `t`, which is then part of the past."""
+        mine = {}
+        for entity in ENTITIES:
+            entity_id = getattr(t, entity.field)
+            if entity_id is not None:
+                mine[entity.name] = self.pasts.setdefault((entity.name, entity_id), Past())
+        values = features_of(t, mine)
+        for past in mine.values():
+            past.events.append(t)
+        return values

@@ -1,0 +1,69 @@
+"""The feature list: its names, its fingerprint, and what is unknown."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gateway.contracts import features
+from gateway.contracts.features import ENTITIES, FEATURE_INDEX, FEATURES, feature_matrix, request_columns
+from gateway.contracts.layout import HEAD_EVENT, TILE
+from gateway.contracts.transaction import Transaction
+from gateway.contracts.windows import aggregate
+
+T = Transaction(
+    transaction_id="t",
+    event_time_ms=1_700_000_000_000,  # a Tuesday, 22:13 UTC
+    card_id="c",
+    customer_id="u",
+    merchant_id="m",
+    amount_minor=1234,
+    currency="EUR",
+    channel="ecom",
+    mcc="5411",
+    country="DE",
+    card_country="FR",
+)
+
+
+def matrix_without_history(known: bool) -> list[float]:
+    none, one = np.zeros(0, np.int64), np.array([0], np.int64)
+    empty = aggregate(np.array([T.event_time_ms]), one, one + 64, none.astype(HEAD_EVENT), one, none.astype(TILE), one)
+    row = feature_matrix(request_columns([T]), [empty] * len(ENTITIES), np.full((1, len(ENTITIES)), known))[0]
+    return [float(x) for x in row]
+
+
+def test_a_first_transaction_has_counts_of_zero_and_no_means() -> None:
+    row = matrix_without_history(known=True)
+    assert row[FEATURE_INDEX["card_count_24h"]] == 0
+    assert np.isnan(row[FEATURE_INDEX["card_amount_mean_30d"]])
+    assert np.isnan(row[FEATURE_INDEX["card_since_last"]])
+
+
+def test_an_unknown_entity_has_no_values_at_all() -> None:
+    row = matrix_without_history(known=False)
+    for f in FEATURES:
+        assert np.isnan(row[FEATURE_INDEX[f.name]]) == (f.entity is not None), f.name
+
+
+def test_request_features_come_from_the_request() -> None:
+    row = matrix_without_history(known=False)
+    found = {
+        name: row[FEATURE_INDEX[name]] for name in ("hour", "weekday", "is_night", "is_weekend", "mcc", "cross_border", "channel")
+    }
+    assert found == {"hour": 22, "weekday": 1, "is_night": 0, "is_weekend": 0, "mcc": 5411, "cross_border": 1, "channel": 1}
+
+
+def test_the_fingerprint_follows_every_part_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {features.FINGERPRINT}
+    for name, value in (
+        ("FEATURES", FEATURES[:-1]),
+        ("ENTITIES", ENTITIES[:-1]),
+        ("SETTLE_MS", 1),
+        ("WINDOWS", ()),
+        ("SKETCH_ESTIMATE", []),
+    ):
+        with monkeypatch.context() as m:
+            m.setattr(features, name, value)
+            seen.add(features._fingerprint())
+    assert len(seen) == 6

@@ -1,0 +1,33 @@
+"""Settings: typed, bounded, and never guessed."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.contracts.settings import SettingError, load_settings
+
+
+def test_defaults_need_no_environment() -> None:
+    settings = load_settings({})
+    assert settings.bootstrap == "127.0.0.1:19092"
+    assert settings.registry.endswith("/apis/ccompat/v7")
+
+
+def test_a_port_moves_what_is_derived_from_it() -> None:
+    assert load_settings({"FRAUDGATE_REDIS_PORT": "7001"}).redis == "redis://127.0.0.1:7001/0"
+
+
+@pytest.mark.parametrize("value", ["0", "65536", "-1", "", "80.5", "http"])
+def test_a_bad_value_is_named_with_its_range(value: str) -> None:
+    with pytest.raises(SettingError, match=r"FRAUDGATE_KAFKA_PORT must be a whole number in 1\.\.65535"):
+        load_settings({"FRAUDGATE_KAFKA_PORT": value})
+
+
+def test_a_misspelt_setting_is_refused() -> None:
+    with pytest.raises(SettingError, match="FRAUDGATE_KAFAK_PORT is not a setting"):
+        load_settings({"FRAUDGATE_KAFAK_PORT": "1"})
+
+
+def test_budgets_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(SettingError, match="FEATURE_BUDGET_MS must be less"):
+        load_settings({"FRAUDGATE_FEATURE_BUDGET_MS": "80"})
