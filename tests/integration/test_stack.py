@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType
+from mlflow import MlflowClient
 
 from deploy import processes
 from deploy.stack import Stack, StackError
@@ -229,3 +230,20 @@ def test_two_commands_do_not_start_services_at_once(small: Stack) -> None:
         done = run_command(small.settings, "down")
     assert done.returncode == 1
     assert "another fraudgate command" in done.stderr
+
+
+def test_mlflow_keeps_runs_artifacts_and_models(stack: Stack, tmp_path: Path) -> None:
+    client = MlflowClient(stack.settings.mlflow)
+    run = client.create_run(client.create_experiment("a test of the stack"))
+    (tmp_path / "note.txt").write_text("kept by the server")
+    client.log_artifact(run.info.run_id, str(tmp_path / "note.txt"))
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
+    (tmp_path / "fetched").mkdir()
+    fetched = Path(client.download_artifacts(run.info.run_id, "note.txt", str(tmp_path / "fetched")))
+    assert fetched.read_text() == "kept by the server"
+    stored = list((stack.settings.home_path / "data/mlflow/artifacts").rglob("note.txt"))
+    assert len(stored) == 1
+    client.create_registered_model("a-test-of-the-stack")
+    version = client.create_model_version("a-test-of-the-stack", f"{run.info.artifact_uri}", run.info.run_id)
+    client.set_registered_model_alias("a-test-of-the-stack", "champion", version.version)
+    assert client.get_model_version_by_alias("a-test-of-the-stack", "champion").run_id == run.info.run_id
