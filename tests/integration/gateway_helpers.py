@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from gateway.contracts.transaction import Transaction, encode_json
 from gateway.contracts.wire import unframe
 
 TIMEOUT_S = 60.0
+# What the broker takes by default.
+MESSAGE_BYTES_MAX = 1_048_588
 
 
 def make_transaction(transaction_id: str, event_time_ms: int | None = None, **changes: Any) -> Transaction:
@@ -35,6 +38,11 @@ def make_transaction(transaction_id: str, event_time_ms: int | None = None, **ch
         "country": "DE",
     }
     return Transaction(**(values | changes))
+
+
+def name(prefix: str) -> str:
+    """A new one each time, with too few digits to be taken for a card number."""
+    return f"{prefix}-{secrets.token_hex(4)}"
 
 
 def request(settings: Settings, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, Any]]:
@@ -68,7 +76,14 @@ def ready_without(settings: Settings, *parts: str) -> bool:
 
 def produce(settings: Settings, values: Iterable[tuple[str, bytes]], headers: list[tuple[str, bytes]] | None = None) -> None:
     """Sends (key, value) pairs to the transactions topic and waits for the broker's acknowledgements."""
-    producer = Producer({"bootstrap.servers": settings.bootstrap, "partitioner": LIBRDKAFKA_PARTITIONER, "linger.ms": 5})
+    producer = Producer(
+        {
+            "bootstrap.servers": settings.bootstrap,
+            "partitioner": LIBRDKAFKA_PARTITIONER,
+            "linger.ms": 5,
+            "message.max.bytes": MESSAGE_BYTES_MAX,
+        }
+    )
     failed: list[KafkaError] = []
     for key, value in values:
         producer.produce(

@@ -17,7 +17,7 @@ from gateway.contracts.features import FEATURE_INDEX
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import QUARANTINE, SCORED_HEADER, SCORED_NEVER, TOPICS, TRANSACTIONS
-from gateway.contracts.transaction import encode_json
+from gateway.contracts.transaction import AMOUNT_MINOR_MIN, encode_json
 from gateway.contracts.wire import frame, unframe
 from loadtest.hostile import hostile_cases
 from tests.helpers import run_command, running_command
@@ -25,6 +25,7 @@ from tests.integration.gateway_helpers import (
     Decisions,
     Tail,
     make_transaction,
+    name,
     post,
     post_together,
     produce,
@@ -54,10 +55,6 @@ def decisions(served: Settings) -> Iterator[Decisions]:
     tail = Decisions(served)
     yield tail
     tail.close()
-
-
-def name(prefix: str) -> str:
-    return f"{prefix}-{time.time_ns()}"
 
 
 def test_each_door_gives_one_receipt_with_the_models_decision(served: Settings, decisions: Decisions) -> None:
@@ -186,7 +183,7 @@ def test_the_api_describes_score_and_the_metrics_count(served: Settings) -> None
     assert status == 200
     score = api["paths"]["/score"]["post"]
     assert set(score["responses"]) == {"200", "400", "409", "413", "422", "429", "503"}
-    assert api["components"]["schemas"]["Transaction"]["properties"]["amount_minor"]["minimum"] == 1
+    assert api["components"]["schemas"]["Transaction"]["properties"]["amount_minor"]["minimum"] == AMOUNT_MINOR_MIN
     assert request(served, "GET", "/healthz")[0] == 200
     status, problem = request(served, "GET", "/score")
     assert (status, problem["reason"]) == (405, "method_not_allowed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from gateway.contracts.features import FEATURE_INDEX
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import encode_json
 from tests.helpers import RunningCommand, running_command
-from tests.integration.gateway_helpers import Decisions, make_transaction, post, produce, ready_without
+from tests.integration.gateway_helpers import Decisions, make_transaction, name, post, produce, ready_without
 from tests.unit.gateway.factories import write_model
 
 pytestmark = pytest.mark.integration
@@ -24,10 +23,6 @@ REPLAYED = 6000
 
 def wait_ready(command: RunningCommand, settings: Settings) -> None:
     command.wait_until(lambda: ready_without(settings, "redis", "kafka"), READY_WITHIN_S, "the gateway is ready")
-
-
-def name(prefix: str) -> str:
-    return f"{prefix}-{time.time_ns()}"
 
 
 def test_redis_killed_in_traffic_costs_its_features_and_no_answer(stack: Stack, settings: Settings, tmp_path: Path) -> None:
