@@ -45,8 +45,8 @@ def train_and_register(
 ) -> Outcome:
     """Trains on the training set's `version` (None: the newest), checks the export, registers it and points `alias` at it.
 
-    `say` hears what begins. Raises a `ModelExportError`; then nothing is promoted. The registry is asked first, so that nobody waits
-    for a training whose result can't be kept.
+    `say` hears what begins. The registry is asked first, so that nobody waits for a training whose result can't be kept. Raises a
+    `ModelExportError`; then nothing is promoted.
     """
     registry = Registry(settings.mlflow)
     registry.check()

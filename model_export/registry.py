@@ -114,7 +114,8 @@ class Registry:
         with self._asking(f"look up {name}@{alias}"):
             try:
                 found = self._client.get_model_version_by_alias(name, alias)
-            except RestException as exc:
+            except MlflowException as exc:
+                # Which of the two an alias that isn't set gets depends on the store behind.
                 if exc.error_code in (NOT_FOUND, "INVALID_PARAMETER_VALUE"):
                     return None
                 raise
@@ -183,9 +184,12 @@ class Registry:
         """Maps MLflow's errors to ours: those it answered with, and those of not being answered."""
         try:
             yield
-        except RestException as exc:
+        except MlflowException as exc:
+            # An error of the client's own has no code but this one: it got no answer that it could use.
+            if exc.error_code == "INTERNAL_ERROR" and not isinstance(exc, RestException):
+                raise self._unavailable(exc) from exc
             raise RegistryRefusedError(f"MLflow at {self._url} could not {what}: {exc.message}") from exc
-        except (MlflowException, requests.RequestException) as exc:
+        except requests.RequestException as exc:
             raise self._unavailable(exc) from exc
 
     def _unavailable(self, exc: Exception) -> RegistryUnavailableError:

@@ -200,6 +200,17 @@ def test_a_server_that_accepts_and_never_answers_is_given_up(local: Settings) ->
             Registry(url, timeout_s=0.2).check()
 
 
+# MLflow's own store, which else runs in the server's process, uses what SQLAlchemy deprecates.
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+def test_a_registry_without_a_server_serves_as_well(local: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Such a store puts the files under the working directory.
+    monkeypatch.chdir(tmp_path)
+    fileless = dataclasses.replace(local, mlflow_url=f"sqlite:///{tmp_path}/mlflow.db")
+    train_and_register(fileless, name="serverless")
+    assert pull(fileless, "serverless") == ["1"]
+    assert Registry(fileless.mlflow).find("serverless", "challenger") is None
+
+
 @pytest.fixture
 def environment(local: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """`local`, also for what reads the environment."""
