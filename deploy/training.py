@@ -12,6 +12,7 @@ TRAINING_SET_OPTIONS = {
     "--from": ("MS|DATE", "oldest transaction of the training set"),
     "--to": ("MS|DATE", "end of the training set, not in it"),
     "--as-of": ("MS|DATE", "only labels known by then"),
+    "--label-delay-days": ("N", "leave out transactions younger than this: their labels are still to come"),
 }
 MODEL_OPTIONS = {
     "--name": ("NAME", "registered name of the model"),
@@ -48,5 +49,5 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
     first, second = of(TRAINING_SET_OPTIONS), of(MODEL_OPTIONS)
     if first and given["training_set_version"] is not None:
-        parser.error("--training-set-version takes a training set as it is: --from, --to and --as-of say nothing to it")
+        parser.error("--training-set-version takes a training set as it is: the options of a training set say nothing to it")
     return first, second
