@@ -65,3 +65,22 @@ def test_a_gateway_killed_in_a_replay_decides_and_counts_each_transaction_once(
     for card in range(CARDS):
         of_card = [found[f"{prefix}-{i}"] for i in range(card, REPLAYED, CARDS)]
         assert [r.features[FEATURE_INDEX["card_count_30d"]] for r in of_card] == list(range(len(of_card)))
+
+
+def test_kafka_killed_in_traffic_costs_no_answer_and_every_receipt_comes_once_it_is_back(
+    stack: Stack, settings: Settings, tmp_path: Path
+) -> None:
+    tail = Decisions(settings)
+    http = [make_transaction(name(f"down{i}")) for i in range(20)]
+    after = make_transaction(name("after"))
+    with running_command(settings, "serve", log_path=tmp_path / "gateway.log") as command:
+        wait_ready(command, settings)
+        stack.kill("kafka")
+        try:
+            assert {post(settings, t)[0] for t in http} == {200}
+        finally:
+            stack.start(["kafka"])
+        produce(settings, [(after.card_id, encode_json(after))])
+        found = tail.of(t.transaction_id for t in [*http, after])
+    tail.close()
+    assert found[after.transaction_id].door == "kafka"
