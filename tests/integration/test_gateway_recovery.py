@@ -34,10 +34,10 @@ def wait_ready(command: RunningCommand, settings: Settings) -> None:
 
 def test_redis_killed_in_traffic_costs_its_features_and_no_answer(stack: Stack, patient: Settings, tmp_path: Path) -> None:
     with running_command(
-        settings, "serve", log_path=tmp_path / "gateway.log", env={"FRAUDGATE_MODEL_DIR": str(tmp_path)}
+        patient, "serve", log_path=tmp_path / "gateway.log", env={"FRAUDGATE_MODEL_DIR": str(tmp_path)}
     ) as command:
         write_model(tmp_path)
-        wait_ready(command, settings)
+        wait_ready(command, patient)
         command.wait_until(lambda: ready_without(patient, "model"), READY_WITHIN_S, "the model is taken up")
         assert "request_only" not in post(patient, make_transaction(name("before")))[1]["degraded"]
         stack.kill("redis")
@@ -81,7 +81,7 @@ def test_kafka_killed_in_traffic_costs_no_answer_and_every_receipt_comes_once_it
     http = [make_transaction(name(f"down{i}")) for i in range(20)]
     after = make_transaction(name("after"))
     with running_command(patient, "serve", log_path=tmp_path / "gateway.log") as command:
-        wait_ready(command, settings)
+        wait_ready(command, patient)
         stack.kill("kafka")
         try:
             assert {post(patient, t)[0] for t in http} == {200}
