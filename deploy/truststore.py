@@ -24,7 +24,7 @@ _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re
 def system_certificates() -> list[bytes]:
     """The authorities that OpenSSL trusts by default here (SSL_CERT_FILE counts), in DER. Empty when there is no such file."""
     bundle = ssl.get_default_verify_paths().cafile
-    if bundle is None:
+    if not bundle:
         return []
     return [ssl.PEM_cert_to_DER_cert(pem) for pem in _PEM.findall(Path(bundle).read_text(errors="replace"))]
 

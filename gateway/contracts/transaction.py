@@ -139,8 +139,8 @@ def check(t: Transaction, now_ms: int) -> None:
     The order of the checks is the precedence of the reasons when several apply.
     """
     texts = _texts(t)
-    # The currency is matched by list, not by pattern, so that it isn't among the texts.
-    if _digit_run(texts) is not None or len(t.currency) > 12:
+    # `texts` leaves out channel, which is one of four words, and currency, which is looked at here when it can't be a code.
+    if _digit_run(texts) is not None or (len(t.currency) != 3 and _digit_run(t.currency) is not None):
         for field in TEXT_FIELDS:
             value = getattr(t, field)
             if value is not None and holds_card_number(value):

@@ -134,10 +134,12 @@ def aggregate(
     when = head["event_time_ms"]
     age = seq[owner[:heads]] - head["seq"].astype(np.int64)
     t_head = t_ms[owner[:heads]]
-    # Observed before this transaction, not later by event time, and among as many as the definition lets a head count.
-    recent = (age > 0) & (age <= capacity[owner[:heads]]) & (when <= t_head)
-    # Before the boundary an event counts from its tile once the Spark job has put it there.
-    loose = recent & ((when >= edge[owner[:heads]]) | (head["tiled"] == 0))
+    # Observed before this transaction and not later by event time; `recent`: among as many as the definition lets a head count.
+    seen = (age > 0) & (when <= t_head)
+    recent = seen & (age <= capacity[owner[:heads]])
+    # Before the boundary an event counts from its tile once the Spark job has put it there, and until then from the head, however
+    # many came after it.
+    loose = np.where(when >= edge[owner[:heads]], recent, seen & (head["tiled"] == 0))
 
     start = tiles["start_min"].astype(np.int64) * MINUTE_MS
     resolution = tiles["resolution_min"].astype(np.int64) * MINUTE_MS

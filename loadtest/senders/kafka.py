@@ -97,9 +97,11 @@ class KafkaSender:
 
         Raises `LoadError` when Kafka takes nothing any more.
         """
-        started = self._monotonic()
-        epoch = time.time()
+        started = epoch = None
         for sequence, since_first_ms, event in events:
+            if started is None or epoch is None:
+                # With the first payment in hand: building a world or opening a file is no part of the schedule.
+                started, epoch = self._monotonic(), time.time()
             due = pace.due_s(sequence, since_first_ms)
             now = self._monotonic() - started
             while due is not None and now < due:
@@ -112,7 +114,7 @@ class KafkaSender:
             if progress is not None:
                 progress(1)
         self.flush()
-        self.report.took_s = self._monotonic() - started
+        self.report.took_s = 0.0 if started is None else self._monotonic() - started
 
     def send(self, t: Transaction, is_fraud: bool, intended_s: float) -> None:
         """One payment at once; it enters the ledger before it leaves. Raises `LoadError` when the buffer stays full."""

@@ -132,9 +132,20 @@ class Store:
                 merged = merged[windows.keep_tiles(merged, owners, now_min=60)]
                 packed = layout.pack_tiles(i, check, batch_id, EPOCH, merged)
                 hashes = b"".join(layout.txn_hash(t.transaction_id).to_bytes(8, "little") for t in events)
-                keys = [layout.head_key(e.name, entity_id), layout.tiles_key(e.name, entity_id)]
-                limits = [layout.HEAD_COMPACT_ABOVE, layout.HEAD_KEPT_MIN, 2_000, windows.HEAD_RETENTION_MS]
-                replies.append(self.merge_script(keys=keys, args=[packed, hashes, layout.TILES_TTL_MS, *limits]))
+                keys = [
+                    layout.head_key(e.name, entity_id),
+                    layout.tiles_key(e.name, entity_id),
+                    layout.early_key(e.name, entity_id),
+                ]
+                limits = [
+                    layout.HEAD_COMPACT_ABOVE,
+                    layout.HEAD_KEPT_MIN,
+                    2_000,
+                    windows.HEAD_RETENTION_MS,
+                    layout.EARLY_TTL_MS,
+                    1_024,
+                ]
+                replies.append(self.merge_script(keys=keys, args=[packed, hashes, b"", len(events), layout.TILES_TTL_MS, *limits]))
         return replies
 
 

@@ -7,7 +7,8 @@
 --       then for each transaction: claim (fingerprint and position, 32 bytes), number of entities,
 --       then for each entity: capacity, head header for a new head (16 bytes), packed event (48 bytes)
 -- Reply progress, then for each transaction: its idempotency record before (or false), then, unless the record settles it
---       (another fingerprint, another position, or an answer), for each entity: head, tiles, own seq.
+--       (another fingerprint, another position, or an answer to the HTTP door), for each entity: head, tiles, own seq.
+--       A redelivery from the same position of Kafka is decided again, since its first decision was never committed.
 local update = ARGV[1] == '1'
 local reply = {redis.call('GET', KEYS[1])}
 local k, a = 2, 4
@@ -20,19 +21,20 @@ while a <= #ARGV do
   end
   k = k + 1
   reply[#reply + 1] = before
-  if before and (#before > 32 or string.sub(before, 1, 32) ~= claim) then
+  if before and (string.sub(before, 1, 32) ~= claim or (#before > 32 and string.sub(claim, 17, 17) == 'h')) then
     k = k + 2 * entities
     a = a + 3 * entities
   else
     for _ = 1, entities do
       local head_key, tiles_key = KEYS[k], KEYS[k + 1]
-      local capacity, event = tonumber(ARGV[a]), ARGV[a + 2]
+      local capacity, header, event = tonumber(ARGV[a]), ARGV[a + 1], ARGV[a + 2]
       k = k + 2
       a = a + 3
       local head = redis.call('GET', head_key) or ''
       local seq = 0
       local own = nil
-      if #head >= 16 then
+      local sound = #head >= 16 and (#head - 16) % 48 == 0 and string.sub(head, 1, 8) == string.sub(header, 1, 8)
+      if sound then
         local b1, b2, b3, b4 = string.byte(head, 9, 12)
         seq = b1 + b2 * 256 + b3 * 65536 + b4 * 16777216
         -- Idempotent: an event that stands here already keeps its place.
@@ -68,8 +70,10 @@ while a <= #ARGV do
             at = at + 1
           end
         end
-        if head == '' then
-          redis.call('SET', head_key, string.sub(ARGV[a - 2], 1, 8) .. struct.pack('<I4I4', seq + 1, 0) .. stamped, 'PX', ARGV[3])
+        if not sound then
+          -- New, or no head of this layout and key: then events are missing, which the counter of the evicted says.
+          local lost = head == '' and 0 or 1
+          redis.call('SET', head_key, string.sub(header, 1, 8) .. struct.pack('<I4I4', seq + 1, lost) .. stamped, 'PX', ARGV[3])
         elseif #head - 16 >= 48 * (capacity + math.floor(capacity / 4)) then
           -- Full: the oldest go, and those that no tile holds yet are counted, for then the value is short of them.
           local drop = (#head - 16) / 48 - capacity + 1

@@ -1,0 +1,249 @@
+"""The composition root: settings in, one ASGI application out. The only place that builds the gateway's parts and joins them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Response
+from fastapi.openapi.utils import get_openapi
+
+from gateway.avro import SchemaBook
+from gateway.batcher import Batcher
+from gateway.contracts.decision import Answer
+from gateway.contracts.features import FINGERPRINT
+from gateway.contracts.registry import SchemaRegistry
+from gateway.contracts.settings import Settings
+from gateway.contracts.transaction import (
+    AMOUNT_MINOR_MAX,
+    AMOUNT_MINOR_MIN,
+    BIN_PATTERN,
+    COUNTRY_PATTERN,
+    ID_FIELDS,
+    ID_PATTERN,
+    MCC_PATTERN,
+    Transaction,
+)
+from gateway.errors import HTTP_ERRORS, REFUSAL_STATUS, Problem
+from gateway.http import SCORE_PATH, Receive, Scope, ScoreDoor, Send
+from gateway.kafka import KafkaDoor
+from gateway.metrics import Metrics
+from gateway.model import Model, ModelSlot
+from gateway.policy import load_policy
+from gateway.publisher import Publisher
+from gateway.redis_link import RedisLink
+from gateway.scorer import Scorer
+from gateway.store import Store
+
+log = logging.getLogger(__name__)
+
+CODE_VERSION = version("fraudgate")
+DRAIN_S = 10.0
+REDIS_WAIT_S = 1.0
+REDIS_POLL_S = 0.01
+
+
+class Gateway:
+    """All parts of one gateway process. It is an ASGI application: /score goes straight to its door, the rest to FastAPI.
+
+    Raises `PolicyRefusedError` when the policy can't serve: a gateway doesn't start without one.
+    """
+
+    def __init__(self, settings: Settings, *, kafka: bool = True) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.policy = load_policy(settings.policy_path)
+        self.schemas = SchemaBook(SchemaRegistry(settings.registry, settings.schemas_path))
+        self.models = ModelSlot(settings.models_path, on_change=self._model_changed, on_refused=self.metrics.model_refused.inc)
+        claim_ttl_ms = settings.idempotency_window_s * 1000
+        # A connection for each door: a chunk from Kafka and a caller's batch don't wait for each other's replies.
+        self.links = [RedisLink(settings.redis, settings.feature_budget_ms / 1000) for _ in range(2)]
+        self.scorers = [
+            Scorer(
+                Store(link, claim_ttl_ms),
+                self.models,
+                self.policy,
+                self.metrics,
+                feature_budget_ms=settings.feature_budget_ms,
+                code_version=CODE_VERSION,
+            )
+            for link in self.links
+        ]
+        http_scorer, kafka_scorer = self.scorers
+        kafka_scorer.deciding = http_scorer.deciding
+        self.publisher = Publisher(settings.bootstrap, self.schemas, self.metrics, settings.publish_buffer_max)
+        self.batcher = Batcher(
+            http_scorer,
+            self.publisher,
+            self.metrics,
+            batch_rows_max=settings.batch_rows_max,
+            in_flight_max=settings.in_flight_max,
+            publish_budget_s=settings.publish_budget_ms / 1000,
+        )
+        self.door = ScoreDoor(self.batcher, self.metrics, settings.decision_budget_ms)
+        self.kafka = None
+        if kafka:
+            self.kafka = KafkaDoor(
+                kafka_scorer,
+                self.schemas,
+                self.metrics,
+                bootstrap=settings.bootstrap,
+                group=settings.consumer_group,
+                instance=settings.instance_id,
+                batch_rows_max=settings.batch_rows_max,
+            )
+        self.ready = False
+        self._watcher: asyncio.Task[None] | None = None
+        self.metrics.build_info.labels(CODE_VERSION, FINGERPRINT, self.policy.digest).set(1)
+        self.api = _make_api(self)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == SCORE_PATH:
+            await self.door(scope, receive, send)
+        else:
+            await self.api(scope, receive, send)
+
+    async def start(self) -> None:
+        """Ready when this returns, at worst degraded: nothing here waits long for a component that is down."""
+        for link in self.links:
+            link.start()
+        await self.models.refresh()
+        await self._wait_for_redis()
+        self.publisher.start()
+        self._watcher = asyncio.create_task(self.models.watch())
+        if self.kafka is not None:
+            self.kafka.start()
+        self.ready = True
+        log.info("gateway: ready on port %d; degraded: %s", self.settings.gateway_port, ", ".join(self.degraded()) or "nothing")
+
+    async def _wait_for_redis(self) -> None:
+        """Give the first connection a moment, so that a gateway started beside a healthy Redis is never degraded."""
+        for _ in range(round(REDIS_WAIT_S / REDIS_POLL_S)):
+            if all(link.ready for link in self.links):
+                return
+            await asyncio.sleep(REDIS_POLL_S)
+
+    async def stop(self) -> None:
+        """Take nothing new, finish and commit what is under way, deliver what is buffered, leave."""
+        self.ready = False
+        await self.batcher.drain(DRAIN_S)
+        if self.kafka is not None:
+            await self.kafka.stop(DRAIN_S)
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.wait({self._watcher})
+        await self.publisher.stop(DRAIN_S)
+        for link in self.links:
+            await link.stop()
+        log.info("gateway: stopped")
+
+    def degraded(self) -> list[str]:
+        """What this gateway does without right now."""
+        missing = []
+        if not self.links[0].ready:
+            missing.append("redis")
+        if self.models.model is None:
+            missing.append("model")
+        if self.kafka is not None and not self.kafka.connected:
+            missing.append("kafka")
+        return missing
+
+    def _model_changed(self, model: Model | None) -> None:
+        self.metrics.model_info.clear()
+        if model is not None:
+            self.metrics.model_info.labels(model.ref.name, model.ref.version, model.digest).set(1)
+
+
+def _make_api(gateway: Gateway) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await gateway.start()
+        try:
+            yield
+        finally:
+            await gateway.stop()
+
+    api = FastAPI(title="Fraudgate", version=CODE_VERSION, lifespan=lifespan, description="Fraud decisions on card transactions.")
+
+    @api.get("/healthz", summary="Alive")
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @api.get("/readyz", summary="Ready to score, and what it does without", responses={503: {"description": "not ready"}})
+    async def readyz(response: Response) -> dict[str, Any]:
+        if not gateway.ready:
+            response.status_code = 503
+        model = gateway.models.model
+        return {
+            "ready": gateway.ready,
+            "degraded": gateway.degraded(),
+            "model": None if model is None else {"name": model.ref.name, "version": model.ref.version, "digest": model.digest},
+            "model_refused": gateway.models.refused,
+            "policy": {"name": gateway.policy.name, "digest": gateway.policy.digest},
+            "feature_fingerprint": FINGERPRINT,
+            "code_version": CODE_VERSION,
+        }
+
+    @api.get("/metrics", summary="Metrics in Prometheus' exposition format", response_class=Response)
+    async def metrics() -> Response:
+        return Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def openapi() -> dict[str, Any]:
+        if api.openapi_schema is None:
+            schema = get_openapi(title=api.title, version=api.version, description=api.description, routes=api.routes)
+            _describe_score(schema)
+            api.openapi_schema = schema
+        return api.openapi_schema
+
+    api.openapi = openapi  # type: ignore[method-assign]
+    return api
+
+
+def _describe_score(schema: dict[str, Any]) -> None:
+    """Add POST /score, which FastAPI doesn't route, to the OpenAPI document."""
+    refs, components = msgspec.json.schema_components((Transaction, Answer, Problem), ref_template="#/components/schemas/{name}")
+    _add_bounds(components["Transaction"]["properties"])
+    schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+    transaction, answer, problem = refs
+    by_status: dict[int, list[str]] = {}
+    for refusal, status in REFUSAL_STATUS.items():
+        by_status.setdefault(status, []).append(refusal.value)
+    for error in HTTP_ERRORS:
+        if error.http_status != 405:
+            by_status.setdefault(error.http_status, []).append(error.reason)
+    responses: dict[str, Any] = {
+        str(status): {
+            "description": f"reason: {', '.join(reasons)}",
+            "content": {"application/problem+json": {"schema": problem}},
+        }
+        for status, reasons in sorted(by_status.items())
+    }
+    responses["200"] = {"description": "the decision", "content": {"application/json": {"schema": answer}}}
+    schema["paths"][SCORE_PATH] = {
+        "post": {
+            "summary": "Decide one transaction",
+            "operationId": "score",
+            "requestBody": {"required": True, "content": {"application/json": {"schema": transaction}}},
+            "responses": responses,
+        }
+    }
+
+
+def _add_bounds(properties: dict[str, Any]) -> None:
+    """The bounds that contracts.transaction.check applies, for readers of the OpenAPI document."""
+    patterns = {**dict.fromkeys(ID_FIELDS, ID_PATTERN), "mcc": MCC_PATTERN, "country": COUNTRY_PATTERN}
+    patterns |= {"card_country": COUNTRY_PATTERN, "card_bin": BIN_PATTERN, "currency": r"^[A-Z]{3}$"}
+    for name, pattern in patterns.items():
+        for variant in properties[name].get("anyOf", [properties[name]]):
+            if variant.get("type") == "string":
+                variant["pattern"] = pattern
+    properties["amount_minor"] |= {"minimum": AMOUNT_MINOR_MIN, "maximum": AMOUNT_MINOR_MAX}
+    for name, limit in (("latitude", 90), ("longitude", 180)):
+        for variant in properties[name]["anyOf"]:
+            if variant.get("type") == "number":
+                variant.update(minimum=-limit, maximum=limit)

@@ -1,0 +1,110 @@
+"""Every metric of the gateway, by name, in one place. Counted once a batch; dashboards and alerts name nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+# Dense where the promises are: 1..20 by one, then wider, up to 150 ms and beyond.
+LATENCY_BOUNDS_MS: tuple[float, ...] = (
+    0.5,
+    *(float(n) for n in range(1, 21)),
+    *(float(n) for n in range(25, 105, 5)),
+    *(110.0, 120.0, 130.0, 140.0, 150.0, 200.0, 500.0, 1000.0, 5000.0),
+)
+STEP_BOUNDS_MS: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 40.0, 60.0, 100.0, 200.0, 500.0, 2000.0)
+BATCH_BOUNDS: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+
+
+class BatchHistogram(Collector):
+    """A histogram that takes a whole batch of observations at once, by the values of one label."""
+
+    def __init__(self, name: str, doc: str, bounds: Sequence[float], label: str, registry: CollectorRegistry) -> None:
+        self._name, self._doc, self._label = name, doc, label
+        self._bounds = np.array(bounds)
+        self._counts: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
+        self._sums: dict[str, float] = {}
+        registry.register(self)
+
+    def observe(self, label: str, values: Sequence[float]) -> None:
+        """Count each of `values`."""
+        counts = self._counts.get(label)
+        if counts is None:
+            counts = self._counts[label] = np.zeros(len(self._bounds) + 1, np.int64)
+            self._sums[label] = 0.0
+        counts += np.bincount(np.searchsorted(self._bounds, values, side="left"), minlength=len(counts))
+        self._sums[label] += float(sum(values))
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._doc, labels=[self._label])
+        for label, counts in self._counts.items():
+            cumulative = np.cumsum(counts).tolist()
+            bounds = [*(str(b) for b in self._bounds.tolist()), "+Inf"]
+            family.add_metric([label], list(zip(bounds, cumulative, strict=True)), self._sums[label])
+        yield family
+
+    def describe(self) -> Iterator[Metric]:
+        yield HistogramMetricFamily(self._name, self._doc, labels=[self._label])
+
+
+class Metrics:
+    """One set of metrics with its own registry: a process has one, a test as many as it likes."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.decisions = Counter(
+            "fraudgate_decisions", "Transactions decided, by outcome and door", ["outcome", "door"], registry=registry
+        )
+        self.latency_ms = BatchHistogram(
+            "fraudgate_decision_latency_ms",
+            "From arrival at a door to the answer, milliseconds",
+            LATENCY_BOUNDS_MS,
+            "door",
+            registry,
+        )
+        self.step_ms = BatchHistogram(
+            "fraudgate_step_ms",
+            "Time of a batch in each step: features, model, policy, publish (HTTP), commit (Kafka)",
+            STEP_BOUNDS_MS,
+            "step",
+            registry,
+        )
+        self.batch_rows = BatchHistogram("fraudgate_batch_rows", "Transactions in a micro-batch", BATCH_BOUNDS, "door", registry)
+        self.in_flight = Gauge("fraudgate_in_flight", "Transactions accepted over HTTP and not yet answered", registry=registry)
+        self.refused = Counter("fraudgate_refused", "Inputs refused, by reason and door", ["reason", "door"], registry=registry)
+        self.degraded = Counter("fraudgate_degraded", "Decisions made without something, by kind", ["kind"], registry=registry)
+        self.duplicates = Counter(
+            "fraudgate_duplicates", "Retries answered or skipped because they were decided before", ["door"], registry=registry
+        )
+        self.rule_hits = Counter("fraudgate_rule_hits", "Rules that fired", ["rule"], registry=registry)
+        self.buffer = Gauge("fraudgate_publish_buffer_records", "Records waiting for Kafka to acknowledge them", registry=registry)
+        self.published = Counter("fraudgate_published", "Records acknowledged by Kafka, by topic", ["topic"], registry=registry)
+        self.publish_dropped = Counter(
+            "fraudgate_publish_dropped", "Records dropped because the buffer was full", registry=registry
+        )
+        self.lag = Gauge(
+            "fraudgate_consumer_lag_records", "Records of transactions not yet consumed", ["partition"], registry=registry
+        )
+        self.kafka_sessions = Counter(
+            "fraudgate_kafka_sessions", "Times the Kafka door (re)joined its consumer group", registry=registry
+        )
+        self.redis_ready = Gauge("fraudgate_redis_ready", "1 while a probed connection to Redis stands", registry=registry)
+        self.values_refused = Gauge(
+            "fraudgate_packed_values_refused", "Packed values of an unknown version or another key, not used", registry=registry
+        )
+        self.records_failed = Gauge(
+            "fraudgate_idempotency_records_failed", "Answers that could not be stored for retries", registry=registry
+        )
+        self.model_refused = Counter("fraudgate_model_refused", "Models that failed a check and don't serve", registry=registry)
+        self.model_info = Gauge("fraudgate_model_info", "The model that serves", ["name", "version", "digest"], registry=registry)
+        self.build_info = Gauge(
+            "fraudgate_build_info", "What runs", ["version", "feature_fingerprint", "policy_digest"], registry=registry
+        )
+
+    def text(self) -> bytes:
+        """The exposition format of Prometheus."""
+        return generate_latest(self.registry)

@@ -1,0 +1,258 @@
+"""The scorer that both doors share: a batch of transactions in, a result for each out, with one await on Redis in between.
+
+`Scorer.decide` is the whole path: guard, one await, a pure tail. `Batcher` forms micro-batches for callers that come one by one:
+while a batch is in flight the next one collects, and nothing waits when the gateway is idle.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from gateway.avro import encode_receipt
+from gateway.contracts.decision import Answer, Door, Outcome, ReasonText, Receipt, risk_score
+from gateway.contracts.features import ENTITIES, FINGERPRINT, RequestColumns, request_columns
+from gateway.contracts.layout import FINGERPRINT_BYTES, POSITION
+from gateway.contracts.reasons import REASON_TEXT, Degraded, Reason
+from gateway.job import Job, Result, Verdict
+from gateway.metrics import Metrics
+from gateway.model import Model, ModelSlot
+from gateway.policy import Columns, Policy
+from gateway.store import Observation, Store, request_only_matrix
+
+log = logging.getLogger(__name__)
+
+# What is left of the budget must hold the model, the policy and the reply.
+TAIL_BUDGET_MS = 10
+MODEL_BUDGET_MS = 5
+assert MODEL_BUDGET_MS < TAIL_BUDGET_MS
+# Nobody waits at the Kafka door, so it gives Redis more time before it goes on without.
+STREAM_FEATURE_BUDGET_MS = 500
+CLAIM_BYTES = FINGERPRINT_BYTES + POSITION.size
+
+_answer_encoder = msgspec.msgpack.Encoder()
+_answer_decoder = msgspec.msgpack.Decoder(Answer)
+_REASONS: dict[Reason, ReasonText] = {r: ReasonText(code=r.value, text=text) for r, text in REASON_TEXT.items()}
+_NOT_OBSERVED = [-1] * len(ENTITIES)
+
+
+@dataclass(slots=True)
+class _Timing:
+    """time.monotonic() at the end of each step of a batch."""
+
+    started_s: float
+    observed_s: float
+    modelled_s: float = 0.0
+    decided_s: float = 0.0
+
+
+class Scorer:
+    """`now_ms` is the wall clock, `clock_s` the monotonic one."""
+
+    def __init__(
+        self,
+        store: Store,
+        models: ModelSlot,
+        policy: Policy,
+        metrics: Metrics,
+        *,
+        feature_budget_ms: int,
+        code_version: str,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._models = models
+        self._policy = policy
+        self._metrics = metrics
+        self._feature_budget_s = feature_budget_ms / 1000
+        self._code_version = code_version
+        self._now_ms = now_ms
+        self._clock_s = clock_s
+        # transaction_ids that the HTTP door is deciding: the Kafka door leaves them to it.
+        self.deciding: set[str] = set()
+
+    async def decide(self, jobs: Sequence[Job]) -> list[Result]:
+        """A result for each of `jobs`, in their order. Each job is claimed and counted once; never raises for what Redis does."""
+        started_s = self._clock_s()
+        request = request_columns([job.transaction for job in jobs])
+        timeout_s = self._feature_timeout_s(jobs, started_s)
+        observation = None
+        if timeout_s > 0 and self._store.ready:
+            observation = await self._store.observe(jobs, request, timeout_s)
+        timing = _Timing(started_s, self._clock_s())
+        results, overtaken = self._settle(jobs, observation)
+        self._decide_fresh(jobs, results, request, observation, timing)
+        if overtaken:
+            # Claimed over HTTP by a gateway that is gone: decided here, under the same claim.
+            again = await self.decide(overtaken)
+            by_job = {id(result.job): result for result in again}
+            results = [by_job[id(job)] if result is None else result for job, result in zip(jobs, results, strict=True)]
+        return [result for result in results if result is not None]
+
+    def _feature_timeout_s(self, jobs: Sequence[Job], now_s: float) -> float:
+        """How long to wait for Redis: its budget, or what the most urgent job's deadline leaves beside the tail's."""
+        deadlines = [job.deadline_s for job in jobs if job.deadline_s is not None]
+        if not deadlines:
+            return max(self._feature_budget_s, STREAM_FEATURE_BUDGET_MS / 1000)
+        return min(self._feature_budget_s, min(deadlines) - now_s - TAIL_BUDGET_MS / 1000)
+
+    def _settle(self, jobs: Sequence[Job], observation: Observation | None) -> tuple[list[Result | None], list[Job]]:
+        """Results of the jobs that an idempotency record settles, None for the others; and those to decide in another's place."""
+        results: list[Result | None] = [None] * len(jobs)
+        overtaken: list[Job] = []
+        if observation is None:
+            return results, overtaken
+        for i, before in enumerate(observation.settled):
+            if before is None:
+                continue
+            job = jobs[i]
+            if before[:FINGERPRINT_BYTES] != job.fingerprint:
+                results[i] = Result(job, Verdict.CONFLICT)
+            elif len(before) > CLAIM_BYTES:
+                results[i] = Result(job, Verdict.DUPLICATE, answer=_answer_decoder.decode(before[CLAIM_BYTES:]))
+            elif job.door is Door.HTTP:
+                results[i] = Result(job, Verdict.IN_PROGRESS)
+            elif before[FINGERPRINT_BYTES : FINGERPRINT_BYTES + 1] == b"k" or job.transaction.transaction_id in self.deciding:
+                # The first record of Kafka is decided, or will be when it is delivered again.
+                results[i] = Result(job, Verdict.DUPLICATE)
+            else:
+                job.position = before[FINGERPRINT_BYTES:CLAIM_BYTES]
+                overtaken.append(job)
+        return results, overtaken
+
+    def _decide_fresh(
+        self,
+        jobs: Sequence[Job],
+        results: list[Result | None],
+        request: RequestColumns,
+        observation: Observation | None,
+        timing: _Timing,
+    ) -> None:
+        """Fill in the results of the rows that nothing settled."""
+        rows = [i for i in range(len(jobs)) if results[i] is None and (observation is None or observation.settled[i] is None)]
+        if not rows:
+            return
+        fresh = [jobs[i] for i in rows]
+        matrix = request_only_matrix(request) if observation is None else observation.matrix
+        if len(rows) != len(jobs):
+            matrix = matrix[rows]
+        model = self._models.model
+        probability = self._probability(model, matrix, fresh)
+        timing.modelled_s = self._clock_s()
+        columns = Columns(
+            batch=[job.transaction for job in fresh],
+            matrix=matrix,
+            score=np.full(len(fresh), np.nan) if probability is None else np.floor(probability * 1000 + 0.5),
+        )
+        decisions = self._policy.decide(columns, has_features=observation is not None)
+        timing.decided_s = self._clock_s()
+        degraded = self._degraded(rows, observation, probability is not None)
+        now_ms = self._now_ms()
+        features = matrix.tolist()
+        seq = None if observation is None else observation.seq[rows].tolist()
+        tiles_age_ms = None if observation is None else observation.tiles_age_ms
+        scored_by = None if probability is None or model is None else model
+        features_us, model_us, policy_us = (
+            round((b - a) * 1e6)
+            for a, b in (
+                (timing.started_s, timing.observed_s),
+                (timing.observed_s, timing.modelled_s),
+                (timing.modelled_s, timing.decided_s),
+            )
+        )
+        records: list[tuple[Job, bytes]] = []
+        for k, (i, job) in enumerate(zip(rows, fresh, strict=True)):
+            p = None if probability is None else float(probability[k])
+            score = decisions.fallback_score[k] if p is None else risk_score(p)
+            reasons = decisions.reasons[k]
+            answer = Answer(
+                transaction_id=job.transaction.transaction_id,
+                decision=decisions.outcome[k],
+                risk_score=score,
+                probability=p,
+                reasons=[_REASONS[r] for r in reasons],
+                rule_hits=decisions.rule_hits[k],
+                model=None if scored_by is None else scored_by.ref,
+                degraded=degraded[k],
+                latency_ms=round((timing.decided_s - job.received_s) * 1000, 3),
+            )
+            receipt = Receipt(
+                transaction_id=job.transaction.transaction_id,
+                transaction=job.transaction,
+                door=job.door,
+                source_partition=job.partition,
+                source_offset=job.offset,
+                received_at_ms=job.received_ms,
+                decided_at_ms=now_ms,
+                decision=decisions.outcome[k],
+                risk_score=score,
+                probability=p,
+                reasons=[r.value for r in reasons],
+                rule_hits=decisions.rule_hits[k],
+                degraded=degraded[k],
+                model_name=None if scored_by is None else scored_by.ref.name,
+                model_version=None if scored_by is None else scored_by.ref.version,
+                model_digest=None if scored_by is None else scored_by.digest,
+                route=None if scored_by is None else scored_by.ref.route,
+                feature_fingerprint=FINGERPRINT,
+                features=features[k],
+                observed_seq=_NOT_OBSERVED if seq is None else seq[k],
+                tiles_age_ms=tiles_age_ms,
+                policy_digest=self._policy.digest,
+                code_version=self._code_version,
+                admit_us=round((timing.started_s - job.received_s) * 1e6),
+                features_us=features_us,
+                model_us=model_us,
+                policy_us=policy_us,
+            )
+            results[i] = Result(job, Verdict.DECIDED, answer=answer, receipt=encode_receipt(receipt))
+            records.append((job, _answer_encoder.encode(answer)))
+        self._store.record(records)
+        self._count(fresh, decisions.outcome, decisions.rule_hits, degraded, timing)
+
+    def _probability(
+        self, model: Model | None, matrix: npt.NDArray[np.float32], jobs: Sequence[Job]
+    ) -> npt.NDArray[np.float64] | None:
+        """The model's probabilities, or None when there is no model or no time for it."""
+        if model is None:
+            return None
+        deadlines = [job.deadline_s for job in jobs if job.deadline_s is not None]
+        if deadlines and min(deadlines) - self._clock_s() < MODEL_BUDGET_MS / 1000:
+            return None
+        return model.probability(matrix)
+
+    @staticmethod
+    def _degraded(rows: list[int], observation: Observation | None, scored: bool) -> list[list[str]]:
+        """By row, the rungs of the ladder that the decision stands on."""
+        if observation is None:
+            kind = Degraded.REQUEST_ONLY if scored else Degraded.STATIC_POLICY
+            return [[kind.value]] * len(rows)
+        without_model = [] if scored else [Degraded.RULES_ONLY.value]
+        stale = [Degraded.STALE_FEATURES.value, *without_model]
+        return [stale if is_stale else without_model for is_stale in observation.stale[rows].tolist()]
+
+    def _count(
+        self, jobs: Sequence[Job], outcomes: list[Outcome], rule_hits: list[list[str]], degraded: list[list[str]], timing: _Timing
+    ) -> None:
+        metrics, door = self._metrics, jobs[0].door.value
+        for outcome, n in Counter(outcomes).items():
+            metrics.decisions.labels(outcome.value, door).inc(n)
+        for kind, n in Counter(kind for kinds in degraded for kind in kinds).items():
+            metrics.degraded.labels(kind).inc(n)
+        for rule, n in Counter(rule for rules in rule_hits for rule in rules).items():
+            metrics.rule_hits.labels(rule).inc(n)
+        metrics.batch_rows.observe(door, [len(jobs)])
+        metrics.step_ms.observe("features", [(timing.observed_s - timing.started_s) * 1000])
+        metrics.step_ms.observe("model", [(timing.modelled_s - timing.observed_s) * 1000])
+        metrics.step_ms.observe("policy", [(timing.decided_s - timing.modelled_s) * 1000])
+        metrics.redis_ready.set(self._store.ready)
+        metrics.values_refused.set(self._store.refused_values)
+        metrics.records_failed.set(self._store.failed_records)
