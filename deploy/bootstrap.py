@@ -22,6 +22,7 @@ from deploy.toolchain import system_java_home, system_redis
 
 ROOT = Path(__file__).resolve().parent.parent
 UV_FOLDER = ROOT / "build/uv"
+APT_LOG = ROOT / "build/apt.log"
 # The first that reads this lock file's format.
 UV_VERSION_MIN = (0, 7)
 JAVA_PACKAGES = ("openjdk-17-jre-headless", "openjdk-21-jre-headless", "default-jre-headless")
@@ -64,6 +65,7 @@ def install_with_apt() -> None:
     say("apt", f"installing {', '.join(packages) or 'nothing'}")
     if packages and not _apt("install", "--yes", "--no-install-recommends", *packages):
         say("apt", "the installation failed; wheels stand in")
+        return
     say("apt", f"done in {time.monotonic() - begin:.0f} s")
 
 
@@ -144,14 +146,21 @@ def _first_available(packages: tuple[str, ...]) -> str | None:
 
 
 def _apt(*arguments: str) -> bool:
+    """Run apt-get without questions, its output kept in build/apt.log and the end of it shown when it fails."""
     env = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
-    return _run(["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120", *arguments], env)
+    APT_LOG.parent.mkdir(exist_ok=True)
+    argv = ["apt-get", "-o", "DPkg::Lock::Timeout=120", *arguments]
+    with APT_LOG.open("wb") as log:
+        status = subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
+    if status != 0:
+        print("\n".join(APT_LOG.read_text(errors="replace").splitlines()[-20:]), file=sys.stderr)
+    return status == 0
 
 
-def _run(argv: list[str], env: dict[str, str] | None = None) -> bool:
+def _run(argv: list[str]) -> bool:
     """Run with its output shown; True when it succeeded."""
     try:
-        return subprocess.run(argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, check=False).returncode == 0
+        return subprocess.run(argv, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode == 0
     except OSError as exc:
         say("setup", f"{argv[0]} could not be run: {exc}")
         return False

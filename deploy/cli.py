@@ -36,7 +36,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("down", "deploy.commands", "down", "stop everything that up started"),
         Command("restart", "deploy.commands", "restart", "stop one service and start it again"),
         Command("status", "deploy.commands", "status", "what runs, on which port, and whether it is well"),
-        Command("demo", "deploy.demo", "main", "the whole pipeline, from an empty directory to a table of results"),
+        Command("demo", "deploy.demo", "demo", "the whole pipeline, from an empty directory to a table of results"),
     ),
     "Scoring": (
         Command("serve", "gateway.commands", "serve", "run the gateway: POST /score and the transactions topic"),

@@ -234,6 +234,8 @@ class Demo:
         deadline = time.monotonic() + within_s
         shown = time.monotonic()
         while (have := count()) < wanted:
+            if self.stack.pid("jobs") is None:
+                raise DemoError(f"the feature jobs ended; {self.stack.log_path('jobs')} says why")
             if time.monotonic() > deadline:
                 raise DemoError(f"after {within_s:.0f} s there are {have:,} {what}, {wanted:,} were expected")
             if time.monotonic() - shown >= 5:
@@ -342,8 +344,9 @@ def demo(argv: list[str]) -> int:
     parser.add_argument("--rate", type=float, default=800, metavar="N", help="live payments a second (default 800)")
     parser.add_argument("--seed", type=int, default=7, help="of the simulation (default 7)")
     parser.add_argument("--json", type=Path, default=REPORT_FILE, metavar="FILE", help=f"the figures (default {REPORT_FILE})")
+    parser.add_argument("--keep", action="store_true", help="leave everything running at the end")
     args = parser.parse_args(argv)
-    demo_run = None
+    demo_run, finished = None, False
     try:
         settings = empty_home(load_settings())
         demo_run = Demo(settings, Plan(args.history, args.live, args.rate, args.seed))
@@ -351,11 +354,12 @@ def demo(argv: list[str]) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
         print(f"the same as JSON: {args.json}")
+        finished = True
     except (DemoError, StackError, LoadError) as exc:
         print(f"fraudgate demo: {exc}", file=sys.stderr)
         return 1
     finally:
-        if demo_run is not None:
+        if demo_run is not None and not (args.keep and finished):
             demo_run.close()
-    print(f"to go on from here: FRAUDGATE_HOME={settings.home} fraudgate up --all")
+    print(f"to go on from here: FRAUDGATE_HOME={settings.home} fraudgate {'status' if args.keep else 'up --all'}")
     return 0 if report["unaccounted"] == report["duplicates"] == 0 else 1

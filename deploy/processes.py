@@ -78,11 +78,13 @@ def read_record(path: Path) -> ProcessRecord | None:
 
 def is_alive(record: ProcessRecord) -> bool:
     """True while the very process of the record runs. Reaps it if it is an ended child of ours."""
-    child = _children.get(record.pid)
-    if child is not None and child.poll() is not None:
-        del _children[record.pid]
     stat = _stat(record.pid)
-    return stat is not None and stat.state not in "ZX" and _is_same(record, stat)
+    if stat is not None and stat.state not in "ZX":
+        return _is_same(record, stat)
+    child = _children.pop(record.pid, None)
+    if child is not None:
+        child.wait()
+    return False
 
 
 def members(record: ProcessRecord) -> list[int]:

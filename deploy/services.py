@@ -260,13 +260,11 @@ def _registry(settings: Settings) -> Service:
 
 
 def _mlflow(settings: Settings) -> Service:
-    """MLflow on a SQLite file; artifacts go through the server into its directory. Without job execution it is 2 processes."""
+    """MLflow on a SQLite file; artifacts go through the server into its directory. It runs no jobs, which would be 8 processes."""
     data = data_path(settings, "mlflow")
 
     def command() -> tuple[list[str], dict[str, str]]:
-        argv = [sys.executable, "-m", "mlflow", "server", "--host", settings.host, "--port", str(settings.mlflow_port)]
-        argv += ["--workers", "1", "--backend-store-uri", f"sqlite:///{data}/mlflow.db"]
-        argv += ["--artifacts-destination", str(data / "artifacts")]
+        argv = [sys.executable, "-m", "deploy.mlflow_server", settings.host, str(settings.mlflow_port), str(data)]
         return argv, _plain_env() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
     return Service(
@@ -287,8 +285,8 @@ def _jobs(settings: Settings) -> Service:
         ports={ENV_PREFIX + "JOBS_PORT": settings.jobs_port},
         prepare=_nothing,
         command=lambda: ([sys.executable, "-m", "deploy.cli", "jobs"], _own_env(settings)),
-        healthy=lambda: http_ok(f"http://{settings.host}:{settings.jobs_port}/metrics"),
-        ready_within_s=120,
+        healthy=lambda: streams_run(f"http://{settings.host}:{settings.jobs_port}/metrics"),
+        ready_within_s=180,
         stop_within_s=60,
         core=False,
         niceness=JOBS_NICENESS,
@@ -336,3 +334,14 @@ def http_ok(url: str) -> bool:
             return bool(reply.status == 200)
     except (OSError, ValueError):
         return False
+
+
+def streams_run(url: str) -> bool:
+    """True when the feature jobs' metrics say that every stream runs. The metrics answer long before Spark has started."""
+    try:
+        with urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S) as reply:  # noqa: S310
+            lines = reply.read().decode().splitlines()
+    except (OSError, ValueError):
+        return False
+    states = [line.rpartition(" ")[2] for line in lines if line.startswith("fraudgate_jobs_up{")]
+    return bool(states) and all(float(state) == 1 for state in states)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +87,16 @@ class Stack:
         Raises `StackError` with the first failure, after every other start has ended; what did start stays up.
         """
         chosen = [self._service(name) for name in names]
-        with self._lock(), ThreadPoolExecutor(max_workers=max(1, len(chosen))) as pool:
-            starts = [pool.submit(self._start, service) for service in chosen]
+        abandoned = threading.Event()
+        with self._lock():
+            pool = ThreadPoolExecutor(max_workers=max(1, len(chosen)))
+            try:
+                starts = [pool.submit(self._start, service, abandoned) for service in chosen]
+                wait(starts)
+            finally:
+                # On Ctrl-C nothing is started any more; without it all starts have ended.
+                abandoned.set()
+                pool.shutdown()
         failures = [str(exc) for exc in (start.exception() for start in starts) if isinstance(exc, StackError)]
         for start in starts:
             exc = start.exception()
@@ -137,8 +146,11 @@ class Stack:
     def log_path(self, name: str) -> Path:
         return self.settings.home_path / "logs" / f"{name}.log"
 
-    def wait_healthy(self, name: str) -> None:
-        """Returns when the running service answers its health check. Raises `StackError` if it dies or takes too long."""
+    def wait_healthy(self, name: str, abandoned: threading.Event | None = None) -> None:
+        """Returns when the running service answers its health check. Raises `StackError` if it dies or takes too long.
+
+        Set `abandoned` from another thread to give up the wait.
+        """
         service = self._service(name)
         record = self.record(name)
         if record is None:
@@ -148,6 +160,8 @@ class Stack:
             tail = f"the end of {self.log_path(name)}:\n{processes.log_tail(self.log_path(name))}"
             if not processes.is_alive(record):
                 raise StackError(f"{name} died at its start; {tail}")
+            if abandoned is not None and abandoned.is_set():
+                raise StackError(f"{name} was left starting")
             if time.monotonic() > deadline:
                 raise StackError(f"{name} is not ready after {service.ready_within_s:.0f} s; {tail}")
             time.sleep(processes.POLL_S)
@@ -170,12 +184,12 @@ class Stack:
         memory, uptime = processes.memory_mb(record), processes.uptime_s(record)
         return ServiceStatus(service.name, "running", record.pid, service.port, health, memory, uptime)
 
-    def _start(self, service: Service) -> None:
+    def _start(self, service: Service, abandoned: threading.Event) -> None:
         name, begin = service.name, time.monotonic()
         record = self.record(name)
         if record is not None and processes.is_alive(record):
             already = service.healthy()
-            self.wait_healthy(name)
+            self.wait_healthy(name, abandoned)
             self._say(f"{name:<11} {'already running' if already else 'was starting, ready now'}, pid {record.pid}")
             return
         if record is not None and processes.members(record):
@@ -189,12 +203,14 @@ class Stack:
         try:
             service.prepare()
             argv, env = service.command()
+            if abandoned.is_set():
+                raise StackError(f"{name} was not started")
             # Our own programs may be given relative paths by the settings: they run where the caller stands.
             record = processes.spawn(argv, env, data if service.core else Path.cwd(), log, service.niceness)
         except (ServiceFilesError, ToolMissingError, OSError) as exc:
             raise StackError(f"{name} could not be started: {exc}") from exc
         processes.write_record(self._record_path(name), record)
-        self.wait_healthy(name)
+        self.wait_healthy(name, abandoned)
         self._say(f"{name:<11} ready after {time.monotonic() - begin:.1f} s, pid {record.pid}")
 
     def _check_ports(self, service: Service) -> None:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import signal
 import sys
+from datetime import UTC, datetime
 from types import FrameType
 
 from prometheus_client import start_http_server
@@ -14,6 +15,7 @@ from feature_jobs.metrics import Metrics
 from feature_jobs.session import MissingJarError, build_session
 from feature_jobs.silver import CheckpointLostError
 from feature_jobs.supervisor import QUERIES, GaveUpError, Supervisor
+from feature_jobs.training_set import LABEL_DELAY_DAYS, NoHistoryError, write_training_set
 from gateway.contracts.settings import load_settings
 
 
@@ -61,3 +63,60 @@ def jobs(argv: list[str]) -> int:
         spark.stop()
         server.shutdown()
     return 0
+
+
+def training_set(argv: list[str]) -> int:
+    """Write a version of the training set from silver and labels. Exit status 1 when there is nothing to make one of."""
+    parser = argparse.ArgumentParser(
+        "fraudgate training-set", description="Write features and labels of past transactions as a version of a Delta table."
+    )
+    parser.add_argument("--from", dest="from_ms", type=_instant_ms, metavar="MS|DATE", help="oldest transaction (default: all)")
+    parser.add_argument(
+        "--to", dest="to_ms", type=_instant_ms, metavar="MS|DATE", help="end, not in it (default: what has matured)"
+    )
+    parser.add_argument(
+        "--as-of",
+        dest="as_of_ms",
+        type=_instant_ms,
+        metavar="MS|DATE",
+        help="only labels known by then (default: newest event time)",
+    )
+    parser.add_argument(
+        "--label-delay-days",
+        type=int,
+        default=LABEL_DELAY_DAYS,
+        metavar="N",
+        help="leave out transactions younger than this at the as-of time: their labels are still to come (default: %(default)s)",
+    )
+    options = parser.parse_args(argv)
+    if options.label_delay_days < 0:
+        parser.error("--label-delay-days can't be negative")
+    try:
+        written = write_training_set(
+            load_settings(),
+            from_ms=options.from_ms,
+            to_ms=options.to_ms,
+            as_of_ms=options.as_of_ms,
+            label_delay_days=options.label_delay_days,
+        )
+    except NoHistoryError as exc:
+        print(f"fraudgate training-set: {exc}", file=sys.stderr)
+        return 1
+    days = f"{_day(written.from_ms)} to {_day(written.to_ms)}, labels as of {_day(written.as_of_ms)}"
+    print(f"training set version {written.version}: {written.rows} rows, {written.frauds} frauds, {days}")
+    return 0
+
+
+def _instant_ms(text: str) -> int:
+    """Milliseconds since the epoch, given as such or as an ISO 8601 date or time (UTC unless it names a zone)."""
+    if text.isdigit():
+        return int(text)
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither milliseconds nor a date like 2018-08-08") from exc
+    return round((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def _day(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")

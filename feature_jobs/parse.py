@@ -306,7 +306,7 @@ def _digits_in_texts() -> Column:
 
 def _holds_card_number(field: str) -> Column:
     runs = F.regexp_extract_all(F.col("t")[field], F.lit(tx.CARD_NUMBER_PATTERN), F.lit(0))
-    return F.coalesce(F.exists(runs, lambda run: F.luhn_check(F.regexp_replace(run, r"[ \-]", ""))), F.lit(False))
+    return F.coalesce(F.exists(runs, lambda run: F.call_function("luhn_check", F.regexp_replace(run, r"[ \-]", ""))), F.lit(False))
 
 
 def _too_deep() -> Column:

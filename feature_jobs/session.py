@@ -76,6 +76,8 @@ def options(settings: Settings) -> dict[str, str]:
         "spark.default.parallelism": str(settings.spark_cores),
         # Re-planning between stages pays for large joins; here it costs a tenth of a second a batch.
         "spark.sql.adaptive.enabled": "false",
+        # The JVM never compiles a method of more than 8,000 bytes: the parser's generated code, run interpreted, took 68 us a row, not 49.
+        "spark.sql.codegen.hugeMethodLimit": "8000",
         # The three streams share the cores by turns, so that a long merge of gold doesn't hold back bronze.
         "spark.scheduler.mode": "FAIR",
         # Delta's default of 50 made each snapshot a stage of 50 tasks.

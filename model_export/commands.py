@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.contracts.decision import Route
@@ -36,25 +37,32 @@ class Outcome:
 
 
 def train_and_register(
-    settings: Settings, version: int | None = None, alias: str = Route.CHAMPION, name: str = REGISTERED_NAME
+    settings: Settings,
+    version: int | None = None,
+    alias: str = Route.CHAMPION,
+    name: str = REGISTERED_NAME,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Trains on the training set's `version` (None: the newest), checks the export, registers it and points `alias` at it.
 
-    Raises a `ModelExportError`; then nothing is promoted. The registry is asked first, so that nobody waits for a training whose
-    result can't be kept.
+    `say` hears what begins. The registry is asked first, so that nobody waits for a training whose result can't be kept. Raises a
+    `ModelExportError`; then nothing is promoted.
     """
     registry = Registry(settings.mlflow)
     registry.check()
     watch = _Watch()
     data = read_training_set(settings.tables, version)
     watch.lap("read")
+    say(f"training on {data.rows} rows by {data.features.shape[1]} features, {data.frauds} of them frauds")
     model = train_model(data)
     watch.lap("train")
+    say(f"exporting {model.trees} trees to ONNX and comparing them with XGBoost")
     exported = export(model.booster, data.features)
     watch.lap("export")
     checks = check_export(exported, model.booster, data.features)
     refuse_failed(checks)
     watch.lap("checks")
+    say(f"registering in MLflow at {settings.mlflow}")
     registered = registry.register(name, alias, data, model, exported, checks)
     watch.lap("register")
     return Outcome(
@@ -97,12 +105,16 @@ def train(argv: list[str]) -> int:
     parser.add_argument("--name", default=REGISTERED_NAME, help="registered name (default: %(default)s)")
     options = parser.parse_args(argv)
     try:
-        outcome = train_and_register(load_settings(), options.training_set_version, options.alias, options.name)
+        outcome = train_and_register(load_settings(), options.training_set_version, options.alias, options.name, say=_say)
     except (ModelExportError, OSError) as exc:
         print(f"fraudgate train: {exc}", file=sys.stderr)
         return 1
     print(report(outcome))
     return 0
+
+
+def _say(line: str) -> None:
+    print(f"{line} ...", flush=True)
 
 
 def pull(argv: list[str]) -> int:
@@ -134,6 +146,7 @@ def report(outcome: Outcome) -> str:
     model, metrics = outcome.model, outcome.model.metrics
     test = model.split.test
     lines = [
+        "",
         f"trained on version {outcome.training_set_version} of the training set: {outcome.rows} rows; {model.training_rows} oldest "
         f"to train ({model.training_frauds} frauds), {test.stop - test.start} newest to measure",
         f"{model.trees} trees kept of {model.rounds_run} grown",

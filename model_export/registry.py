@@ -37,7 +37,9 @@ from model_export.export import Export, write_export
 from model_export.package import PACKAGE_FILES, RegisteredModel, metadata_of, write_metadata
 from model_export.training import TrainedModel
 
-REQUEST_TIMEOUT_S = 5
+# The first question finds out whether anybody is there; a busy server may take longer over the ones that follow.
+CHECK_TIMEOUT_S = 5
+REQUEST_TIMEOUT_S = 10
 REQUEST_RETRIES = 1
 READY_WAIT_S = 10
 ARTIFACT_PATH = "model"
@@ -60,7 +62,7 @@ for _name, _value in {
 class Registry:
     """The registry at `url` (http://..., or sqlite:///... without a server). Nothing is asked before the first call."""
 
-    def __init__(self, url: str, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+    def __init__(self, url: str, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         """`timeout_s` bounds the question of `check`; the other calls have the environment's MLFLOW_HTTP_REQUEST_TIMEOUT."""
         # MLflow tells of each step at INFO, amid the table that a person reads.
         logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -112,7 +114,8 @@ class Registry:
         with self._asking(f"look up {name}@{alias}"):
             try:
                 found = self._client.get_model_version_by_alias(name, alias)
-            except RestException as exc:
+            except MlflowException as exc:
+                # Which of the two an alias that isn't set gets depends on the store behind.
                 if exc.error_code in (NOT_FOUND, "INVALID_PARAMETER_VALUE"):
                     return None
                 raise
@@ -181,13 +184,16 @@ class Registry:
         """Maps MLflow's errors to ours: those it answered with, and those of not being answered."""
         try:
             yield
-        except RestException as exc:
+        except MlflowException as exc:
+            # An error of the client's own has no code but this one: it got no answer that it could use.
+            if exc.error_code == "INTERNAL_ERROR" and not isinstance(exc, RestException):
+                raise self._unavailable(exc) from exc
             raise RegistryRefusedError(f"MLflow at {self._url} could not {what}: {exc.message}") from exc
-        except (MlflowException, requests.RequestException) as exc:
+        except requests.RequestException as exc:
             raise self._unavailable(exc) from exc
 
     def _unavailable(self, exc: Exception) -> RegistryUnavailableError:
-        why = str(exc).strip().split("\n", 1)[0]
+        why = str(getattr(exc, "reason", exc)).strip().split("\n", 1)[0]
         return RegistryUnavailableError(
             f"MLflow does not answer at {self._url} ({why}); start it with: fraudgate up, or set FRAUDGATE_MLFLOW_URL "
             "(FRAUDGATE_MLFLOW_PORT for a local one) to where it is"

@@ -36,6 +36,9 @@ class Settings:
     maven_url: str = _setting(
         "https://repo1.maven.org/maven2/", "where make setup fetches the jars: Maven Central or a mirror of it"
     )
+    data_dir: str = _setting(
+        "../shared/data", "directory of the public data sets, for replays and tests that are left out without it"
+    )
     host: str = _setting("127.0.0.1", "address that every server listens on")
 
     kafka_port: int = _port(19092, "port of the local Kafka broker")

@@ -203,17 +203,6 @@ def decode_json(body: bytes, now_ms: int) -> Transaction:
     return t
 
 
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _pairs_to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    d = dict(pairs)
-    if len(d) != len(pairs):
-        raise _DuplicateKeyError
-    return d
-
-
 def _refuse_constant(name: str) -> float:
     raise ValueError(name)
 
@@ -251,12 +240,21 @@ def classify_json(body: bytes) -> RefusedError | None:
         return RefusedError(Refusal.NOT_UTF8)
     if _depth(text) > JSON_DEPTH_MAX:
         return RefusedError(Refusal.MALFORMED_JSON)
+    twice = False
+
+    def pairs_to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal twice
+        d = dict(pairs)
+        twice |= len(d) != len(pairs)
+        return d
+
     try:
-        value = json.loads(text, object_pairs_hook=_pairs_to_dict, parse_constant=_refuse_constant)
-    except _DuplicateKeyError:
-        return RefusedError(Refusal.DUPLICATE_KEY)
+        value = json.loads(text, object_pairs_hook=pairs_to_dict, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return RefusedError(Refusal.MALFORMED_JSON)
+    # Only of a text that is JSON to its end: what is malformed stays malformed, wherever a key was repeated before.
+    if twice:
+        return RefusedError(Refusal.DUPLICATE_KEY)
     if not isinstance(value, dict):
         return RefusedError(Refusal.MALFORMED_JSON)
     return classify_fields(value)

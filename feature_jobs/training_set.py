@@ -1,0 +1,159 @@
+"""The training set: features as of each transaction, labels as known at a given time, as one version of a Delta table.
+
+Reads silver and labels with delta-rs, computes with the offline engine, needs no Spark. Called by `fraudgate training-set` and
+`fraudgate train`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import CommitProperties, DeltaTable, write_deltalake
+from deltalake.exceptions import TableNotFoundError
+
+from feature_jobs.offline import EntityColumns, History, offline_features
+from gateway.contracts import tables
+from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, RequestColumns
+from gateway.contracts.settings import Settings
+from gateway.contracts.transaction import CHANNELS, FIELDS
+
+DAY_MS = 86_400_000
+LABEL_DELAY_DAYS = 7
+FINGERPRINT_KEY = "fraudgate.feature_fingerprint"
+
+
+class NoHistoryError(RuntimeError):
+    """There is nothing to make a training set of. The message says what is missing."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What was written. `version` is the Delta version of the table at `uri`."""
+
+    uri: str
+    version: int
+    rows: int
+    frauds: int
+    from_ms: int
+    to_ms: int
+    as_of_ms: int
+
+
+def write_training_set(
+    settings: Settings,
+    *,
+    from_ms: int | None = None,
+    to_ms: int | None = None,
+    as_of_ms: int | None = None,
+    label_delay_days: int = LABEL_DELAY_DAYS,
+) -> TrainingSet:
+    """Write transactions with event times in [from_ms, to_ms) whose labels had `label_delay_days` to arrive by `as_of_ms`.
+
+    Features see all of silver before each transaction, however old. Of a transaction's labels the newest known at `as_of_ms`
+    counts; without one it is genuine. `as_of_ms` is by default the newest event time in silver. Raises `NoHistoryError`.
+    """
+    silver = _read(settings, tables.SILVER, list(FIELDS))
+    if silver is None or silver.num_rows == 0:
+        raise NoHistoryError("silver holds no transactions: send some (fraudgate simulate --history) while fraudgate jobs runs")
+    silver = silver.sort_by([("event_time_ms", "ascending"), ("transaction_id", "ascending")])
+    t_ms = _ints(silver["event_time_ms"])
+    as_of_ms = int(t_ms[-1]) if as_of_ms is None else as_of_ms
+    matured_ms = as_of_ms - label_delay_days * DAY_MS
+    first_ms = int(t_ms[0]) if from_ms is None else from_ms
+    end_ms = matured_ms if to_ms is None else min(to_ms, matured_ms)
+    chosen = (t_ms >= first_ms) & (t_ms < end_ms)
+    if not chosen.any():
+        raise NoHistoryError(f"no transaction in silver is at least {label_delay_days} days older than the labels' as-of time")
+    known = silver.filter(pa.array(t_ms < end_ms))
+    features = offline_features(history_of(known))[chosen[: known.num_rows]]
+    rows = silver.filter(pa.array(chosen))
+    is_fraud = _labels(settings, rows["transaction_id"], as_of_ms)
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {
+        "transaction_id": rows["transaction_id"],
+        "event_time_ms": rows["event_time_ms"],
+    }
+    columns |= {name: pa.array(features[:, i], pa.float32()) for i, name in enumerate(FEATURE_NAMES)}
+    columns["is_fraud"] = pa.array(is_fraud)
+    uri = tables.table_uri(settings.tables, tables.TRAINING_SET)
+    write_deltalake(
+        _local(uri),
+        pa.table(columns),
+        mode="overwrite",
+        schema_mode="overwrite",
+        commit_properties=CommitProperties(custom_metadata={"userMetadata": f"{FINGERPRINT_KEY}={FINGERPRINT}"}),
+    )
+    version = DeltaTable(_local(uri)).version()
+    return TrainingSet(uri, version, rows.num_rows, int(is_fraud.sum()), first_ms, end_ms, as_of_ms)
+
+
+def history_of(silver: pa.Table) -> History:
+    """Columns for the offline engine from rows of silver sorted by (event_time_ms, transaction_id)."""
+    country, card_country = silver["country"], silver["card_country"]
+    request = RequestColumns(
+        t_ms=_ints(silver["event_time_ms"]),
+        amount_minor=_ints(silver["amount_minor"]),
+        channel=_floats(pc.index_in(silver["channel"], pa.array(CHANNELS))),
+        mcc=_floats(pc.cast(silver["mcc"], pa.int64())),
+        cross_border=_floats(pc.not_equal(card_country, country)),
+        latitude=_floats(silver["latitude"]),
+        longitude=_floats(silver["longitude"]),
+    )
+    entities = tuple(
+        EntityColumns(_codes(silver[e.field])[0], _dim_hashes(silver[e.dim_a]), _dim_hashes(silver[e.dim_b])) for e in ENTITIES
+    )
+    return History(request, entities)
+
+
+def _read(settings: Settings, name: str, columns: list[str]) -> pa.Table | None:
+    """Columns of a table, None when it doesn't exist."""
+    try:
+        return DeltaTable(_local(tables.table_uri(settings.tables, name))).to_pyarrow_table(columns=columns)
+    except TableNotFoundError:
+        return None
+
+
+def _labels(settings: Settings, ids: pa.ChunkedArray, as_of_ms: int) -> npt.NDArray[np.bool_]:
+    """For each transaction, whether its newest label known at `as_of_ms` says fraud."""
+    labels = _read(settings, tables.LABELS, ["transaction_id", "is_fraud", "reported_at_ms"])
+    newest: dict[str, bool] = {}
+    if labels is not None:
+        labels = labels.filter(pc.less_equal(labels["reported_at_ms"], as_of_ms)).sort_by("reported_at_ms")
+        newest = dict(zip(labels["transaction_id"].to_pylist(), labels["is_fraud"].to_pylist(), strict=True))
+    return np.array([newest.get(i, False) for i in ids.to_pylist()], bool)
+
+
+def _local(uri: str) -> str:
+    # Spark says s3a, delta-rs s3.
+    return uri.replace("s3a://", "s3://", 1)
+
+
+def _ints(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    out: npt.NDArray[np.int64] = column.to_numpy().astype(np.int64)
+    return out
+
+
+def _floats(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """NaN for null; booleans as 0 and 1."""
+    out: npt.NDArray[np.float64] = pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
+    return out
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """A number for each value, -1 for null, and the values by number."""
+    encoded = column.combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return codes, encoded.dictionary.to_pylist()
+
+
+def _dim_hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint32]:
+    """`layout.dim_hash` of each value; each distinct value is hashed once."""
+    codes, values = _codes(column)
+    hashes = np.array([zlib.crc32(v.encode()) for v in values] + [zlib.crc32(b"")], np.uint32)
+    return hashes[codes]

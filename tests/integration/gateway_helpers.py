@@ -1,0 +1,165 @@
+"""A caller of the running gateway, and a reader of what it writes to Kafka."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from confluent_kafka import OFFSET_END, Consumer, KafkaError, Message, Producer, TopicPartition
+
+from gateway.avro import receipt_of
+from gateway.contracts.decision import Receipt
+from gateway.contracts.settings import Settings
+from gateway.contracts.topics import DECISIONS, LIBRDKAFKA_PARTITIONER, TRANSACTIONS
+from gateway.contracts.transaction import Transaction, encode_json
+from gateway.contracts.wire import unframe
+
+TIMEOUT_S = 60.0
+# What the broker takes by default.
+MESSAGE_BYTES_MAX = 1_048_588
+
+
+def make_transaction(transaction_id: str, event_time_ms: int | None = None, **changes: Any) -> Transaction:
+    values: dict[str, Any] = {
+        "transaction_id": transaction_id,
+        "event_time_ms": time.time_ns() // 1_000_000 if event_time_ms is None else event_time_ms,
+        "card_id": f"card-{transaction_id}",
+        "customer_id": f"customer-{transaction_id}",
+        "merchant_id": f"merchant-{transaction_id}",
+        "amount_minor": 1234,
+        "currency": "EUR",
+        "channel": "pos",
+        "mcc": "5411",
+        "country": "DE",
+    }
+    return Transaction(**(values | changes))
+
+
+def name(prefix: str) -> str:
+    """A new one each time, with too few digits to be taken for a card number."""
+    return f"{prefix}-{secrets.token_hex(4)}"
+
+
+def request(settings: Settings, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, Any]]:
+    """(status, decoded JSON) of one call. Raises OSError when nobody listens."""
+    connection = http.client.HTTPConnection(settings.host, settings.gateway_port, timeout=TIMEOUT_S)
+    try:
+        connection.request(method, path, body)
+        reply = connection.getresponse()
+        return reply.status, json.loads(reply.read())
+    finally:
+        connection.close()
+
+
+def post(settings: Settings, t: Transaction | bytes) -> tuple[int, dict[str, Any]]:
+    return request(settings, "POST", "/score", t if isinstance(t, bytes) else encode_json(t))
+
+
+def post_together(settings: Settings, transactions: list[Transaction]) -> list[tuple[int, dict[str, Any]]]:
+    with ThreadPoolExecutor(len(transactions)) as pool:
+        return list(pool.map(lambda t: post(settings, t), transactions))
+
+
+def ready_without(settings: Settings, *parts: str) -> bool:
+    """True when the gateway is ready and does without none of `parts`."""
+    try:
+        status, body = request(settings, "GET", "/readyz")
+    except OSError:
+        return False
+    return status == 200 and not set(parts) & set(body["degraded"])
+
+
+def produce(settings: Settings, values: Iterable[tuple[str, bytes]], headers: list[tuple[str, bytes]] | None = None) -> None:
+    """Sends (key, value) pairs to the transactions topic and waits for the broker's acknowledgements."""
+    producer = Producer(
+        {
+            "bootstrap.servers": settings.bootstrap,
+            "partitioner": LIBRDKAFKA_PARTITIONER,
+            "linger.ms": 5,
+            "message.max.bytes": MESSAGE_BYTES_MAX,
+        }
+    )
+    failed: list[KafkaError] = []
+    for key, value in values:
+        producer.produce(
+            TRANSACTIONS, value, key, headers=headers or [], on_delivery=lambda err, _: failed.append(err) if err else None
+        )
+        producer.poll(0)
+    assert producer.flush(TIMEOUT_S) == 0
+    assert not failed
+
+
+class Tail:
+    """Reads a topic, committed records only, from its end at the time this was made."""
+
+    def __init__(self, settings: Settings, topic: str) -> None:
+        self._consumer = Consumer(
+            {
+                "bootstrap.servers": settings.bootstrap,
+                "group.id": f"test-tail-{time.time_ns()}",
+                "isolation.level": "read_committed",
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+            }
+        )
+        partitions = self._consumer.list_topics(topic, timeout=TIMEOUT_S).topics[topic].partitions
+        ends = [
+            TopicPartition(topic, p, self._consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=TIMEOUT_S)[1])
+            for p in partitions
+        ]
+        assert all(end.offset not in (OFFSET_END, None) for end in ends)
+        self._consumer.assign(ends)
+        self._at_end: set[int] = set()
+        self._partitions = len(ends)
+        self.messages: list[Message] = []
+
+    def read_until(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
+        """Read until `condition` holds and there is nothing more in any partition."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for message in self._consumer.consume(500, timeout=0.2):
+                error = message.error()
+                if error is None:
+                    self.messages.append(message)
+                    self._at_end.discard(message.partition() or 0)
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    self._at_end.add(message.partition() or 0)
+                else:
+                    raise AssertionError(str(error))
+            if condition() and len(self._at_end) == self._partitions:
+                return
+        raise AssertionError(f"not within {timeout_s:.0f} s; {len(self.messages)} messages were read")
+
+    def read_some(self, count: int, timeout_s: float = TIMEOUT_S) -> None:
+        """Read until `count` messages more are there."""
+        wanted = len(self.messages) + count
+        deadline = time.monotonic() + timeout_s
+        while len(self.messages) < wanted:
+            assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {count} more messages"
+            self.messages += [m for m in self._consumer.consume(500, timeout=0.2) if m.error() is None]
+
+    def close(self) -> None:
+        self._consumer.close()
+
+
+class Decisions(Tail):
+    """The receipts since this was made, in order within each card."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, DECISIONS)
+
+    def receipts(self) -> list[Receipt]:
+        return [receipt_of(unframe(m.value() or b"")[1]) for m in self.messages]
+
+    def of(self, transaction_ids: Iterable[str], timeout_s: float = TIMEOUT_S) -> dict[str, Receipt]:
+        """The receipts of these transactions, each of which must have exactly one."""
+        wanted = set(transaction_ids)
+        self.read_until(lambda: wanted <= {r.transaction_id for r in self.receipts()}, timeout_s)
+        found = [r for r in self.receipts() if r.transaction_id in wanted]
+        assert len(found) == len(wanted), "a transaction has two receipts"
+        return {r.transaction_id: r for r in found}

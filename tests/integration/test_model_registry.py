@@ -1,0 +1,239 @@
+"""From the Delta table through a real MLflow server to a directory that the gateway can load, and what a broken registry costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnxruntime
+import pytest
+from mlflow import MlflowClient
+
+from deploy.services import data_path
+from deploy.stack import Stack
+from gateway.contracts.features import FINGERPRINT
+from gateway.contracts.model_meta import (
+    GOLDEN_FILE,
+    GOLDEN_TOLERANCE,
+    INPUT_NAME,
+    METADATA_FILE,
+    MODEL_FILE,
+    OUTPUT_NAME,
+    ModelMetadata,
+    read_manifest,
+    sha256_file,
+)
+from gateway.contracts.settings import Settings, settings_env
+from gateway.model import load_model
+from model_export import commands
+from model_export.checks import Check
+from model_export.commands import Outcome, train_and_register
+from model_export.errors import ExportRefusedError, PackageRefusedError, RegistryUnavailableError
+from model_export.export import Export, export, to_onnx
+from model_export.pull import pull_models
+from model_export.registry import CHECKS_FILE, Registry
+from model_export.training import train
+from tests.factories_model import make_training_set, write_training_set
+from tests.helpers import HOST, free_ports, run_command
+
+pytestmark = pytest.mark.integration
+
+# Each test registers under a name of its own, so that they share one MLflow.
+ROWS = 1500
+
+
+@pytest.fixture
+def local(stack: Stack, settings: Settings, tmp_path: Path) -> Settings:
+    """The stack's MLflow with a training set and a model directory of the test's own."""
+    assert stack.pid("mlflow") is not None
+    mine = dataclasses.replace(settings, tables_uri=str(tmp_path / "tables"), model_dir=str(tmp_path / "models"))
+    write_training_set(mine.tables, rows=ROWS)
+    return mine
+
+
+@pytest.fixture
+def nowhere(local: Settings) -> Settings:
+    """The same, but nobody listens where MLflow should be."""
+    return dataclasses.replace(local, mlflow_port=free_ports(1)[0])
+
+
+def pull(settings: Settings, name: str) -> list[str]:
+    """The versions that a pull downloaded."""
+    return pull_models(settings.models_path, Registry(settings.mlflow), name).fetched
+
+
+def artifacts(settings: Settings, outcome: Outcome) -> Path:
+    """Where the server keeps the files of a version."""
+    client = MlflowClient(settings.mlflow)
+    run_id = client.get_model_version(outcome.registered.name, outcome.registered.version).run_id
+    found = list(data_path(settings, "mlflow").glob(f"artifacts/*/{run_id}/artifacts/model"))
+    assert len(found) == 1
+    return found[0]
+
+
+def test_a_training_set_becomes_a_model_that_computes_its_golden_rows(local: Settings) -> None:
+    outcome = train_and_register(local, name="whole-way")
+    assert (outcome.registered.version, outcome.training_set_version) == ("1", 0)
+    assert pull(local, "whole-way") == ["1"]
+
+    entry = read_manifest(local.models_path).routes["champion"]
+    directory = local.models_path / entry.directory
+    metadata = msgspec.json.decode((directory / METADATA_FILE).read_bytes(), type=ModelMetadata)
+    assert (metadata.name, metadata.version, metadata.feature_fingerprint) == ("whole-way", "1", FINGERPRINT)
+    assert (metadata.training_table_version, metadata.training_rows) == (0, outcome.model.training_rows)
+    assert metadata.metrics["test_auc"] == outcome.model.metrics["test_auc"]
+    serving = load_model(local.models_path, "champion")
+    assert serving is not None
+    assert serving.digest == outcome.registered.sha256[MODEL_FILE]
+    session = onnxruntime.InferenceSession(directory / MODEL_FILE, providers=["CPUExecutionProvider"])
+    with np.load(directory / GOLDEN_FILE) as golden:
+        scored = session.run([OUTPUT_NAME], {INPUT_NAME: golden["features"]})[0][:, 1]
+        assert np.abs(scored - golden["probability"]).max() <= GOLDEN_TOLERANCE
+
+
+def test_the_registry_shows_how_the_model_came_about(local: Settings) -> None:
+    outcome = train_and_register(local, name="shown")
+    client = MlflowClient(local.mlflow)
+    version = client.get_model_version_by_alias("shown", "champion")
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training_table_version"] == "0"
+    assert run.data.params["base_score"] == str(outcome.model.params["base_score"])
+    assert run.data.params["trees"] == str(outcome.model.trees)
+    assert run.data.metrics["test_average_precision"] == outcome.model.metrics["test_average_precision"]
+    report = msgspec.json.decode((artifacts(local, outcome) / CHECKS_FILE).read_bytes(), type=list[Check])
+    assert report == outcome.checks
+    assert all(check.passed for check in report)
+
+
+def test_training_again_makes_the_next_version_and_moves_the_alias(local: Settings) -> None:
+    train_and_register(local, name="again")
+    pull(local, "again")
+    write_training_set(local.tables, rows=ROWS, seed=2)
+    assert train_and_register(local, name="again").registered.version == "2"
+    assert pull(local, "again") == ["2"]
+    assert read_manifest(local.models_path).routes["champion"].version == "2"
+    # An older version of the table can be trained on, and another alias leaves the champion alone.
+    outcome = train_and_register(local, 0, "challenger", "again")
+    assert outcome.training_set_version == 0
+    assert pull(local, "again") == ["3"]
+    routes = {route: entry.version for route, entry in read_manifest(local.models_path).routes.items()}
+    assert routes == {"champion": "2", "challenger": "3"}
+
+
+def test_pulling_twice_changes_no_file(local: Settings) -> None:
+    train_and_register(local, name="twice")
+    pull(local, "twice")
+    before = {p: p.stat() for p in local.models_path.rglob("*") if p.is_file()}
+    assert pull(local, "twice") == []
+    assert {p: p.stat() for p in local.models_path.rglob("*") if p.is_file()} == before
+
+
+def test_an_artifact_corrupted_in_the_registry_is_refused_and_the_old_model_stays(local: Settings) -> None:
+    train_and_register(local, name="corrupted")
+    pull(local, "corrupted")
+    manifest = (local.models_path / "manifest.json").read_bytes()
+    second = train_and_register(local, name="corrupted")
+    file = artifacts(local, second) / MODEL_FILE
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(PackageRefusedError, match=r"version 2: model\.onnx is corrupted"):
+        pull(local, "corrupted")
+    assert (local.models_path / "manifest.json").read_bytes() == manifest
+    entry = read_manifest(local.models_path).routes["champion"]
+    assert sha256_file(local.models_path / entry.directory / MODEL_FILE) == entry.files[MODEL_FILE]
+
+
+def test_an_export_that_fails_a_check_is_not_registered(local: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_and_register(local, name="refused")
+    foreign = train(make_training_set(ROWS, 9), threads=1, rounds_max=3).booster
+    monkeypatch.setattr(commands, "export", lambda *a: dataclasses.replace(export(*a), onnx_bytes=to_onnx(foreign)))
+    with pytest.raises(ExportRefusedError, match="training rows"):
+        train_and_register(local, name="refused")
+    client = MlflowClient(local.mlflow)
+    assert [v.version for v in client.search_model_versions("name='refused'")] == ["1"]
+
+
+def test_a_registration_that_breaks_off_leaves_the_alias_where_it_was(local: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_and_register(local, name="broken-off")
+
+    def breaks(_: Export, directory: Path) -> None:
+        raise OSError(f"no space left in {directory}")
+
+    monkeypatch.setattr("model_export.registry.write_export", breaks)
+    with pytest.raises(OSError, match="no space left"):
+        train_and_register(local, name="broken-off")
+    client = MlflowClient(local.mlflow)
+    assert client.get_model_version_by_alias("broken-off", "champion").version == "1"
+    experiment = client.get_experiment_by_name("broken-off")
+    assert experiment is not None
+    statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
+    assert sorted(statuses) == ["FAILED", "FINISHED"]
+
+
+def test_with_mlflow_down_training_says_how_to_start_it_before_it_trains(nowhere: Settings) -> None:
+    started = time.monotonic()
+    with pytest.raises(RegistryUnavailableError) as refused:
+        train_and_register(nowhere, name="down")
+    assert time.monotonic() - started < 10
+    assert all(part in str(refused.value) for part in (nowhere.mlflow, "FRAUDGATE_MLFLOW_URL", "fraudgate up"))
+
+
+def test_with_mlflow_down_the_models_pulled_before_stay(local: Settings, nowhere: Settings) -> None:
+    train_and_register(local, name="stays")
+    pull(local, "stays")
+    before = {p: p.stat() for p in local.models_path.rglob("*") if p.is_file()}
+    with pytest.raises(RegistryUnavailableError):
+        pull(nowhere, "stays")
+    assert {p: p.stat() for p in local.models_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up(local: Settings) -> None:
+    with socket.create_server((HOST, 0)) as silent:
+        url = f"http://{HOST}:{silent.getsockname()[1]}"
+        with pytest.raises(RegistryUnavailableError, match="does not answer"):
+            Registry(url, timeout_s=0.2).check()
+
+
+# MLflow's own store, which else runs in the server's process, uses what SQLAlchemy deprecates.
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+def test_a_registry_without_a_server_serves_as_well(local: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Such a store puts the files under the working directory.
+    monkeypatch.chdir(tmp_path)
+    fileless = dataclasses.replace(local, mlflow_url=f"sqlite:///{tmp_path}/mlflow.db")
+    train_and_register(fileless, name="serverless")
+    assert pull(fileless, "serverless") == ["1"]
+    assert Registry(fileless.mlflow).find("serverless", "challenger") is None
+
+
+@pytest.fixture
+def environment(local: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """`local`, also for what reads the environment."""
+    for name, value in settings_env(local).items():
+        monkeypatch.setenv(name, value)
+    return local
+
+
+def test_the_commands_train_and_pull(environment: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    write_training_set(environment.tables, rows=ROWS, seed=2)
+    assert commands.train(["--training-set-version", "0", "--name", "by-hand"]) == 0
+    printed = capsys.readouterr().out
+    assert "trained on version 0" in printed
+    assert "registered as by-hand version 1, which is now champion" in printed
+    assert "FAILED" not in printed
+    pulled = run_command(environment, "pull", "--name", "by-hand")
+    assert (pulled.returncode, pulled.stderr) == (0, "")
+    assert "champion   by-hand version 1  downloaded" in pulled.stdout
+
+
+def test_the_commands_say_in_one_line_what_is_missing(environment: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.train(["--training-set-version", "5", "--name", "nobody"]) == 1
+    assert "can't be read at version 5" in capsys.readouterr().err
+    assert commands.pull(["--name", "nobody"]) == 1
+    assert "no model nobody with the alias champion" in capsys.readouterr().err
+    assert not environment.models_path.exists()

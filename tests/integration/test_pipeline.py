@@ -1,0 +1,171 @@
+"""The whole pipeline as a person runs it: the demo from an empty directory, a replay of public data, and a replay with kills.
+
+One stack for the module: the demo starts it, trains the model and leaves everything running for the tests after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from confluent_kafka import Consumer, TopicPartition
+from deltalake import DeltaTable
+
+from deploy.stack import Stack
+from gateway.contracts import layout, tables
+from gateway.contracts.features import ENTITY_INDEX
+from gateway.contracts.settings import Settings
+from gateway.contracts.topics import DECISIONS
+from loadtest.adapters import Dataset
+from loadtest.commands import instant_ms
+from tests.helpers import local_settings, run_command, wait_until
+from tests.receipts import Recount, read_topic
+
+pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(600)]
+
+LIVE = 20_000
+SAMPLE = 1_000
+HANDBOOK = "handbook-2018-04-to-08.parquet"
+
+
+@dataclasses.dataclass
+class Pipeline:
+    settings: Settings
+    stack: Stack
+    report: dict[str, Any]
+    output: str
+
+    def replay(self, data: Path, from_day: str, to_day: str, rate: int, report: Path) -> dict[str, Any]:
+        """The accounting of `fraudgate replay`, which must have ended well."""
+        options = ("--from", from_day, "--to", to_day, "--rate", str(rate), "--json", str(report))
+        ended = run_command(self.settings, "replay", str(data), *options, timeout_s=300)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        accounting: dict[str, Any] = json.loads(report.read_text())["accounting"]
+        return accounting
+
+    def receipts(self, from_day: str, to_day: str) -> list[dict[str, Any]]:
+        """Receipts of handbook rows with event times in [from_day, to_day)."""
+        first, end = instant_ms(from_day), instant_ms(to_day)
+        found = read_topic(self.settings, DECISIONS)
+        return [r for r in found if r["transaction_id"].startswith("hb-") and first <= r["transaction"]["event_time_ms"] < end]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    home = tmp_path_factory.mktemp("pipeline")
+    settings = local_settings(home / "home")
+    stack = Stack(settings)
+    try:
+        report = home / "demo.json"
+        ended = run_command(
+            settings, "demo", "--keep", "--live", str(LIVE), "--history", "30000", "--json", str(report), timeout_s=420
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        yield Pipeline(settings, stack, json.loads(report.read_text()), ended.stdout)
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def handbook() -> Path:
+    path = Path(Settings().data_dir) / HANDBOOK
+    if not path.exists():
+        pytest.skip(f"{path} is not there: the public data sets are optional")
+    return path
+
+
+def test_the_demo_accounts_for_every_one_of_20000_transactions(pipeline: Pipeline) -> None:
+    report = pipeline.report
+    assert report["events_in"] == LIVE
+    assert report["decided"] + report["quarantined"] == LIVE
+    assert report["quarantined"] > 0, "the demo sends some payments that can't be read"
+    assert report["unaccounted"] == report["duplicates"] == 0
+    assert sum(report["decisions"].values()) == report["decided"]
+    for name in ("bronze", "silver", "gold", "redis"):
+        assert report["freshness_s"][name]["rows"] > 0
+    assert 0 < report["model"]["average_precision"] <= 1
+
+
+def test_a_replay_2000_a_second_has_the_features_of_a_naive_recount(pipeline: Pipeline, handbook: Path, tmp_path: Path) -> None:
+    accounting = pipeline.replay(handbook, "2018-08-08", "2018-08-10", 2_000, tmp_path / "replay.json")
+    assert accounting["events_in"] == accounting["decided"] == 19_381
+    assert accounting["unaccounted"] == accounting["duplicates"] == accounting["quarantined"] == 0
+    recount = Recount(pipeline.receipts("2018-08-08", "2018-08-10"))
+    assert len(recount.receipts) == 19_381
+    assert recount.gaps() == []
+    assert recount.differences(SAMPLE, seed=1) == []
+
+
+def test_killing_gateway_driver_and_redis_loses_nothing_and_counts_nothing_twice(
+    pipeline: Pipeline, handbook: Path, tmp_path: Path
+) -> None:
+    stack, failures = pipeline.stack, []
+    before = decided_count(pipeline)
+
+    def kill_one_after_another() -> None:
+        try:
+            for name, after in (("gateway", 3_000), ("jobs", 8_000), ("redis", 13_000)):
+                wait_until(lambda after=after: decided_count(pipeline) >= before + after, 60, f"{after} decisions")  # type: ignore[misc]
+                stack.kill(name)
+                stack.start([name])
+        # Whatever went wrong in the thread belongs to the test.
+        except BaseException as exc:  # noqa: BLE001
+            failures.append(exc)
+
+    thread = threading.Thread(target=kill_one_after_another)
+    thread.start()
+    accounting = pipeline.replay(handbook, "2018-08-10", "2018-08-12", 800, tmp_path / "replay.json")
+    thread.join()
+    assert failures == []
+    assert accounting["events_in"] == accounting["decided"]
+    assert accounting["unaccounted"] == accounting["duplicates"] == 0
+    sent = list(Dataset(handbook, instant_ms("2018-08-08"), instant_ms("2018-08-12")).events())
+    wait_until(lambda: handbook_rows(pipeline, tables.SILVER) >= len(sent), 120, "silver holds every row")
+    assert handbook_rows(pipeline, tables.SILVER) == len(sent)
+    expected = Counter(("card", e.transaction.card_id) for e in sent) + Counter(
+        ("merchant", e.transaction.merchant_id) for e in sent
+    )
+    wait_until(lambda: not tile_count_differences(pipeline, expected), 60, "the tiles hold every payment exactly once")
+
+
+def decided_count(pipeline: Pipeline) -> int:
+    """About how many decisions there are, cheaply: where the topic's partitions end."""
+    consumer = Consumer({"bootstrap.servers": pipeline.settings.bootstrap, "group.id": "tests-never-committed"})
+    try:
+        partitions = consumer.list_topics(DECISIONS, timeout=10).topics[DECISIONS].partitions
+        return sum(consumer.get_watermark_offsets(TopicPartition(DECISIONS, p), timeout=10)[1] for p in partitions)
+    finally:
+        consumer.close()
+
+
+def handbook_rows(pipeline: Pipeline, name: str) -> int:
+    ids = DeltaTable(tables.table_uri(pipeline.settings.tables, name)).to_pyarrow_table(columns=["transaction_id"])[
+        "transaction_id"
+    ]
+    found = [i for i in ids.to_pylist() if i.startswith("hb-")]
+    assert len(found) == len(set(found)), "a transaction stands twice in the table"
+    return len(found)
+
+
+def tile_count_differences(pipeline: Pipeline, expected: Counter[tuple[str, str]]) -> list[str]:
+    """Entities whose tiles of a day add up to another number of payments."""
+    lines = []
+    with redis.Redis.from_url(pipeline.settings.redis) as client:
+        names = list(expected)
+        values = client.mget([layout.tiles_key(*name) for name in names])
+        assert isinstance(values, list)
+        for name, value in zip(names, values, strict=True):
+            found = 0
+            if value is not None:
+                records = layout.tile_records(value, ENTITY_INDEX[name[0]], layout.key_check(*name))
+                found = int(records["count"][records["resolution_min"] == 1440].sum())
+            if found != expected[name]:
+                lines.append(f"{name}: {found} in tiles, {expected[name]} sent")
+    return lines

@@ -1,0 +1,194 @@
+"""What the gateway's tests build: transactions, jobs, packed values, a real small model, and stand-ins for faults and time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import xgboost
+from onnxmltools import convert_xgboost
+from onnxmltools.convert.common.data_types import FloatTensorType
+
+from gateway.contracts.decision import Answer, Door, Outcome
+from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT, RequestColumns
+from gateway.contracts.layout import PROGRESS_KEY, Progress
+from gateway.contracts.model_meta import (
+    GOLDEN_FILE,
+    INPUT_NAME,
+    METADATA_FILE,
+    MODEL_FILE,
+    Manifest,
+    ModelEntry,
+    ModelMetadata,
+    sha256_file,
+    write_manifest,
+)
+from gateway.contracts.transaction import Transaction
+from gateway.job import HTTP_POSITION, Job, Result, Verdict, fingerprint_of, kafka_position
+from gateway.redis_link import RedisUnavailableError
+from gateway.store import Observation
+
+NOW_MS = 1_795_500_000_000
+
+
+def make_transaction(transaction_id: str = "t1", **changes: Any) -> Transaction:
+    values: dict[str, Any] = {
+        "transaction_id": transaction_id,
+        "event_time_ms": NOW_MS,
+        "card_id": "card-1",
+        "customer_id": "customer-1",
+        "merchant_id": "merchant-1",
+        "amount_minor": 1234,
+        "currency": "EUR",
+        "channel": "pos",
+        "mcc": "5411",
+        "country": "DE",
+    }
+    return Transaction(**(values | changes))
+
+
+def make_job(t: Transaction | None = None, *, offset: int | None = None, deadline_s: float | None = None) -> Job:
+    """From the Kafka door when an offset is given, else from the HTTP door."""
+    t = make_transaction() if t is None else t
+    from_kafka = offset is not None
+    return Job(
+        transaction=t,
+        fingerprint=fingerprint_of(t),
+        position=HTTP_POSITION if offset is None else kafka_position(0, offset),
+        door=Door.KAFKA if from_kafka else Door.HTTP,
+        arrived_ms=NOW_MS,
+        received_ms=NOW_MS,
+        received_s=0.0,
+        deadline_s=deadline_s,
+        partition=0 if from_kafka else None,
+        offset=offset,
+    )
+
+
+def make_answer(transaction_id: str = "t1") -> Answer:
+    return Answer(
+        transaction_id=transaction_id,
+        decision=Outcome.APPROVE,
+        risk_score=1,
+        probability=0.001,
+        reasons=[],
+        rule_hits=[],
+        model=None,
+        degraded=[],
+        latency_ms=1.0,
+    )
+
+
+def decided(job: Job) -> Result:
+    return Result(job, Verdict.DECIDED, answer=make_answer(job.transaction.transaction_id), receipt=b"receipt")
+
+
+def packed_progress(written_at_ms: int = NOW_MS, arrived_through_ms: int = 0, batch_id: int = 1) -> bytes:
+    progress = Progress(epoch=1, batch_id=batch_id, written_at_ms=written_at_ms, arrived_through_ms=arrived_through_ms)
+    return msgspec.msgpack.encode(progress)
+
+
+class ScriptedLink:
+    """Stands for gateway.redis_link.RedisLink: answers the observe script with the given reply."""
+
+    def __init__(self, reply: list[Any] | Exception, progress: bytes | None = None) -> None:
+        self.greeting: list[tuple[Any, ...]] = []
+        self.ready = True
+        self.sent: list[tuple[Any, ...]] = []
+        self._reply = reply
+        self._progress = progress
+
+    async def call(self, arguments: Sequence[Any], _timeout_s: float) -> Any:
+        self.sent.append(tuple(arguments))
+        if tuple(arguments) == ("GET", PROGRESS_KEY):
+            return self._progress
+        if isinstance(self._reply, Exception):
+            raise self._reply
+        return self._reply
+
+    def send_all(self, commands: Sequence[Sequence[Any]]) -> list[asyncio.Future[Any]]:
+        if not self.ready:
+            raise RedisUnavailableError("no connection")
+        futures = []
+        for command in commands:
+            self.sent.append(tuple(command))
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            future.set_result(b"OK")
+            futures.append(future)
+        return futures
+
+
+class StubStore:
+    """Stands for gateway.store.Store: gives a fixed observation, or none as when Redis misses its budget."""
+
+    def __init__(self, observation: Observation | None, ready: bool = True) -> None:
+        self.observation = observation
+        self.ready = ready
+        self.refused_values = 0
+        self.failed_records = 0
+        self.timeouts_s: list[float] = []
+        self.recorded: list[Job] = []
+
+    async def observe(
+        self, _batch: Sequence[Job], _request: RequestColumns, timeout_s: float, update: bool = True
+    ) -> Observation | None:
+        assert update
+        self.timeouts_s.append(timeout_s)
+        return self.observation
+
+    def record(self, answers: Sequence[tuple[Job, bytes]]) -> None:
+        self.recorded += [job for job, _ in answers]
+
+
+def make_observation(rows: int, **features: float) -> Observation:
+    """Nothing settled, nothing stale; all features NaN but the given ones."""
+    matrix = np.full((rows, len(FEATURE_NAMES)), np.nan, np.float32)
+    for name, value in features.items():
+        matrix[:, FEATURE_INDEX[name]] = value
+    return Observation(
+        settled=[None] * rows,
+        matrix=matrix,
+        seq=np.zeros((rows, 5), np.int64),
+        stale=np.zeros(rows, bool),
+        tiles_age_ms=7,
+    )
+
+
+def write_model(model_dir: Path, version: str = "1", seed: int = 1, **changes: Any) -> Manifest:
+    """A small real XGBoost model of the amount, exported to ONNX with golden rows, and the manifest that names it champion.
+
+    `changes` replace fields of its metadata, to make it one that must be refused.
+    """
+    rng = np.random.default_rng(seed)
+    rows = rng.lognormal(8, 2, (400, len(FEATURE_NAMES))).astype(np.float32)
+    rows[rng.random(rows.shape) < 0.2] = np.nan
+    frauds = np.nan_to_num(rows[:, FEATURE_INDEX["amount_minor"]]) > 10_000
+    classifier = xgboost.XGBClassifier(n_estimators=10, max_depth=3, n_jobs=1, random_state=seed)
+    classifier.fit(rows, frauds)
+    exported = convert_xgboost(classifier, initial_types=[(INPUT_NAME, FloatTensorType([None, rows.shape[1]]))])
+    folder = model_dir / f"fraudgate-{version}"
+    folder.mkdir(parents=True)
+    (folder / MODEL_FILE).write_bytes(exported.SerializeToString())
+    np.savez(folder / GOLDEN_FILE, features=rows[:64], probability=classifier.predict_proba(rows[:64])[:, 1])
+    metadata = ModelMetadata(
+        name="fraudgate",
+        version=version,
+        created_at_ms=NOW_MS,
+        feature_fingerprint=FINGERPRINT,
+        feature_names=list(FEATURE_NAMES),
+        onnx_sha256=sha256_file(folder / MODEL_FILE),
+        training_table="training_set",
+        training_table_version=0,
+        training_rows=len(rows),
+        training_frauds=int(frauds.sum()),
+        metrics={},
+    )
+    (folder / METADATA_FILE).write_bytes(msgspec.json.encode(msgspec.structs.replace(metadata, **changes)))
+    files = {name: sha256_file(folder / name) for name in (MODEL_FILE, METADATA_FILE, GOLDEN_FILE)}
+    manifest = Manifest(routes={"champion": ModelEntry(name="fraudgate", version=version, directory=folder.name, files=files)})
+    write_manifest(model_dir, manifest)
+    return manifest

@@ -1,0 +1,64 @@
+from types import SimpleNamespace
+from typing import Any
+
+from aiokafka import TopicPartition
+from aiokafka.partitioner import DefaultPartitioner
+
+from gateway.avro import SchemaBook
+from gateway.contracts.reasons import Refusal
+from gateway.contracts.registry import SchemaRegistry
+from gateway.contracts.transaction import encode_json
+from gateway.job import Job
+from gateway.kafka import KafkaDoor, merge_by_event_time
+from gateway.metrics import Metrics
+from gateway.records import partition_of
+from tests.unit.gateway.factories import NOW_MS, StubStore, make_job, make_transaction
+
+
+def record_of(value: bytes, partition: int, offset: int, *, headers: tuple[tuple[str, bytes], ...] = ()) -> Any:
+    return SimpleNamespace(
+        value=value, topic="transactions", partition=partition, offset=offset, timestamp=NOW_MS, key=b"card", headers=headers
+    )
+
+
+def at(name: str, event_time_ms: int) -> tuple[Job, Any]:
+    return make_job(make_transaction(name, event_time_ms=event_time_ms), offset=0), None
+
+
+def test_partitions_are_merged_by_event_time_and_keep_their_own_order() -> None:
+    merged = merge_by_event_time([[at("a", 1), at("b", 9), at("c", 2)], [at("d", 3), at("e", 4)]])
+    assert [job.transaction.transaction_id for job, _ in merged] == ["a", "d", "e", "b", "c"]
+
+
+def test_a_card_goes_where_every_other_producer_puts_it() -> None:
+    choose = DefaultPartitioner()
+    keys = [f"card-{i}".encode() for i in range(200)]
+    assert [partition_of(k, 7) for k in keys] == [choose(k, list(range(7)), list(range(7))) for k in keys]
+
+
+def test_a_chunk_is_sorted_out_message_by_message() -> None:
+    door = KafkaDoor(
+        StubStore(None),  # type: ignore[arg-type]
+        SchemaBook(SchemaRegistry("http://127.0.0.1:9/")),
+        Metrics(),
+        bootstrap="127.0.0.1:9",
+        group="g",
+        instance="0",
+        batch_rows_max=10,
+    )
+    good, other = (encode_json(make_transaction(name)) for name in ("good", "other"))
+    polled = {
+        TopicPartition("transactions", 0): [
+            record_of(good, 0, 10),
+            record_of(b"{", 0, 11),
+            record_of(good, 0, 12, headers=(("fraudgate-scored", b"http"),)),
+        ],
+        TopicPartition("transactions", 1): [record_of(b"\0\0\0\0\1x", 1, 5), record_of(other, 1, 6)],
+    }
+    chunk = door._sort_out(polled, 0.0)
+    assert [job.transaction.transaction_id for job in chunk.jobs] == ["good", "other"]
+    assert [(job.partition, job.offset) for job in chunk.jobs] == [(0, 10), (1, 6)]
+    assert chunk.refusals == [Refusal.MALFORMED_JSON, Refusal.UNKNOWN_SCHEMA_ID]
+    assert [r.headers for r in chunk.quarantined] == [[("reason", b"malformed_json")], [("reason", b"unknown_schema_id")]]
+    assert chunk.skipped == 1
+    assert set(chunk.next_offsets.values()) == {13, 7}

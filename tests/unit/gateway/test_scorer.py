@@ -1,0 +1,166 @@
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from gateway.avro import receipt_of
+from gateway.contracts.decision import Outcome
+from gateway.job import Verdict
+from gateway.metrics import Metrics
+from gateway.model import ModelSlot, load_model
+from gateway.policy import load_policy
+from gateway.scorer import Scorer
+from gateway.store import Observation
+from tests.unit.gateway.factories import NOW_MS, StubStore, make_answer, make_job, make_observation, make_transaction, write_model
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+def slot(tmp_path_factory: pytest.TempPathFactory) -> ModelSlot:
+    folder = tmp_path_factory.mktemp("models")
+    write_model(folder)
+    made = ModelSlot(folder)
+    made.model = load_model(folder, "champion")
+    assert made.model is not None
+    return made
+
+
+@pytest.fixture
+def no_model(tmp_path: Path) -> ModelSlot:
+    return ModelSlot(tmp_path)
+
+
+def make_scorer(store: StubStore, models: ModelSlot, clock_s: float = 0.0) -> Scorer:
+    return Scorer(
+        store,  # type: ignore[arg-type]
+        models,
+        load_policy(""),
+        Metrics(),
+        feature_budget_ms=40,
+        code_version="test",
+        now_ms=lambda: NOW_MS,
+        clock_s=lambda: clock_s,
+    )
+
+
+def settled_by(before: bytes) -> Observation:
+    found = make_observation(1)
+    found.settled = [before]
+    return found
+
+
+async def test_a_decision_has_an_answer_and_a_receipt_with_the_models_inputs(slot: ModelSlot) -> None:
+    job = make_job(offset=7)
+    observation = make_observation(1, card_count_5m=2)
+    [result] = await make_scorer(StubStore(observation), slot).decide([job])
+    assert result.verdict is Verdict.DECIDED
+    assert result.answer is not None
+    assert result.receipt is not None
+    assert result.answer.degraded == []
+    receipt = receipt_of(result.receipt)
+    assert receipt.transaction == job.transaction
+    assert (receipt.source_partition, receipt.source_offset) == (0, 7)
+    assert np.array_equal(np.array(receipt.features, np.float32), observation.matrix[0], equal_nan=True)
+    assert slot.model is not None
+    assert receipt.model_digest == slot.model.digest
+    assert receipt.probability is not None
+    assert receipt.probability == pytest.approx(slot.model.probability(observation.matrix)[0])
+    assert receipt.risk_score == result.answer.risk_score == int(receipt.probability * 1000 + 0.5)
+
+
+@pytest.mark.parametrize(("ready", "observation"), [(True, None), (False, None)])
+async def test_redis_out_of_reach_costs_the_entity_features_alone(
+    slot: ModelSlot, ready: bool, observation: Observation | None
+) -> None:
+    store = StubStore(observation, ready)
+    [result] = await make_scorer(store, slot).decide([make_job()])
+    assert result.answer is not None
+    assert result.answer.degraded == ["request_only"]
+    assert result.answer.probability is not None
+    assert len(store.timeouts_s) == ready
+
+
+async def test_stale_features_are_flagged_by_transaction(slot: ModelSlot) -> None:
+    observation = make_observation(2)
+    observation.stale = np.array([False, True])
+    results = await make_scorer(StubStore(observation), slot).decide([make_job(make_transaction(i)) for i in ("a", "b")])
+    assert [r.answer.degraded for r in results if r.answer] == [[], ["stale_features"]]
+
+
+async def test_without_a_model_the_rules_decide(no_model: ModelSlot) -> None:
+    [result] = await make_scorer(StubStore(make_observation(1, card_count_5m=50)), no_model).decide([make_job()])
+    assert result.answer is not None
+    assert result.answer.degraded == ["rules_only"]
+    assert result.answer.decision is Outcome.DECLINE
+    assert (result.answer.probability, result.answer.model) == (None, None)
+
+
+async def test_without_model_and_features_the_band_of_the_amount_decides(no_model: ModelSlot) -> None:
+    [result] = await make_scorer(StubStore(None), no_model).decide([make_job(make_transaction(amount_minor=200_000))])
+    assert result.answer is not None
+    assert result.answer.degraded == ["static_policy"]
+    assert result.answer.decision is Outcome.REVIEW
+    assert [r.code for r in result.answer.reasons] == ["NO_MODEL"]
+
+
+async def test_the_time_for_redis_shrinks_with_the_deadline(slot: ModelSlot) -> None:
+    store = StubStore(make_observation(1))
+    scorer = make_scorer(store, slot, clock_s=100.0)
+    await scorer.decide([make_job(deadline_s=100.080)])
+    await scorer.decide([make_job(deadline_s=100.030)])
+    assert store.timeouts_s == pytest.approx([0.040, 0.020])
+    [late] = await scorer.decide([make_job(deadline_s=100.007)])
+    assert len(store.timeouts_s) == 2
+    assert late.answer is not None
+    assert late.answer.degraded == ["request_only"]
+    [too_late] = await scorer.decide([make_job(deadline_s=100.002)])
+    assert too_late.answer is not None
+    assert too_late.answer.degraded == ["static_policy"]
+
+
+async def test_a_retry_gets_the_recorded_answer_and_no_receipt(slot: ModelSlot) -> None:
+    job = make_job()
+    before = job.claim + msgspec.msgpack.encode(make_answer())
+    store = StubStore(settled_by(before))
+    [result] = await make_scorer(store, slot).decide([job])
+    assert (result.verdict, result.answer, result.receipt) == (Verdict.DUPLICATE, make_answer(), None)
+    assert store.recorded == []
+
+
+async def test_another_body_is_a_conflict(slot: ModelSlot) -> None:
+    before = make_job(make_transaction(amount_minor=1)).claim
+    [result] = await make_scorer(StubStore(settled_by(before)), slot).decide([make_job()])
+    assert (result.verdict, result.answer) == (Verdict.CONFLICT, None)
+
+
+async def test_http_is_told_that_the_kafka_door_is_deciding(slot: ModelSlot) -> None:
+    [result] = await make_scorer(StubStore(settled_by(make_job(offset=3).claim)), slot).decide([make_job()])
+    assert result.verdict is Verdict.IN_PROGRESS
+
+
+async def test_a_second_record_of_kafka_is_left_to_the_first(slot: ModelSlot) -> None:
+    [result] = await make_scorer(StubStore(settled_by(make_job(offset=3).claim)), slot).decide([make_job(offset=4)])
+    assert (result.verdict, result.receipt) == (Verdict.DUPLICATE, None)
+
+
+async def test_kafka_leaves_to_http_what_it_is_deciding_and_takes_over_what_it_never_answered(slot: ModelSlot) -> None:
+    http = make_job()
+
+    class OnceSettled(StubStore):
+        async def observe(self, batch, request, timeout_s, update=True):  # type: ignore[no-untyped-def]
+            found = await super().observe(batch, request, timeout_s, update)
+            self.observation = make_observation(1)
+            self.claims = [job.claim for job in batch]
+            return found
+
+    scorer = make_scorer(StubStore(settled_by(http.claim)), slot)
+    scorer.deciding.add("t1")
+    [left] = await scorer.decide([make_job(offset=4)])
+    assert left.verdict is Verdict.DUPLICATE
+
+    store = OnceSettled(settled_by(http.claim))
+    [taken] = await make_scorer(store, slot).decide([make_job(offset=4)])
+    assert taken.verdict is Verdict.DECIDED
+    assert store.claims == [http.claim]

@@ -1,0 +1,182 @@
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gateway.contracts.features import FEATURE_INDEX, request_columns
+from gateway.contracts.layout import (
+    HEAD_EVENT,
+    HEAD_EVENT_PACK,
+    HEAD_HEADER,
+    LAYOUT_VERSION,
+    dim_hash,
+    key_check,
+)
+from gateway.contracts.windows import SETTLE_MS
+from gateway.job import Job
+from gateway.redis_link import RedisReplyError, RedisUnavailableError
+from gateway.store import TILES_AHEAD_MARGIN_MS, Observation, Store, request_only_matrix
+from tests.unit.gateway.factories import NOW_MS, ScriptedLink, make_job, make_transaction, packed_progress
+
+pytestmark = pytest.mark.anyio
+
+
+def head_of(entity: int, name: str, entity_id: str, *events: bytes, lost: int = 0, version: int = LAYOUT_VERSION) -> bytes:
+    header = HEAD_HEADER.pack(version, entity, 0, key_check(name, entity_id), len(events), lost)
+    return header + b"".join(events)
+
+
+def event(seq: int, when_ms: int, amount: int = 100, merchant: str = "m0") -> bytes:
+    return HEAD_EVENT_PACK.pack(1000 + seq, when_ms, amount, seq, 0, dim_hash(merchant), dim_hash("DE"), math.nan, math.nan, 0)
+
+
+def reply_of(*heads: bytes, before: bytes | None = None, progress: bytes | None = None) -> list[Any]:
+    """The script's reply for one transaction with card, customer and merchant, whose heads are given."""
+    out: list[Any] = [progress, before]
+    for i in range(3):
+        head = heads[i] if i < len(heads) else b""
+        out += [head, b"", 0 if not head else (len(head) - 16) // 48]
+    return out
+
+
+def make_store(link: ScriptedLink, now_ms: int = NOW_MS) -> Store:
+    return Store(link, 600_000, now_ms=lambda: now_ms)  # type: ignore[arg-type]
+
+
+async def observe(store: Store, *jobs: Job, update: bool = True) -> Observation | None:
+    return await store.observe(jobs, request_columns([j.transaction for j in jobs]), 1.0, update)
+
+
+async def observed(store: Store, *jobs: Job) -> Observation:
+    found = await observe(store, *jobs)
+    assert found is not None
+    return found
+
+
+def feature(found: Observation, name: str, row: int = 0) -> float:
+    return float(found.matrix[row, FEATURE_INDEX[name]])
+
+
+FRESH = packed_progress()
+
+
+async def test_events_of_the_head_become_features() -> None:
+    head = head_of(0, "card", "card-1", event(0, NOW_MS - 60_000, 200), event(1, NOW_MS - 1000, 100, "m1"))
+    found = await observed(make_store(ScriptedLink(reply_of(head, progress=FRESH))), make_job())
+    assert feature(found, "card_count_5m") == 2
+    assert feature(found, "card_amount_sum_1h") == 300
+    assert feature(found, "card_distinct_merchants_1h") == 2
+    assert feature(found, "card_since_last") == 1
+    assert feature(found, "merchant_count_5m") == 0
+    assert math.isnan(feature(found, "device_count_5m"))
+    assert found.seq.tolist() == [[2, 0, 0, -1, -1]]
+    assert not found.stale.any()
+    assert found.tiles_age_ms == 0
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        head_of(0, "card", "card-2", event(0, NOW_MS - 1000)),
+        head_of(1, "card", "card-1", event(0, NOW_MS - 1000)),
+        head_of(0, "card", "card-1", event(0, NOW_MS - 1000), version=9),
+        head_of(0, "card", "card-1", event(0, NOW_MS - 1000))[:-1],
+        b"short",
+    ],
+    ids=["another key", "another entity", "another version", "a broken record", "no header"],
+)
+async def test_a_value_that_is_not_the_keys_own_is_never_used(head: bytes) -> None:
+    store = make_store(ScriptedLink(reply_of(head, progress=FRESH)))
+    found = await observed(store, make_job())
+    assert math.isnan(feature(found, "card_count_5m"))
+    assert feature(found, "customer_count_1h") == 0
+    assert found.stale.tolist() == [True]
+    assert store.refused_values == 1
+
+
+async def test_evicted_events_make_the_features_stale() -> None:
+    head = head_of(0, "card", "card-1", event(0, NOW_MS - 1000), lost=1)
+    found = await observed(make_store(ScriptedLink(reply_of(head, progress=FRESH))), make_job())
+    assert found.stale.tolist() == [True]
+
+
+async def test_features_are_stale_without_progress_of_the_spark_job() -> None:
+    found = await observed(make_store(ScriptedLink(reply_of())), make_job())
+    assert found.stale.tolist() == [True]
+    assert found.tiles_age_ms is None
+
+
+async def test_features_get_stale_when_the_spark_job_leaves_transactions_uncounted() -> None:
+    now_ms = NOW_MS
+    link = ScriptedLink(reply_of(progress=packed_progress(written_at_ms=NOW_MS - 10 * SETTLE_MS)))
+    store = Store(link, 600_000, now_ms=lambda: now_ms)  # type: ignore[arg-type]
+    # After a quiet time there was nothing to count.
+    assert not (await observed(store, make_job())).stale.any()
+    now_ms += SETTLE_MS
+    assert not (await observed(store, make_job())).stale.any()
+    now_ms += 1
+    assert (await observed(store, make_job())).stale.all()
+
+
+async def test_what_spark_has_counted_already_is_stale_and_not_counted_from_the_head() -> None:
+    ahead = packed_progress(arrived_through_ms=NOW_MS + TILES_AHEAD_MARGIN_MS + 1)
+    link = ScriptedLink(reply_of(progress=ahead), progress=ahead)
+    assert (await observed(make_store(link), make_job(offset=5))).stale.all()
+    events = [a for a in link.sent[-1] if isinstance(a, bytes) and len(a) == HEAD_EVENT.itemsize]
+    assert len(events) == 3
+    assert all(np.frombuffer(e, HEAD_EVENT)["tiled"][0] == 1 for e in events)
+
+
+async def test_a_settled_transaction_has_no_features_and_its_neighbour_has() -> None:
+    first, second = make_job(make_transaction("a")), make_job(make_transaction("b"))
+    before = first.claim + b"answer"
+    head = head_of(0, "card", "card-1", event(0, NOW_MS - 1000))
+    reply = [FRESH, before, *reply_of(head)[1:]]
+    found = await observed(make_store(ScriptedLink(reply)), first, second)
+    assert found.settled == [before, None]
+    assert math.isnan(feature(found, "card_count_5m", 0))
+    assert feature(found, "card_count_5m", 1) == 1
+
+
+@pytest.mark.parametrize("error", [RedisUnavailableError("gone"), RedisReplyError("OOM")])
+async def test_trouble_with_redis_is_no_observation(error: Exception) -> None:
+    assert await observe(make_store(ScriptedLink(error)), make_job()) is None
+
+
+async def test_a_script_that_redis_has_forgotten_is_sent_again() -> None:
+    class Forgetful(ScriptedLink):
+        async def call(self, arguments: Sequence[Any], timeout_s: float) -> Any:
+            if arguments[0] == "EVALSHA":
+                raise RedisReplyError("NOSCRIPT No matching script.")
+            return await super().call(arguments, timeout_s)
+
+    link = Forgetful(reply_of(progress=FRESH))
+    await observed(make_store(link), make_job())
+    assert link.sent[-1][0] == "EVAL"
+
+
+async def test_a_what_if_read_says_so_to_the_script() -> None:
+    link = ScriptedLink(reply_of(progress=FRESH), progress=FRESH)
+    await observe(make_store(link), make_job(), update=False)
+    arguments = link.sent[-1]
+    keys = arguments[2]
+    assert arguments[3 + keys] == "0"
+
+
+async def test_answers_that_can_not_be_stored_are_counted() -> None:
+    link = ScriptedLink([])
+    store = make_store(link)
+    store.record([(make_job(), b"answer")])
+    assert link.sent[-1][:1] == ("SET",)
+    assert store.failed_records == 0
+    link.ready = False
+    store.record([(make_job(), b"answer")])
+    assert store.failed_records == 1
+
+
+def test_the_request_alone_gives_its_own_features_and_nan() -> None:
+    matrix = request_only_matrix(request_columns([make_transaction(amount_minor=77)]))
+    assert matrix[0, FEATURE_INDEX["amount_minor"]] == 77
+    assert np.isnan(matrix[0, FEATURE_INDEX["card_count_5m"]])
