@@ -54,8 +54,8 @@ def writer(spark: SparkSession, settings: Settings, metrics: Metrics) -> DataStr
             "value",
             "headers",
             F.col("timestamp").alias("kafka_timestamp"),
-            F.timestamp_millis(F.lit(newest_ms[0])).alias("ingested_at"),
-            F.lit(batch_id).cast("bigint").alias("batch_id"),
+            F.timestamp_millis(lake.per_batch(newest_ms[0], "offset")).alias("ingested_at"),
+            lake.per_batch(batch_id, "offset").alias("batch_id"),
         )
         lake.append(rows, uri, app_id, batch_id, QUERY)
         metrics.batch(QUERY, time.monotonic() - started)

@@ -110,7 +110,7 @@ class Silver:
         if any(reason == Refusal.UNKNOWN_SCHEMA_ID for _, reason in counts) and self.schemas.refresh():
             raise SchemasChangedError
         valid = batch.where("reason is null")
-        stamp = F.lit(batch_id).cast("bigint").alias("batch_id")
+        stamp = lake.per_batch(batch_id, "offset").alias("batch_id")
         source = ("partition", "offset", "kafka_timestamp", stamp)
         transactions = valid.where(F.col("topic") == TRANSACTIONS).select(*(f"t.{name}" for name in FIELDS), "scored_by", *source)
         refused = sum(n for (_, reason), n in counts.items() if reason is not None)
