@@ -69,8 +69,7 @@ def options(settings: Settings) -> dict[str, str]:
         "spark.jars": ",".join(str(jar) for jar in jars(settings.jars_path)),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
-        # Local files without .crc companions: half as many files to create, and Parquet and Delta have checksums of their own.
-        "spark.hadoop.fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
+        # Checkpoint files without .crc companions: half as many files to create.
         "spark.hadoop.fs.AbstractFileSystem.file.impl": "org.apache.hadoop.fs.local.RawLocalFs",
         # Loopback only: a driver that binds every address offers its block manager to the network.
         "spark.driver.host": "127.0.0.1",
@@ -128,5 +127,9 @@ def build_session(settings: Settings) -> SparkSession:
     for name, value in options(settings).items():
         builder = builder.config(name, value)
     spark = builder.getOrCreate()
-    spark.sparkContext.setLogLevel("ERROR")
+    context = spark.sparkContext
+    context.setLogLevel("ERROR")
+    # The tables' files on a local directory likewise: Parquet and Delta have checksums of their own.
+    assert context._jvm is not None
+    context._jvm.org.apache.hadoop.fs.FileSystem.getLocal(context._jsc.hadoopConfiguration()).setWriteChecksum(False)
     return spark
