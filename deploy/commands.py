@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -80,7 +81,9 @@ def _duration(seconds: float) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    # A reader that went away (fraudgate down | head) must not leave the work half done.
+    with contextlib.suppress(BrokenPipeError):
+        print(line, flush=True)
 
 
 def _fail(command: str, exc: StackError) -> int:

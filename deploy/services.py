@@ -285,8 +285,8 @@ def _jobs(settings: Settings) -> Service:
         ports={ENV_PREFIX + "JOBS_PORT": settings.jobs_port},
         prepare=_nothing,
         command=lambda: ([sys.executable, "-m", "deploy.cli", "jobs"], _own_env(settings)),
-        healthy=lambda: http_ok(f"http://{settings.host}:{settings.jobs_port}/metrics"),
-        ready_within_s=120,
+        healthy=lambda: streams_run(f"http://{settings.host}:{settings.jobs_port}/metrics"),
+        ready_within_s=180,
         stop_within_s=60,
         core=False,
         niceness=JOBS_NICENESS,
@@ -334,3 +334,14 @@ def http_ok(url: str) -> bool:
             return bool(reply.status == 200)
     except (OSError, ValueError):
         return False
+
+
+def streams_run(url: str) -> bool:
+    """True when the feature jobs' metrics say that every stream runs. The metrics answer long before Spark has started."""
+    try:
+        with urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S) as reply:  # noqa: S310
+            lines = reply.read().decode().splitlines()
+    except (OSError, ValueError):
+        return False
+    states = [line.rpartition(" ")[2] for line in lines if line.startswith("fraudgate_jobs_up{")]
+    return bool(states) and all(float(state) == 1 for state in states)

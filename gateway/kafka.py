@@ -37,6 +37,11 @@ log = logging.getLogger(__name__)
 
 CHUNK_RECORDS_MAX = 512
 POLL_MS = 200
+# aiokafka asks a broker for those partitions alone of which nothing is buffered, and waits this long for them before it asks for
+# the others: its default of 500 ms would be their latency.
+FETCH_WAIT_MS = 20
+# A chunk of nothing but records to skip (scored over HTTP) is committed with the next one, or after this time.
+SKIPPED_COMMIT_S = 1.0
 RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 5.0
 START_TIMEOUT_S = 30.0
@@ -84,6 +89,9 @@ class KafkaDoor:
         self._group = group
         self._instance = instance
         self._batch_rows_max = batch_rows_max
+        # Where partitions go on behind records that were skipped, not committed yet.
+        self._carried: dict[TopicPartition, int] = {}
+        self._committed_s = 0.0
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.connected = False
@@ -142,15 +150,17 @@ class KafkaDoor:
             isolation_level="read_committed",
             enable_auto_commit=False,
             auto_offset_reset="earliest",
+            fetch_max_wait_ms=FETCH_WAIT_MS,
             session_timeout_ms=SESSION_TIMEOUT_MS,
             heartbeat_interval_ms=HEARTBEAT_MS,
         )
         idle = asyncio.Event()
         idle.set()
+        self._carried.clear()
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await producer.start()
-                consumer.subscribe([TRANSACTIONS], listener=_WaitForChunk(idle))
+                consumer.subscribe([TRANSACTIONS], listener=_WaitForChunk(idle, self._carried))
                 await consumer.start()
             self.connected = True
             self._metrics.kafka_sessions.inc()
@@ -184,9 +194,13 @@ class KafkaDoor:
                 chunk.refusals.append(Refusal.IDEMPOTENCY_CONFLICT)
                 records.append(_quarantine(source, RefusedError(Refusal.IDEMPOTENCY_CONFLICT, "transaction_id")))
         published_from_s = time.monotonic()
-        async with asyncio.timeout(COMMIT_TIMEOUT_S):
-            await self._commit(producer, records, chunk.next_offsets)
-        self._count(chunk, results, published_from_s)
+        self._carried.update(chunk.next_offsets)
+        if results or records or published_from_s - self._committed_s > SKIPPED_COMMIT_S:
+            async with asyncio.timeout(COMMIT_TIMEOUT_S):
+                await self._commit(producer, records, dict(self._carried))
+            self._carried.clear()
+            self._committed_s = published_from_s
+            self._count(chunk, results, published_from_s)
         return chunk.next_offsets
 
     async def _commit(self, producer: AIOKafkaProducer, records: Sequence[Record], next_offsets: dict[TopicPartition, int]) -> None:
@@ -258,11 +272,14 @@ class KafkaDoor:
 class _WaitForChunk(ConsumerRebalanceListener):  # type: ignore[misc]
     """A partition is given away only when the chunk that may hold its records is committed or given up."""
 
-    def __init__(self, idle: asyncio.Event) -> None:
+    def __init__(self, idle: asyncio.Event, carried: dict[TopicPartition, int]) -> None:
         self._idle = idle
+        self._carried = carried
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         await self._idle.wait()
+        # Another may own them next, and what was skipped is skipped again.
+        self._carried.clear()
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         log.info("kafka: assigned partitions %s", sorted(p.partition for p in assigned))

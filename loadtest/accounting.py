@@ -34,6 +34,9 @@ POLL_MESSAGES_MAX = 500
 POLL_S = 0.2
 # Once everything is accounted for, reading goes on until this long nothing came, so that duplicates show.
 QUIET_S = 1.5
+# When nothing came for this long and payments are missing, they may have been decided before the run.
+LOOK_BACK_AFTER_S = 5.0
+LOOK_BACK_MAX_S = 60.0
 IDS_SHOWN_MAX = 20
 
 
@@ -52,11 +55,16 @@ class Quality:
 
 @dataclass(frozen=True)
 class Accounting:
-    """`quarantined` counts payments without a decision; `unaccounted` has neither. Ids are in order of sending."""
+    """`quarantined` counts payments without a decision; `unaccounted` has neither. Ids are in order of sending.
+
+    `decided_before` counts payments that were decided by an earlier run within the idempotency window: the gateway takes them for
+    retries, which get no second receipt.
+    """
 
     events_in: int
     decided: int
     quarantined: int
+    decided_before: int
     unaccounted: list[str]
     duplicates: list[str]
     outcomes: dict[str, int]
@@ -95,10 +103,24 @@ class _Seen:
 class Accountant:
     """`start` before the first payment, `finish` after the last. One run each."""
 
-    def __init__(self, bootstrap: str, registry: SchemaRegistry, ledger: Ledger, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        bootstrap: str,
+        registry: SchemaRegistry,
+        ledger: Ledger,
+        *,
+        idempotency_window_s: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._bootstrap = bootstrap
+        self._window_s = idempotency_window_s
+        self._starts: list[TopicPartition] = []
+        self._before: set[int] = set()
         self._ledger = ledger
         self._clock = clock
         self._decisions = Reader(DECISIONS, registry, ("transaction_id", "decision", "probability", "degraded"))
+        # Read by another thread than the others.
+        self._decisions_before = Reader(DECISIONS, registry, ("transaction_id",))
         self._quarantine = Reader(QUARANTINE, registry, ("reason", "topic", "partition", "offset", "value"))
         self._transactions = Reader(TRANSACTIONS, registry, ("transaction_id",))
         self._seen = _Seen()
@@ -126,13 +148,13 @@ class Accountant:
     def start(self) -> None:
         """Note where both topics end and follow them from there. Raises `LoadError` when Kafka doesn't answer."""
         try:
-            starts = []
+            self._started_s = self._clock()
             for topic in (DECISIONS, QUARANTINE):
                 partitions = self._consumer.list_topics(topic, timeout=REACH_TIMEOUT_S).topics[topic].partitions
                 for p in partitions:
                     _, end = self._consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=REACH_TIMEOUT_S)
-                    starts.append(TopicPartition(topic, p, end))
-            self._consumer.assign(starts)
+                    self._starts.append(TopicPartition(topic, p, end))
+            self._consumer.assign(self._starts)
         except KafkaException as exc:
             raise LoadError(f"the topics {DECISIONS} and {QUARANTINE} can't be read: {exc}") from exc
         self._thread.start()
@@ -149,12 +171,17 @@ class Accountant:
         """
         started = time.monotonic()
         reported = 0
+        looked_back = False
         while (waited := time.monotonic() - started) < deadline_s and self._failure is None:
             if progress is not None:
                 progress(self._accounted - reported)
                 reported = self._accounted
-            if self._accounted >= len(self._ledger) and time.monotonic() - self._last_record >= QUIET_S:
+            quiet_s = time.monotonic() - max(self._last_record, started)
+            if self._accounted + len(self._before) >= len(self._ledger) and quiet_s >= QUIET_S:
                 break
+            if not looked_back and quiet_s >= LOOK_BACK_AFTER_S:
+                looked_back = True
+                self._look_back()
             self._stopped.wait(POLL_S)
         self._stopped.set()
         self._thread.join(REACH_TIMEOUT_S)
@@ -162,6 +189,47 @@ class Accountant:
         if self._failure is not None:
             raise LoadError(f"the decisions can't be read: {self._failure}") from self._failure
         return self._result(waited)
+
+    def _look_back(self) -> None:
+        """Find payments that had been decided before the run, within the idempotency window. At most LOOK_BACK_MAX_S."""
+        give_up = time.monotonic() + LOOK_BACK_MAX_S
+        ends = {p.partition: p.offset for p in self._starts if p.topic == DECISIONS}
+        since_ms = int((self._started_s - self._window_s) * 1000)
+        consumer = Consumer(
+            {
+                "bootstrap.servers": self._bootstrap,
+                "group.id": "fraudgate-accounting-before",
+                "isolation.level": "read_committed",
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "log_level": 0,
+            }
+        )
+        try:
+            times = [TopicPartition(DECISIONS, p, since_ms) for p in ends]
+            # An offset below 0 stands for the end: nothing is that young.
+            found = consumer.offsets_for_times(times, timeout=REACH_TIMEOUT_S)
+            starts = [p for p in found if 0 <= p.offset < ends[p.partition]]
+            consumer.assign(starts)
+            open_partitions = {p.partition for p in starts}
+            while open_partitions and time.monotonic() < give_up:
+                for message in consumer.consume(POLL_MESSAGES_MAX, POLL_S):
+                    partition, offset = message.partition(), message.offset()
+                    assert partition is not None
+                    if message.error() is not None or offset is None or offset >= ends[partition]:
+                        open_partitions.discard(partition)
+                        continue
+                    row = self._ledger.rows.get(self._decisions_before.read(message.value() or b"")["transaction_id"])
+                    if row is not None and not self._row_seen(row):
+                        self._before.add(row)
+        except KafkaException as exc:
+            raise LoadError(f"earlier decisions can't be read: {exc}") from exc
+        finally:
+            consumer.close()
+
+    def _row_seen(self, row: int) -> bool:
+        seen = self._seen
+        return row < len(seen.quarantined) and (seen.decisions[row] > 0 or seen.quarantined[row] > 0)
 
     def _run(self) -> None:
         try:
@@ -245,11 +313,15 @@ class Accountant:
         flagged = precision_recall(outcome[decided] != OUTCOMES.index(Outcome.APPROVE), is_fraud[decided])
         declined = precision_recall(outcome[decided] == OUTCOMES.index(Outcome.DECLINE), is_fraud[decided])
         scored = ~np.isnan(probability)
+        before = np.zeros(n, bool)
+        before[list(self._before)] = True
+        before &= ~decided & ~quarantined
         return Accounting(
             events_in=n,
             decided=int(decided.sum()),
             quarantined=int((quarantined & ~decided).sum()),
-            unaccounted=[ledger.ids[i] for i in np.flatnonzero(~decided & ~quarantined).tolist()],
+            decided_before=int(before.sum()),
+            unaccounted=[ledger.ids[i] for i in np.flatnonzero(~decided & ~quarantined & ~before).tolist()],
             duplicates=[ledger.ids[i] for i in np.flatnonzero(decisions > 1).tolist()],
             outcomes={o: int((outcome == i).sum()) for i, o in enumerate(OUTCOMES)},
             degraded=dict(self._degraded),
@@ -287,6 +359,7 @@ def table(a: Accounting) -> str:
         ("events in", f"{a.events_in}"),
         ("decided", f"{a.decided}"),
         ("quarantined", f"{a.quarantined}"),
+        *([("retries of payments decided before", f"{a.decided_before}")] if a.decided_before else []),
         ("unaccounted", _ids(a.unaccounted)),
         ("duplicates", _ids(a.duplicates)),
     ]

@@ -127,7 +127,11 @@ def run_load(load: Load, settings: Settings, *, show_progress: bool = True) -> R
         }
         kafka = KafkaSender(settings.bootstrap, encoders[TRANSACTIONS], encoders[LABELS], history=load.history, ledger=ledger)
     http = HttpSender(settings.gateway, ledger=ledger) if "http" in load.doors else None
-    accountant = None if ledger is None else Accountant(settings.bootstrap, registry, ledger)
+    accountant = (
+        None
+        if ledger is None
+        else Accountant(settings.bootstrap, registry, ledger, idempotency_window_s=settings.idempotency_window_s)
+    )
     if accountant is not None:
         accountant.start()
     started = time.monotonic()

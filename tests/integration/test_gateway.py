@@ -43,7 +43,10 @@ def served(stack: Stack, settings: Settings, tmp_path_factory: pytest.TempPathFa
     """The settings of a running gateway with a model of its own."""
     folder = tmp_path_factory.mktemp("gateway")
     write_model(folder / "models")
-    own = dataclasses.replace(settings, model_dir=str(folder / "models"))
+    # Wide budgets: what is tested here is what is answered, on machines however busy.
+    own = dataclasses.replace(
+        settings, model_dir=str(folder / "models"), feature_budget_ms=1000, decision_budget_ms=3000, publish_budget_ms=1000
+    )
     with running_command(own, "serve", log_path=folder / "gateway.log") as command:
         command.wait_until(lambda: ready_without(own, "redis", "model", "kafka"), READY_WITHIN_S, "the gateway is ready")
         yield own
