@@ -160,10 +160,14 @@ def _whole_record(payload: Column, writer: str, options: dict[str, str]) -> Colu
     A writer's schema with other than plain fields, which Spark might not write the way it was, is spared that check.
     """
     record = from_avro(payload, writer, options)
-    if not _plain(json.loads(writer)):
+    schema = json.loads(writer)
+    required = [f["name"] for f in schema["fields"] if isinstance(f["type"], str)]
+    if not required or not _plain(schema):
         return record
-    as_written = to_avro(from_avro(payload, writer, {"mode": "PERMISSIVE"}), writer)
-    return F.when(F.length(as_written) == F.length(payload), record)
+    as_read = from_avro(payload, writer, {"mode": "PERMISSIVE"})
+    # What can't be read is a record of nulls, which can't be written: that would fail the batch, not the row.
+    sound = reduce(lambda so_far, name: so_far & as_read[name].isNotNull(), required, F.lit(True))
+    return F.when(sound & (F.length(F.when(sound, to_avro(as_read, writer))) == F.length(payload)), record)
 
 
 def _plain(schema: dict[str, Any]) -> bool:

@@ -25,7 +25,11 @@ from gateway.contracts.transaction import FIELDS, RefusedError, Transaction
 from gateway.contracts.wire import frame
 from loadtest.hostile import hostile_cases
 
-pytestmark = pytest.mark.spark
+pytestmark = [
+    pytest.mark.spark,
+    # py4j leaves its sockets to the garbage collector, which says so.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+]
 
 NOW_MS = 1_700_000_000_000
 SCHEMA_ID = 7
