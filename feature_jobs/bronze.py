@@ -9,7 +9,7 @@ from collections import defaultdict
 from confluent_kafka.admin import AdminClient
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.streaming import DataStreamWriter
+from pyspark.sql.streaming.readwriter import DataStreamWriter
 
 from feature_jobs import lake
 from feature_jobs.metrics import Metrics
@@ -54,8 +54,8 @@ def writer(spark: SparkSession, settings: Settings, metrics: Metrics) -> DataStr
             "value",
             "headers",
             F.col("timestamp").alias("kafka_timestamp"),
-            F.timestamp_millis(F.lit(newest_ms[0])).alias("ingested_at"),
-            F.lit(batch_id).cast("bigint").alias("batch_id"),
+            F.timestamp_millis(lake.per_batch(newest_ms[0], "offset")).alias("ingested_at"),
+            lake.per_batch(batch_id, "offset").alias("batch_id"),
         )
         lake.append(rows, uri, app_id, batch_id, QUERY)
         metrics.batch(QUERY, time.monotonic() - started)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
-from pyspark.sql.streaming import DataStreamWriter
+from pyspark.sql.streaming.readwriter import DataStreamWriter
 
 from feature_jobs import lake
 from feature_jobs.metrics import Metrics
@@ -155,7 +155,7 @@ class Gold:
             name: F.coalesce(f"g.{name}", f"s.{name}") for name in columns if name not in LABEL_COLUMNS
         } | {name: F.when(newer, F.col(f"s.{name}")).otherwise(F.col(f"g.{name}")) for name in LABEL_COLUMNS}
         # The batch in which the transaction itself came, for freshness.
-        stamp = F.when(F.col("s.event_time_ms").isNotNull(), F.lit(batch_id).cast("bigint"))
+        stamp = F.when(F.col("s.event_time_ms").isNotNull(), lake.per_batch(batch_id, "s.event_time_ms"))
         insert["batch_id"] = stamp
         update["batch_id"] = F.coalesce(F.col("g.batch_id"), stamp)
         with self._fenced(batch.sparkSession, tables.GOLD_DECISIONS, batch_id) as table:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from delta.tables import DeltaTable
 from py4j.java_gateway import JavaObject
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
 from gateway.contracts import tables
@@ -117,6 +118,16 @@ def append(rows: DataFrame, uri: str, app_id: str, batch_id: int, query: str) ->
         .option("userMetadata", commit_note(query, batch_id))
         .save(uri)
     )
+
+
+def per_batch(value: int, beside: str) -> Column:
+    """A number that differs from batch to batch, as a bigint column of rows that have a column `beside`.
+
+    A plain literal would be written into the generated code, so that each batch compiles its own: a second of CPU. Texts are passed
+    by reference, and leaning on a column keeps the optimiser from folding the cast.
+    """
+    nothing = F.substring(F.col(beside).cast("string"), 1, 0)
+    return F.concat(F.lit(str(value)), nothing).cast("bigint")
 
 
 def commit_note(query: str, batch_id: int) -> str:

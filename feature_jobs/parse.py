@@ -10,13 +10,15 @@ line of text that one regular expression compares with a transaction's shape.
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterable
 from functools import reduce
+from typing import Any
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
-from pyspark.sql.avro.functions import from_avro
+from pyspark.sql.avro.functions import from_avro, to_avro
 
 from feature_jobs.lake import LABEL_DDL, RECEIPT_DDL, RECEIPT_ENTITIES_DDL
 from gateway.contracts import transaction as tx
@@ -61,7 +63,7 @@ def _whole(pattern: str) -> str:
 
 def _choose(cases: Iterable[tuple[Column, Column]]) -> Column:
     """The value of the first case whose condition holds, else null. Later cases aren't evaluated."""
-    chained = reduce(lambda so_far, case: so_far.when(*case), cases, F)  # type: ignore[arg-type, return-value]
+    chained = reduce(lambda so_far, case: so_far.when(*case), cases, F)
     assert isinstance(chained, Column)
     return chained
 
@@ -142,7 +144,7 @@ def _decoded(framed: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame
         payload = F.substring("value", HEADER.size + 1, tx.MESSAGE_BYTES_MAX * 64)
         options = {"mode": "PERMISSIVE", "avroSchema": reader}
         branches = [
-            ((F.col("topic") == topic) & (F.col("schema_id") == schema_id), from_avro(payload, writer, options))
+            ((F.col("topic") == topic) & (F.col("schema_id") == schema_id), _whole_record(payload, writer, options))
             for schema_id, writer in sorted(by_id.items())
         ]
         known = F.col("schema_id").isin(sorted(by_id)) if by_id else F.lit(False)
@@ -150,6 +152,30 @@ def _decoded(framed: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame
             f"known_{topic}", (F.col("topic") == topic) & F.coalesce(known, F.lit(False))
         )
     return rows
+
+
+def _whole_record(payload: Column, writer: str, options: dict[str, str]) -> Column:
+    """The record that is all of `payload`, else null. Spark's reader doesn't mind bytes behind it, so it is written again to compare.
+
+    A writer's schema with other than plain fields, which Spark might not write the way it was, is spared that check.
+    """
+    record = from_avro(payload, writer, options)
+    schema = json.loads(writer)
+    required = [f["name"] for f in schema["fields"] if isinstance(f["type"], str)]
+    if not required or not _plain(schema):
+        return record
+    as_read = from_avro(payload, writer, {"mode": "PERMISSIVE"})
+    # What can't be read is a record of nulls, which can't be written: that would fail the batch, not the row.
+    sound = reduce(lambda so_far, name: so_far & as_read[name].isNotNull(), required, F.lit(True))
+    return F.when(sound & (F.length(F.when(sound, to_avro(as_read, writer))) == F.length(payload)), record)
+
+
+def _plain(schema: dict[str, Any]) -> bool:
+    """Every field is a primitive, or null or a primitive."""
+    kinds = (kind for f in schema["fields"] for kind in (f["type"] if isinstance(f["type"], list) else [f["type"]]))
+    return all(isinstance(kind, str) for kind in kinds) and all(
+        not isinstance(f["type"], list) or (len(f["type"]) == 2 and "null" in f["type"]) for f in schema["fields"]
+    )
 
 
 def _typed(rows: DataFrame) -> DataFrame:
@@ -218,12 +244,12 @@ def _known_id() -> Column:
 
 
 def _avro_reason() -> Column:
-    undecodable = F.col("t").isNull() | ~F.is_valid_utf8("texts")
     return _choose(
         [
             (F.col("schema_id").isNull(), F.lit(Refusal.MALFORMED_AVRO.value)),
             (~F.col(f"known_{TRANSACTIONS}"), F.lit(Refusal.UNKNOWN_SCHEMA_ID.value)),
-            (undecodable, F.lit(Refusal.MALFORMED_AVRO.value)),
+            (F.col("t").isNull(), F.lit(Refusal.MALFORMED_AVRO.value)),
+            (~F.is_valid_utf8("texts"), F.lit(Refusal.NOT_UTF8.value)),
             (_any(_wrong_value(name) for name in tx.FIELDS), F.lit(Refusal.WRONG_TYPE.value)),
             (F.lit(True), _value_reason()),
         ]

@@ -15,7 +15,7 @@ import msgspec
 import redis
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.streaming import DataStreamWriter
+from pyspark.sql.streaming.readwriter import DataStreamWriter
 
 from feature_jobs import lake
 from feature_jobs.metrics import Metrics
@@ -110,7 +110,7 @@ class Silver:
         if any(reason == Refusal.UNKNOWN_SCHEMA_ID for _, reason in counts) and self.schemas.refresh():
             raise SchemasChangedError
         valid = batch.where("reason is null")
-        stamp = F.lit(batch_id).cast("bigint").alias("batch_id")
+        stamp = lake.per_batch(batch_id, "offset").alias("batch_id")
         source = ("partition", "offset", "kafka_timestamp", stamp)
         transactions = valid.where(F.col("topic") == TRANSACTIONS).select(*(f"t.{name}" for name in FIELDS), "scored_by", *source)
         refused = sum(n for (_, reason), n in counts.items() if reason is not None)
@@ -196,13 +196,12 @@ class Silver:
 
         Says nothing when Redis is down or holds other progress than ours: the next batch looks into it.
         """
-        progress = self.progress
-        if progress is None:
-            return
         try:
             held = self._get_progress(retry_s=0)
-            if held is not None and (held.epoch, held.batch_id) == (progress.epoch, progress.batch_id):
-                self._set_progress(msgspec.structs.replace(progress, written_at_ms=time.time_ns() // 1_000_000), retry_s=0)
+            # None of ours yet: a start after a stop, with nothing new to read.
+            ours = self.progress or held
+            if held is not None and ours is not None and (held.epoch, held.batch_id) == (self.epoch, ours.batch_id):
+                self._set_progress(msgspec.structs.replace(held, written_at_ms=time.time_ns() // 1_000_000), retry_s=0)
         except RedisUnavailableError:
             log.warning("Redis doesn't answer")
 

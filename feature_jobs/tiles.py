@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -106,10 +106,10 @@ def write_tiles(transactions: DataFrame, job: TileJob, partitions: int) -> tuple
     return sum(r["written"] for r in results), sum(r["unchanged"] for r in results)
 
 
-def merge_into_redis(job: TileJob) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def merge_into_redis(job: TileJob) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
     """The worker's side: all events of an entity are in one partition, so each entity is written once a batch."""
 
-    def merge(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def merge(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         events = _read(list(batches))
         written = 0
         if events.tags:
@@ -230,7 +230,7 @@ def merge_events(client: redis.Redis, job: TileJob, events: Events) -> int:
     event_edges = np.searchsorted(events.owner, np.arange(len(names) + 1))
     observed_since_s = job.now_ms // 1000 - RETENTION_REAL_S
     calls = []
-    for i in np.flatnonzero(~done):
+    for i in np.flatnonzero(~done).tolist():
         entity, entity_id = names[i]
         packed = layout.pack_tiles(
             ENTITY_INDEX[entity],
@@ -251,12 +251,12 @@ def merge_events(client: redis.Redis, job: TileJob, events: Events) -> int:
     return sum(_pipelined(client, calls))
 
 
-def _pipelined(client: redis.Redis, commands: list[tuple[object, ...]]) -> list:  # type: ignore[type-arg]
+def _pipelined(client: redis.Redis, commands: Sequence[tuple[object, ...]]) -> list:  # type: ignore[type-arg]
     """The replies to `commands`, sent a bounded number at a time. Raises the first error among the replies."""
     replies: list[object] = []
     for first in range(0, len(commands), PIPELINE_COMMANDS_MAX):
         pipe = client.pipeline(transaction=False)
         for command in commands[first : first + PIPELINE_COMMANDS_MAX]:
-            pipe.execute_command(*command)
+            pipe.execute_command(*command)  # type: ignore[no-untyped-call]
         replies += pipe.execute()
     return replies
