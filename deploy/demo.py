@@ -341,7 +341,7 @@ def demo(argv: list[str]) -> int:
     )
     parser.add_argument("--history", type=int, default=45_000, metavar="N", help="payments of the past (default 45000)")
     parser.add_argument("--live", type=int, default=20_000, metavar="N", help="live payments (default 20000)")
-    parser.add_argument("--rate", type=float, default=800, metavar="N", help="live payments a second (default 800)")
+    parser.add_argument("--rate", type=float, default=400, metavar="N", help="live payments a second (default 400)")
     parser.add_argument("--seed", type=int, default=7, help="of the simulation (default 7)")
     parser.add_argument("--json", type=Path, default=REPORT_FILE, metavar="FILE", help=f"the figures (default {REPORT_FILE})")
     parser.add_argument("--keep", action="store_true", help="leave everything running at the end")

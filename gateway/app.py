@@ -75,7 +75,7 @@ class Gateway:
             for link in self.links
         ]
         http_scorer, kafka_scorer = self.scorers
-        kafka_scorer.deciding = http_scorer.deciding
+        kafka_scorer.deciding, kafka_scorer.recent = http_scorer.deciding, http_scorer.recent
         self.publisher = Publisher(settings.bootstrap, self.schemas, self.metrics, settings.publish_buffer_max)
         self.batcher = Batcher(
             http_scorer,

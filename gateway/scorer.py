@@ -78,7 +78,8 @@ class Scorer:
         self._clock_s = clock_s
         # transaction_ids that the HTTP door is deciding: the Kafka door leaves them to it.
         self.deciding: set[str] = set()
-        self._recent = RecentDecisions()
+        # Shared by the doors, as is `deciding`.
+        self.recent = RecentDecisions()
 
     async def decide(self, jobs: Sequence[Job]) -> list[Result]:
         """A result for each of `jobs`, in their order. Each job is claimed and counted once; never raises for what Redis does."""
@@ -112,10 +113,15 @@ class Scorer:
         """Results of the jobs that an idempotency record settles, None for the others; and those to decide in another's place."""
         results: list[Result | None] = [None] * len(jobs)
         overtaken: list[Job] = []
+        claims: dict[str, bytes] = {}
         for i, job in enumerate(jobs):
-            before = self._recent.settles(job)
+            before = self.recent.settles(job)
             if before is None and observation is not None:
                 before = observation.settled[i]
+            if before is None and observation is None:
+                # Without Redis nobody else notices that one batch holds a transaction twice.
+                first = claims.setdefault(job.transaction.transaction_id, job.claim)
+                before = None if first == job.claim else first
             if before is None:
                 continue
             if before[:FINGERPRINT_BYTES] != job.fingerprint:
@@ -217,7 +223,7 @@ class Scorer:
             )
             results[i] = Result(job, Verdict.DECIDED, answer=answer, receipt=encode_receipt(receipt))
             packed = _answer_encoder.encode(answer)
-            self._recent.add(job, packed)
+            self.recent.add(job, packed)
             records.append((job, packed))
         self._store.record(records)
         self._count(fresh, decisions.outcome, decisions.rule_hits, degraded, timing)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gateway.app import Gateway
+from gateway.contracts.settings import Settings
 from gateway.job import Verdict
 from gateway.model import ModelSlot
 from gateway.recent import RecentDecisions
@@ -36,6 +38,18 @@ async def test_another_body_under_the_same_id_is_a_conflict_while_redis_is_out_o
     await scorer.decide([make_job()])
     [other] = await scorer.decide([make_job(make_transaction(amount_minor=1))])
     assert other.verdict is Verdict.CONFLICT
+
+
+async def test_a_batch_without_redis_that_holds_a_transaction_twice_decides_it_once(tmp_path: Path) -> None:
+    scorer = make_scorer(StubStore(None), ModelSlot(tmp_path))
+    other = make_job(make_transaction(amount_minor=1), offset=5)
+    results = await scorer.decide([make_job(offset=3), make_job(offset=4), other])
+    assert [r.verdict for r in results] == [Verdict.DECIDED, Verdict.DUPLICATE, Verdict.CONFLICT]
+
+
+def test_the_doors_of_a_gateway_share_their_memory(tmp_path: Path) -> None:
+    http_scorer, kafka_scorer = Gateway(Settings(home=str(tmp_path))).scorers
+    assert http_scorer.recent is kafka_scorer.recent
 
 
 async def test_a_redelivery_from_the_same_position_is_decided_again(tmp_path: Path) -> None:
