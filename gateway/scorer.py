@@ -19,12 +19,13 @@ import numpy.typing as npt
 from gateway.avro import encode_receipt
 from gateway.contracts.decision import Answer, Door, Outcome, ReasonText, Receipt, risk_score
 from gateway.contracts.features import ENTITIES, FINGERPRINT, RequestColumns, request_columns
-from gateway.contracts.layout import FINGERPRINT_BYTES, POSITION
+from gateway.contracts.layout import FINGERPRINT_BYTES
 from gateway.contracts.reasons import REASON_TEXT, Degraded, Reason
 from gateway.job import Job, Result, Verdict
 from gateway.metrics import Metrics
 from gateway.model import Model, ModelSlot
 from gateway.policy import Columns, Policy
+from gateway.recent import CLAIM_BYTES, RecentDecisions
 from gateway.store import Observation, Store, request_only_matrix
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ MODEL_BUDGET_MS = 5
 assert MODEL_BUDGET_MS < TAIL_BUDGET_MS
 # Nobody waits at the Kafka door, so it gives Redis more time before it goes on without.
 STREAM_FEATURE_BUDGET_MS = 500
-CLAIM_BYTES = FINGERPRINT_BYTES + POSITION.size
 
 _answer_encoder = msgspec.msgpack.Encoder()
 _answer_decoder = msgspec.msgpack.Decoder(Answer)
@@ -78,6 +78,7 @@ class Scorer:
         self._clock_s = clock_s
         # transaction_ids that the HTTP door is deciding: the Kafka door leaves them to it.
         self.deciding: set[str] = set()
+        self._recent = RecentDecisions()
 
     async def decide(self, jobs: Sequence[Job]) -> list[Result]:
         """A result for each of `jobs`, in their order. Each job is claimed and counted once; never raises for what Redis does."""
@@ -89,7 +90,10 @@ class Scorer:
             observation = await self._store.observe(jobs, request, timeout_s)
         timing = _Timing(started_s, self._clock_s())
         results, overtaken = self._settle(jobs, observation)
-        self._decide_fresh(jobs, results, request, observation, timing)
+        taken = {id(job) for job in overtaken}
+        rows = [i for i, job in enumerate(jobs) if results[i] is None and id(job) not in taken]
+        if rows:
+            self._decide_fresh(jobs, rows, results, request, observation, timing)
         if overtaken:
             # Claimed over HTTP by a gateway that is gone: decided here, under the same claim.
             again = await self.decide(overtaken)
@@ -108,12 +112,12 @@ class Scorer:
         """Results of the jobs that an idempotency record settles, None for the others; and those to decide in another's place."""
         results: list[Result | None] = [None] * len(jobs)
         overtaken: list[Job] = []
-        if observation is None:
-            return results, overtaken
-        for i, before in enumerate(observation.settled):
+        for i, job in enumerate(jobs):
+            before = self._recent.settles(job)
+            if before is None and observation is not None:
+                before = observation.settled[i]
             if before is None:
                 continue
-            job = jobs[i]
             if before[:FINGERPRINT_BYTES] != job.fingerprint:
                 results[i] = Result(job, Verdict.CONFLICT)
             elif len(before) > CLAIM_BYTES:
@@ -131,15 +135,13 @@ class Scorer:
     def _decide_fresh(
         self,
         jobs: Sequence[Job],
+        rows: list[int],
         results: list[Result | None],
         request: RequestColumns,
         observation: Observation | None,
         timing: _Timing,
     ) -> None:
-        """Fill in the results of the rows that nothing settled."""
-        rows = [i for i in range(len(jobs)) if results[i] is None and (observation is None or observation.settled[i] is None)]
-        if not rows:
-            return
+        """Fill in the results of `rows`, which nothing settled."""
         fresh = [jobs[i] for i in rows]
         matrix = request_only_matrix(request) if observation is None else observation.matrix
         if len(rows) != len(jobs):
@@ -214,7 +216,9 @@ class Scorer:
                 policy_us=policy_us,
             )
             results[i] = Result(job, Verdict.DECIDED, answer=answer, receipt=encode_receipt(receipt))
-            records.append((job, _answer_encoder.encode(answer)))
+            packed = _answer_encoder.encode(answer)
+            self._recent.add(job, packed)
+            records.append((job, packed))
         self._store.record(records)
         self._count(fresh, decisions.outcome, decisions.rule_hits, degraded, timing)
 

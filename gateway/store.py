@@ -38,7 +38,7 @@ from gateway.contracts.layout import (
     txn_hash,
 )
 from gateway.contracts.transaction import Transaction
-from gateway.contracts.windows import SETTLE_MS, Aggregates, aggregate
+from gateway.contracts.windows import SETTLE_MS, aggregate
 from gateway.job import Job
 from gateway.redis_link import RedisLink, RedisReplyError, RedisUnavailableError
 
@@ -277,8 +277,7 @@ class Store:
             tiles=np.frombuffer(b"".join(tiles), TILE),
             tile_lengths=tile_bytes // RECORD_BYTES,
         )
-        by_entity = [_of_entity(aggregates, e) for e in range(ENTITY_COUNT)]
-        matrix = feature_matrix(request, by_entity, known.reshape(rows, ENTITY_COUNT))
+        matrix = feature_matrix(request, aggregates, known.reshape(rows, ENTITY_COUNT))
         return Observation(
             settled=settled,
             matrix=matrix,
@@ -291,16 +290,18 @@ class Store:
 def request_only_matrix(request: RequestColumns) -> npt.NDArray[np.float32]:
     """The model's input when no entity is known, (batch, features) float32: the request's own features, the rest NaN."""
     rows = len(request.t_ms)
+    owners = rows * ENTITY_COUNT
+    none = np.zeros(owners, np.int64)
     nothing = aggregate(
-        t_ms=request.t_ms,
-        seq=np.full(rows, -1, np.int64),
-        capacity=np.zeros(rows, np.int64),
+        t_ms=np.repeat(request.t_ms, ENTITY_COUNT),
+        seq=none,
+        capacity=none,
         head=np.zeros(0, HEAD_EVENT),
-        head_lengths=np.zeros(rows, np.int64),
+        head_lengths=none,
         tiles=np.zeros(0, TILE),
-        tile_lengths=np.zeros(rows, np.int64),
+        tile_lengths=none,
     )
-    return feature_matrix(request, [nothing] * ENTITY_COUNT, np.zeros((rows, ENTITY_COUNT), bool))
+    return feature_matrix(request, nothing, np.zeros((rows, ENTITY_COUNT), bool))
 
 
 def settles(before: bytes, job: Job) -> bool:
@@ -314,19 +315,3 @@ def _sound(value: bytes, header: bytes, header_bytes: int) -> bool:
     if not value:
         return True
     return len(value) >= header_bytes and (len(value) - header_bytes) % RECORD_BYTES == 0 and value[:HEADER_TELLS_BYTES] == header
-
-
-def _of_entity(a: Aggregates, e: int) -> Aggregates:
-    """The owners of entity `e` among owners laid out by row, then entity."""
-    step = slice(e, None, ENTITY_COUNT)
-    return Aggregates(
-        count=a.count[:, step],
-        total=a.total[:, step],
-        squares=a.squares[:, step],
-        largest=a.largest[:, step],
-        distinct_a=a.distinct_a[:, step],
-        distinct_b=a.distinct_b[:, step],
-        last_event_time_ms=a.last_event_time_ms[step],
-        last_latitude=a.last_latitude[step],
-        last_longitude=a.last_longitude[step],
-    )

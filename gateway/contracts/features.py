@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import msgspec
 import numpy as np
@@ -88,28 +88,28 @@ def request_columns(batch: list[Transaction]) -> RequestColumns:
     )
 
 
-# Aggregates of one entity in one window. `a` is restricted to the owners of that entity; w is the index of the window.
+# Aggregates of some owners, for each of which `r` has a row. w is the index of a window: shape (owners,), or all: (windows, owners).
 
 
-def _count(a: Aggregates, w: int, _: RequestColumns) -> Floats:
+def _count(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
     out: Floats = a.count[w].astype(np.float64)
     return out
 
 
-def _sum(a: Aggregates, w: int, _: RequestColumns) -> Floats:
+def _sum(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
     out: Floats = a.total[w].astype(np.float64)
     return out
 
 
-def _mean(a: Aggregates, w: int, _: RequestColumns) -> Floats:
+def _mean(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
     return _divide(a.total[w].astype(np.float64), a.count[w].astype(np.float64))
 
 
-def _max(a: Aggregates, w: int, _: RequestColumns) -> Floats:
+def _max(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
     return np.where(a.largest[w] < 0, np.nan, a.largest[w].astype(np.float64))
 
 
-def _std(a: Aggregates, w: int, r: RequestColumns) -> Floats:
+def _std(a: Aggregates, w: int | slice, r: RequestColumns) -> Floats:
     """Population standard deviation; NaN under two events. From integer sums, so order doesn't matter."""
     n = a.count[w].astype(np.float64)
     mean = _mean(a, w, r)
@@ -117,30 +117,30 @@ def _std(a: Aggregates, w: int, r: RequestColumns) -> Floats:
     return np.where(n < 2, np.nan, np.sqrt(variance))
 
 
-def _ratio(a: Aggregates, w: int, r: RequestColumns) -> Floats:
+def _ratio(a: Aggregates, w: int | slice, r: RequestColumns) -> Floats:
     """The amount over the entity's mean amount."""
     return _divide(r.amount_minor.astype(np.float64), _mean(a, w, r))
 
 
-def _zscore(a: Aggregates, w: int, r: RequestColumns) -> Floats:
+def _zscore(a: Aggregates, w: int | slice, r: RequestColumns) -> Floats:
     """(amount - mean) / standard deviation; NaN where the deviation is unknown or 0."""
     return _divide(r.amount_minor.astype(np.float64) - _mean(a, w, r), _std(a, w, r))
 
 
-def _distinct_a(a: Aggregates, w: int, _: RequestColumns) -> Floats:
+def _distinct_a(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
     return _distinct(a.distinct_a[w])
 
 
-def _distinct_b(a: Aggregates, w: int, _: RequestColumns) -> Floats:
+def _distinct_b(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
     return _distinct(a.distinct_b[w])
 
 
-def _since_last(a: Aggregates, _w: int, r: RequestColumns) -> Floats:
+def _since_last(a: Aggregates, _w: int | slice, r: RequestColumns) -> Floats:
     """Seconds since the entity's last event."""
     return np.where(a.last_event_time_ms == NEVER, np.nan, (r.t_ms - a.last_event_time_ms) / 1000.0)
 
 
-def _speed(a: Aggregates, _w: int, r: RequestColumns) -> Floats:
+def _speed(a: Aggregates, _w: int | slice, r: RequestColumns) -> Floats:
     """Kilometres an hour from the last event's place to this one's, along the great circle (haversine formula).
 
     At least a second is assumed to have passed. NaN where either place is unknown.
@@ -163,7 +163,7 @@ def _divide(a: Floats, b: Floats) -> Floats:
     return out
 
 
-AGGREGATES: dict[str, Callable[[Aggregates, int, RequestColumns], Floats]] = {
+AGGREGATES: dict[str, Callable[[Aggregates, int | slice, RequestColumns], Floats]] = {
     "count": _count,
     "sum": _sum,
     "mean": _mean,
@@ -264,18 +264,40 @@ def _fingerprint() -> str:
 FINGERPRINT = _fingerprint()
 
 
-def feature_matrix(request: RequestColumns, by_entity: list[Aggregates], known: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+_ALL_WINDOWS = slice(None)
+# What `feature_matrix` computes once for all entities and windows, and where each feature then stands.
+_WINDOWED: tuple[str, ...] = tuple(dict.fromkeys(f.aggregate for f in FEATURES if f.window is not None))
+_LASTING: tuple[str, ...] = tuple(dict.fromkeys(f.aggregate for f in FEATURES if f.entity is not None and f.window is None))
+_ENTITY_COLUMNS = np.array([i for i, f in enumerate(FEATURES) if f.entity is not None])
+_OF_ENTITY = np.array([ENTITY_INDEX[f.entity] for f in FEATURES if f.entity is not None])
+_ROWS = np.array(
+    [
+        len(_WINDOWED) * len(WINDOWS) + _LASTING.index(f.aggregate)
+        if f.window is None
+        else _WINDOWED.index(f.aggregate) * len(WINDOWS) + WINDOW_INDEX[f.window]
+        for f in FEATURES
+        if f.entity is not None
+    ]
+)
+
+
+def feature_matrix(request: RequestColumns, aggregates: Aggregates, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
     """The model's input, (batch, len(FEATURES)), float32.
 
-    `by_entity[e]` holds the aggregates of entity e, one owner a transaction; `known` is (batch, len(ENTITIES)), False where the
-    transaction doesn't name the entity or its state couldn't be read: those features are NaN.
+    `aggregates` has an owner for each transaction and entity, by transaction, then entity; `known` is (batch, len(ENTITIES)), False
+    where the transaction doesn't name the entity or its state couldn't be read: those features are NaN.
     """
-    out = np.empty((len(request.t_ms), len(FEATURES)), np.float32)
+    batch, entities = known.shape
+    each = RequestColumns(*(np.repeat(getattr(request, f.name), entities) for f in fields(RequestColumns)))
+    values = np.empty((len(_WINDOWED) * len(WINDOWS) + len(_LASTING), batch * entities))
+    for i, name in enumerate(_WINDOWED):
+        values[i * len(WINDOWS) : (i + 1) * len(WINDOWS)] = AGGREGATES[name](aggregates, _ALL_WINDOWS, each)
+    for i, name in enumerate(_LASTING):
+        values[len(_WINDOWED) * len(WINDOWS) + i] = AGGREGATES[name](aggregates, _ALL_WINDOWS, each)
+    values[:, ~known.reshape(-1)] = np.nan
+    out = np.empty((batch, len(FEATURES)), np.float32)
+    out[:, _ENTITY_COLUMNS] = values.reshape(-1, batch, entities)[_ROWS, :, _OF_ENTITY].T
     for i, f in enumerate(FEATURES):
         if f.entity is None:
             out[:, i] = REQUEST_FEATURES[f.aggregate](request)
-        else:
-            e = ENTITY_INDEX[f.entity]
-            w = 0 if f.window is None else WINDOW_INDEX[f.window]
-            out[:, i] = np.where(known[:, e], AGGREGATES[f.aggregate](by_entity[e], w, request), np.nan)
     return out

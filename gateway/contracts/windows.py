@@ -16,6 +16,7 @@ so the value is the same however far the Spark job has got, as long as the head 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -155,75 +156,59 @@ def aggregate(
         TILE_RESOLUTIONS_MS[2]: settled & (day | (hour & fills_day) | (five & fills_hour)),
     }
 
+    # Every window at once, (windows, records): the number of numpy calls is what a small batch costs.
+    from_ms = np.stack([tail(t_ms, window) for window in WINDOWS])
+    exact = np.array([window.tail_ms == 0 for window in WINDOWS])[:, None]
+    from_head = np.where(exact, recent, loose) & (when >= from_ms[:, owner[:heads]])
+    nothing = np.zeros(len(tiles), bool)
+    from_tiles = np.stack([usable.get(window.tail_ms, nothing) for window in WINDOWS]) & (start >= from_ms[:, owner[heads:]])
+    order = np.argsort(owner, kind="stable")
+    chosen = np.concatenate([from_head, from_tiles], axis=1)[:, order]
+
     amount = head["amount_minor"].astype(np.int64)
     capped = np.minimum(amount, SQUARED_AMOUNT_MINOR_MAX)
-    order = np.argsort(owner, kind="stable")
-    lengths = head_lengths + tile_lengths
-    sums = np.empty((len(owner), 3), np.int64)
-    sums[:heads] = np.stack([np.ones(heads, np.int64), amount, capped * capped], axis=1)
-    sums[heads:, 0] = tiles["count"]
-    sums[heads:, 1] = tiles["total"]
-    sums[heads:, 2] = tiles["squares"]
+    one, bits = np.uint64(1), np.uint64(SKETCH_BITS - 1)
+    count = np.concatenate([np.ones(heads, np.int64), tiles["count"].astype(np.int64)])
+    total = np.concatenate([amount, tiles["total"]])
+    squares = np.concatenate([capped * capped, tiles["squares"]])
     largest = np.concatenate([amount, tiles["largest"].astype(np.int64)])
-    one = np.uint64(1)
-    bits = np.uint64(SKETCH_BITS - 1)
     seen_a = np.concatenate([one << (head["dim_a"].astype(np.uint64) & bits), tiles["distinct_a"]])
     seen_b = np.concatenate([one << (head["dim_b"].astype(np.uint64) & bits), tiles["distinct_b"]])
-    sums, largest, seen_a, seen_b = sums[order], largest[order], seen_a[order], seen_b[order]
 
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    shape = (len(WINDOWS), owners)
+    lengths = head_lengths + tile_lengths
+    has = lengths > 0
+    starts = (np.cumsum(lengths) - lengths)[has]
+
+    def reduced(ufunc: np.ufunc, values: npt.NDArray[Any], empty: Any) -> npt.NDArray[Any]:
+        """`ufunc` over the chosen records of each owner, (windows, owners); `empty` where there is none. Exact in any order."""
+        out = np.full((len(WINDOWS), owners), empty, values.dtype)
+        if len(starts):
+            out[:, has] = ufunc.reduceat(np.where(chosen, values[order], empty), starts, axis=1)
+        return out
+
+    zero = np.uint64(0)
     result = Aggregates(
-        count=np.zeros(shape, np.int64),
-        total=np.zeros(shape, np.int64),
-        squares=np.zeros(shape, np.int64),
-        largest=np.full(shape, -1, np.int64),
-        distinct_a=np.zeros(shape, np.uint64),
-        distinct_b=np.zeros(shape, np.uint64),
+        count=reduced(np.add, count, 0),
+        total=reduced(np.add, total, 0),
+        squares=reduced(np.add, squares, 0),
+        largest=reduced(np.maximum, largest, -1),
+        distinct_a=reduced(np.bitwise_or, seen_a, zero),
+        distinct_b=reduced(np.bitwise_or, seen_b, zero),
         last_event_time_ms=np.full(owners, NEVER, np.int64),
         last_latitude=np.full(owners, np.nan),
         last_longitude=np.full(owners, np.nan),
     )
-    for i, window in enumerate(WINDOWS):
-        from_ms = tail(t_ms, window)
-        if window.tail_ms == 0:
-            chosen = np.concatenate([recent & (when >= from_ms[owner[:heads]]), np.zeros(len(tiles), bool)])
-        else:
-            chosen = np.concatenate(
-                [loose & (when >= from_ms[owner[:heads]]), usable[window.tail_ms] & (start >= from_ms[owner[heads:]])]
-            )
-        chosen = chosen[order]
-        # Integer sums by owner as differences of a running sum: exact modulo 2**64, in any order.
-        running = np.zeros((len(owner) + 1, 3), np.int64)
-        np.cumsum(np.where(chosen[:, None], sums, 0), axis=0, out=running[1:])
-        by_owner = running[ends] - running[starts]
-        result.count[i], result.total[i], result.squares[i] = by_owner.T
-        result.largest[i] = _reduce(np.maximum, np.where(chosen, largest, -1), starts, lengths, -1)
-        result.distinct_a[i] = _reduce(np.bitwise_or, np.where(chosen, seen_a, np.uint64(0)), starts, lengths, 0)
-        result.distinct_b[i] = _reduce(np.bitwise_or, np.where(chosen, seen_b, np.uint64(0)), starts, lengths, 0)
-
     if heads:
         # The newest event by (event time, order of observation), found by one sort within owners.
         newest = np.lexsort((head["seq"], np.where(recent, when, NEVER), owner[:heads]))
-        has = head_lengths > 0
-        last = newest[np.cumsum(head_lengths)[has] - 1]
+        last = newest[np.cumsum(head_lengths)[head_lengths > 0] - 1]
         valid = recent[last]
-        index = np.flatnonzero(has)[valid]
+        index = np.flatnonzero(head_lengths > 0)[valid]
         last = last[valid]
         result.last_event_time_ms[index] = when[last]
         result.last_latitude[index] = head["latitude"][last]
         result.last_longitude[index] = head["longitude"][last]
     return result
-
-
-def _reduce(ufunc: np.ufunc, values: npt.NDArray, starts: Int64s, lengths: Int64s, empty: int) -> npt.NDArray:  # type: ignore[type-arg]
-    """`ufunc` over each run of `values`; `empty` where a run has no element (reduceat would give its neighbour's)."""
-    has = lengths > 0
-    out = np.full(len(starts), empty, values.dtype)
-    if has.any():
-        out[has] = ufunc.reduceat(values, starts[has])
-    return out
 
 
 def tiles_of(

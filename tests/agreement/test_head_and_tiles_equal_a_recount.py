@@ -89,17 +89,25 @@ class Store:
             args += [e.head_events_max, header, event]
         reply = self.observe_script(keys=keys, args=args)
         assert reply[1] is None
-        by_entity, known = [], np.zeros((1, len(ENTITIES)), bool)
+        known, heads, records, seqs = np.zeros((1, len(ENTITIES)), bool), [], [], []
         found = {i: reply[2 + 3 * n : 5 + 3 * n] for n, (i, _, _) in enumerate(named)}
         for i, e in enumerate(ENTITIES):
             head, tiles, seq = found.get(i, (b"", b"", 0))
             check = layout.key_check(e.name, getattr(t, e.field) or "")
-            events = layout.head_events(head, i, check) if head else np.zeros(0, layout.HEAD_EVENT)
-            records = layout.tile_records(tiles, i, check) if tiles else np.zeros(0, layout.TILE)
+            heads.append(layout.head_events(head, i, check) if head else np.zeros(0, layout.HEAD_EVENT))
+            records.append(layout.tile_records(tiles, i, check) if tiles else np.zeros(0, layout.TILE))
+            seqs.append(seq)
             known[0, i] = i in found
-            one = [np.array([x], np.int64) for x in (t.event_time_ms, seq, e.head_events_max, len(events), len(records))]
-            by_entity.append(windows.aggregate(one[0], one[1], one[2], events, one[3], records, one[4]))
-        return [float(x) for x in feature_matrix(request_columns([t]), by_entity, known)[0]]
+        aggregates = windows.aggregate(
+            np.full(len(ENTITIES), t.event_time_ms, np.int64),
+            np.array(seqs, np.int64),
+            np.array([e.head_events_max for e in ENTITIES], np.int64),
+            np.concatenate(heads),
+            np.array([len(h) for h in heads], np.int64),
+            np.concatenate(records),
+            np.array([len(r) for r in records], np.int64),
+        )
+        return [float(x) for x in feature_matrix(request_columns([t]), aggregates, known)[0]]
 
     def tile(self, batch: list[Transaction], batch_id: int | None = None) -> list[int]:
         """Add a batch of transactions to the tiles, as the Spark job does; what each write replied."""

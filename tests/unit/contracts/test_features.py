@@ -27,9 +27,9 @@ T = Transaction(
 
 
 def matrix_without_history(known: bool) -> list[float]:
-    none, one = np.zeros(0, np.int64), np.array([0], np.int64)
-    empty = aggregate(np.array([T.event_time_ms]), one, one + 64, none.astype(HEAD_EVENT), one, none.astype(TILE), one)
-    row = feature_matrix(request_columns([T]), [empty] * len(ENTITIES), np.full((1, len(ENTITIES)), known))[0]
+    none = np.zeros(len(ENTITIES), np.int64)
+    empty = aggregate(none + T.event_time_ms, none, none + 64, np.zeros(0, HEAD_EVENT), none, np.zeros(0, TILE), none)
+    row = feature_matrix(request_columns([T]), empty, np.full((1, len(ENTITIES)), known))[0]
     return [float(x) for x in row]
 
 

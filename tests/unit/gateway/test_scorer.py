@@ -108,14 +108,14 @@ async def test_without_model_and_features_the_band_of_the_amount_decides(no_mode
 async def test_the_time_for_redis_shrinks_with_the_deadline(slot: ModelSlot) -> None:
     store = StubStore(make_observation(1))
     scorer = make_scorer(store, slot, clock_s=100.0)
-    await scorer.decide([make_job(deadline_s=100.080)])
-    await scorer.decide([make_job(deadline_s=100.030)])
+    await scorer.decide([make_job(make_transaction("a"), deadline_s=100.080)])
+    await scorer.decide([make_job(make_transaction("b"), deadline_s=100.030)])
     assert store.timeouts_s == pytest.approx([0.040, 0.020])
-    [late] = await scorer.decide([make_job(deadline_s=100.007)])
+    [late] = await scorer.decide([make_job(make_transaction("c"), deadline_s=100.007)])
     assert len(store.timeouts_s) == 2
     assert late.answer is not None
     assert late.answer.degraded == ["request_only"]
-    [too_late] = await scorer.decide([make_job(deadline_s=100.002)])
+    [too_late] = await scorer.decide([make_job(make_transaction("d"), deadline_s=100.002)])
     assert too_late.answer is not None
     assert too_late.answer.degraded == ["static_policy"]
 

@@ -1,0 +1,55 @@
+"""Retries while Redis can't tell: the gateway's own memory of what it decided lately."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.job import Verdict
+from gateway.model import ModelSlot
+from gateway.recent import RecentDecisions
+from tests.unit.gateway.factories import StubStore, make_job, make_observation, make_transaction
+from tests.unit.gateway.test_scorer import make_scorer
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("first_had_redis", [True, False])
+async def test_a_retry_while_redis_is_out_of_reach_gets_the_first_answer_and_no_second_receipt(
+    tmp_path: Path, first_had_redis: bool
+) -> None:
+    store = StubStore(make_observation(1) if first_had_redis else None)
+    scorer = make_scorer(store, ModelSlot(tmp_path))
+    [first] = await scorer.decide([make_job()])
+    store.observation = None
+    [over_http] = await scorer.decide([make_job()])
+    [over_kafka] = await scorer.decide([make_job(offset=3)])
+    assert first.verdict is Verdict.DECIDED
+    assert over_http.verdict is over_kafka.verdict is Verdict.DUPLICATE
+    assert over_http.answer == first.answer
+    assert over_http.receipt is over_kafka.receipt is None
+
+
+async def test_another_body_under_the_same_id_is_a_conflict_while_redis_is_out_of_reach(tmp_path: Path) -> None:
+    scorer = make_scorer(StubStore(None), ModelSlot(tmp_path))
+    await scorer.decide([make_job()])
+    [other] = await scorer.decide([make_job(make_transaction(amount_minor=1))])
+    assert other.verdict is Verdict.CONFLICT
+
+
+async def test_a_redelivery_from_the_same_position_is_decided_again(tmp_path: Path) -> None:
+    scorer = make_scorer(StubStore(None), ModelSlot(tmp_path))
+    for _ in range(2):
+        [result] = await scorer.decide([make_job(offset=3)])
+        assert result.verdict is Verdict.DECIDED
+
+
+def test_the_memory_forgets_the_oldest_beyond_its_bound() -> None:
+    recent = RecentDecisions(decisions_max=2)
+    jobs = [make_job(make_transaction(f"t{n}")) for n in range(3)]
+    for job in jobs:
+        recent.add(job, b"answer")
+    assert len(recent) == 2
+    assert recent.settles(jobs[0]) is None
+    assert recent.settles(jobs[2]) == jobs[2].claim + b"answer"
