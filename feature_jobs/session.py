@@ -61,7 +61,8 @@ def options(settings: Settings) -> dict[str, str]:
             # One simple collector for a small heap: G1's concurrent threads compete with the streams on two cores.
             "-XX:+UseSerialGC"
             # The quick compiler only: each batch plans anew and runs for a second, and the optimising one took a third of all CPU.
-            " -XX:TieredStopAtLevel=1"
+            # Its default cache of 48 MB is too small for Spark: the JVM then throws code away and interprets what it had compiled.
+            " -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m"
             # Hadoop starts a `chmod` for each local file it creates: vfork instead of a helper program that starts it.
             " -Djdk.lang.Process.launchMechanism=VFORK -Djava.net.preferIPv4Stack=true"
             f" -Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
