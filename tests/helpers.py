@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import random
@@ -31,6 +32,13 @@ def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> 
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s:.0f} s: {what}")
         time.sleep(POLL_S)
+
+
+async def until(condition: Callable[[], object], timeout_s: float) -> None:
+    """`wait_until` on an event loop. Raises TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(POLL_S / 10)
 
 
 def free_ports(count: int) -> list[int]:

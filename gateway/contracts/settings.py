@@ -80,9 +80,9 @@ class Settings:
 
     bronze_trigger_ms: int = _setting(2000, "trigger of the stream from Kafka to bronze, milliseconds", least=0, most=600_000)
     silver_trigger_ms: int = _setting(
-        3000, "trigger of the stream from bronze to silver and Redis, milliseconds", least=0, most=600_000
+        4000, "trigger of the stream from bronze to silver and Redis, milliseconds", least=0, most=600_000
     )
-    gold_trigger_ms: int = _setting(15_000, "trigger of the stream from silver to gold, milliseconds", least=0, most=600_000)
+    gold_trigger_ms: int = _setting(20_000, "trigger of the stream from silver to gold, milliseconds", least=0, most=600_000)
     bronze_offsets_max: int = _setting(40_000, "most Kafka records in one batch of bronze", least=100, most=10_000_000)
     silver_batch_mb_max: int = _setting(8, "about how much of bronze one batch of silver reads, MiB of Parquet", least=1, most=4096)
     dedup_window_s: int = _setting(

@@ -22,6 +22,7 @@ from gateway.contracts.windows import SKETCH_BITS, SKETCH_ESTIMATE, SQUARED_AMOU
 from gateway.job import Job
 from gateway.redis_link import RedisLink
 from gateway.store import Observation, Store
+from tests.helpers import until
 from tests.unit.gateway.factories import NOW_MS, make_job, make_transaction
 
 pytestmark = pytest.mark.integration
@@ -37,9 +38,8 @@ def with_store(settings: Settings, use: Callable[[Store, RedisLink], Awaitable[T
         store = Store(link, 60_000, now_ms=lambda: NOW_MS)
         link.start()
         try:
+            await until(lambda: link.ready, 30)
             async with asyncio.timeout(30):
-                while not link.ready:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
                 return await use(store, link)
         finally:
             await link.stop()

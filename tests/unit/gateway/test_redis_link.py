@@ -6,6 +6,7 @@ import hiredis
 import pytest
 
 from gateway.redis_link import RedisLink, RedisReplyError, RedisUnavailableError
+from tests.helpers import until
 
 pytestmark = pytest.mark.anyio
 
@@ -48,9 +49,7 @@ async def serving(answer: Answerer, probe_s: float = 1.0) -> AsyncIterator[Redis
 
 
 async def until_ready(link: RedisLink) -> None:
-    async with asyncio.timeout(5):
-        while not link.ready:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+    await until(lambda: link.ready, 5)
 
 
 async def ok_or(command: list[bytes], echo: bytes = b"+OK\r\n") -> bytes:
@@ -96,7 +95,7 @@ async def test_an_abandoned_reply_never_reaches_another_caller() -> None:
 
 async def test_a_cancelled_caller_leaves_the_connection_in_step() -> None:
     async def answer(command: list[bytes]) -> bytes:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # sleeps: a Redis that takes its time
         return await ok_or(command)
 
     async with serving(answer) as link:
@@ -113,13 +112,13 @@ async def test_a_server_that_is_slower_than_the_budget_never_serves() -> None:
     async def answer(command: list[bytes]) -> bytes:
         if command[0] == b"PING":
             pinged.set()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # sleeps: a Redis slower than the probe allows
         return await ok_or(command)
 
     async with serving(answer, probe_s=0.01) as link:
         async with asyncio.timeout(5):
             await pinged.wait()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # sleeps: until the late reply has come
         assert not link.ready
         with pytest.raises(RedisUnavailableError):
             await link.call(("GET", "x"), 5)

@@ -65,7 +65,7 @@ class Server:
                 length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
                 n = len(self.bodies)
                 self.bodies.append(await reader.readexactly(length))
-                await asyncio.sleep(self._delay_s(n))
+                await asyncio.sleep(self._delay_s(n))  # sleeps: a slow server
                 answer = self._answer(n)
                 if answer == CLOSE:
                     return
