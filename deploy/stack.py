@@ -25,6 +25,8 @@ from gateway.contracts.settings import Settings
 
 Say = Callable[[str], None]
 
+PORT_RELEASE_S = 10.0
+
 
 class StackError(RuntimeError):
     """The stack can't be brought to the state asked for. The message says what to do about it."""
@@ -45,6 +47,16 @@ class ServiceStatus:
     @property
     def well(self) -> bool:
         return self.health in ("ok", "-")
+
+
+def _can_bind(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 def _silent(_: str) -> None:
@@ -214,17 +226,16 @@ class Stack:
         self._say(f"{name:<11} ready after {time.monotonic() - begin:.1f} s, pid {record.pid}")
 
     def _check_ports(self, service: Service) -> None:
+        """Raises `StackError` for a port that another process listens on. Sockets that a killed one left are given time to close."""
+        give_up = time.monotonic() + PORT_RELEASE_S
         for setting, port in service.ports.items():
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((self.settings.host, port))
-                except OSError as exc:
-                    owner = processes.listener_of(port)
-                    by = "" if owner is None else f" by process {owner[0]} ({owner[1][:80]})"
-                    raise StackError(
-                        f"{service.name} could not be started: port {port} is taken{by}; set {setting} to a free port"
-                    ) from exc
+            while not _can_bind(self.settings.host, port):
+                owner = processes.listener_of(port)
+                if owner is None and time.monotonic() < give_up:
+                    time.sleep(processes.POLL_S)
+                    continue
+                by = "" if owner is None else f" by process {owner[0]} ({owner[1][:80]})"
+                raise StackError(f"{service.name} could not be started: port {port} is taken{by}; set {setting} to a free port")
 
     def _service(self, name: str) -> Service:
         if name not in self.services:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import redis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -190,6 +190,7 @@ def make_stream(seed: int, events: int, step_ms: int, disorder_ms: int) -> list[
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(seed=9863, step_ms=20_000_000, disorder_ms=30_000, tile_chance=0.0)
 @given(
     seed=st.integers(0, 2**32),
     step_ms=st.sampled_from([1_000, 60_000, 1_800_000, 20_000_000]),

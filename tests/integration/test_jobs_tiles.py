@@ -159,8 +159,8 @@ def test_compaction_keeps_the_untiled_the_lately_observed_and_what_a_reader_need
     card.observe(31, old_ms)
     card.observe(32, NOW_MS, LONG_AGO_S)
     card.merge([i for i in range(1, 33) if i != 7], [old_ms] * 30 + [NOW_MS])
-    # 7 is untiled, 31 was observed just now, 32 and the three before it are the newest by their own time.
-    assert card.head()["transaction"].tolist() == [7, 28, 29, 30, 31, 32]
+    # 7 is untiled, 31 was observed just now, 32 is the newest, and 27 to 30 are the newest few before the retention.
+    assert card.head()["transaction"].tolist() == [7, 27, 28, 29, 30, 31, 32]
 
 
 def test_compaction_drops_what_nobody_needs_and_keeps_the_order_of_observation(card: Card) -> None:
@@ -170,8 +170,9 @@ def test_compaction_drops_what_nobody_needs_and_keeps_the_order_of_observation(c
     for i in range(21, 27):
         card.observe(i, NOW_MS + i, LONG_AGO_S)
     card.merge(list(range(1, 27)), [old_ms + i for i in range(1, 21)] + [NOW_MS + i for i in range(21, 27)])
-    assert card.head()["transaction"].tolist() == list(range(21, 27))
-    assert card.head()["seq"].tolist() == list(range(20, 26))
+    # All within the retention, and the newest four before it.
+    assert card.head()["transaction"].tolist() == list(range(17, 27))
+    assert card.head()["seq"].tolist() == list(range(16, 26))
     card.observe(99)
     assert card.head()["seq"].tolist()[-1] == 26
 

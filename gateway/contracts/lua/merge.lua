@@ -4,7 +4,7 @@
 -- KEYS  head, tiles, early
 -- ARGV  1 tiles value, 2 hashes of this batch's transactions that a gateway observes from Kafka (8 bytes each, oldest first),
 --       3 hashes of its others (observed before they were published, or never), 4 how many transactions the batch added in all,
---       5 tiles ttl ms, 6 compact heads above this many events, 7 events always kept, 8 keep if observed at or after (seconds),
+--       5 tiles ttl ms, 6 compact heads above this many events, 7 events kept before the retention, 8 keep if observed at or after (seconds),
 --       9 head retention ms, 10 early ttl ms, 11 most early hashes
 -- Reply 1 when written, 0 when this batch had been written before.
 --
@@ -61,12 +61,15 @@ local seq, lost = struct.unpack('<I4I4', string.sub(head, 9, 16))
 local less = math.max(0, lost - (tonumber(ARGV[4]) - found))
 local kept = {}
 if events > tonumber(ARGV[6]) then
-  -- Keep what a reader may still need: untiled, lately observed, within the retention behind the newest, or among the newest few.
+  -- Keep what a reader may still need: untiled, lately observed, within the retention behind the newest, or among the few before.
   local times = {}
   for i = 0, events - 1 do times[i + 1] = struct.unpack('<i8', string.sub(head, 17 + 48 * i + 8, 17 + 48 * i + 15)) end
   local sorted = {unpack(times)}
   table.sort(sorted)
-  local keep_from = math.min(sorted[math.max(1, events - tonumber(ARGV[7]) + 1)], sorted[events] - tonumber(ARGV[9]))
+  -- The newest few of those before the retention: an event out of order within it still finds the one before it.
+  local keep_from, older = sorted[events] - tonumber(ARGV[9]), 0
+  while older < events and sorted[older + 1] < keep_from do older = older + 1 end
+  if older > 0 then keep_from = sorted[math.max(1, older - tonumber(ARGV[7]) + 1)] end
   for i = 0, events - 1 do
     local is_tiled = tiled[i] or string.byte(head, 17 + 48 * i + 44) == 1
     local observed = struct.unpack('<I4', string.sub(head, 17 + 48 * i + 24, 17 + 48 * i + 27))
