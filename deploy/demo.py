@@ -339,7 +339,7 @@ def demo(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fraudgate demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--history", type=int, default=45_000, metavar="N", help="payments of the past (default 45000)")
+    parser.add_argument("--history", type=int, default=30_000, metavar="N", help="payments of the past (default 30000)")
     parser.add_argument("--live", type=int, default=20_000, metavar="N", help="live payments (default 20000)")
     parser.add_argument("--rate", type=float, default=400, metavar="N", help="live payments a second (default 400)")
     parser.add_argument("--seed", type=int, default=7, help="of the simulation (default 7)")
