@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from xml.sax.saxutils import quoteattr
 
 import tqdm
 
@@ -117,8 +118,10 @@ def _retrieve(settings: Settings, into: Path, expected_bytes: int) -> None:
     cache, log_path = settings.cache_path / "ivy", settings.cache_path / "ivy.log"
     home = java_home(settings.cache_path)
     trust = [] if home == system_java_home() else java_options(settings.cache_path / "authorities.jks")
-    argv = [str(home / "bin/java"), *trust, f"-Dmaven.url={settings.maven_url.rstrip('/')}/", "-jar", str(ivy)]
-    argv += ["-settings", str(HERE / "ivysettings.xml"), "-ivy", str(HERE / "ivy.xml"), "-cache", str(cache)]
+    argv = [str(home / "bin/java"), *trust, "-jar", str(ivy)]
+    chosen = settings.cache_path / "ivysettings.xml"
+    chosen.write_text(ivy_settings(settings.maven_url))
+    argv += ["-settings", str(chosen), "-ivy", str(HERE / "ivy.xml"), "-cache", str(cache)]
     argv += ["-retrieve", f"{into}/[conf]/[artifact]-[revision](-[classifier]).[ext]"]
     with log_path.open("wb") as log, subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT) as ivy_run:
         try:
@@ -131,10 +134,27 @@ def _retrieve(settings: Settings, into: Path, expected_bytes: int) -> None:
         # Of a module that can't be had, Ivy says "not found" whatever the cause.
         problems = [line.strip(" \t:") for line in report if ": not found" in line or "FAILED" in line or "ERROR" in line]
         raise JarsError(
-            f"Ivy could not fetch the JVM programs from {settings.maven_url}; {_reachable(settings.maven_url)}\n  "
+            f"Ivy could not fetch the JVM programs from {_source(settings.maven_url)}\n  "
             + "\n  ".join(problems[:10] or report[-10:])
             + f"\nall of it: {log_path}"
         )
+
+
+def ivy_settings(mirror_url: str) -> str:
+    """One resolver: Ivy's own Maven Central, or a mirror of it. A developer's ~/.m2 and ~/.ivy2 may hold half of what is asked for,
+    and Ivy would stop at it."""
+    root = f" root={quoteattr(mirror_url.rstrip('/') + '/')}" if mirror_url else ""
+    return (
+        '<ivysettings><settings defaultResolver="central"/><resolvers>'
+        f'<ibiblio name="central" m2compatible="true"{root}/></resolvers></ivysettings>\n'
+    )
+
+
+def _source(mirror_url: str) -> str:
+    """Where the jars come from, for a message about their failing to."""
+    if not mirror_url:
+        return "Maven Central: check the network, or set FRAUDGATE_MAVEN_URL to a mirror"
+    return f"{mirror_url}; {_reachable(mirror_url)}"
 
 
 def _reachable(url: str) -> str:
@@ -143,7 +163,7 @@ def _reachable(url: str) -> str:
         with urllib.request.urlopen(url, timeout=10) as reply:  # noqa: S310
             return f"the address answers (status {reply.status})"
     except (OSError, ValueError) as exc:
-        return f"it can't be reached ({exc}): check the network, or set FRAUDGATE_MAVEN_URL to a mirror"
+        return f"it can't be reached ({exc}): check the network and FRAUDGATE_MAVEN_URL"
 
 
 def _watch(ivy_run: subprocess.Popen[bytes], cache: Path, expected_bytes: int) -> None:

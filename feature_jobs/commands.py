@@ -16,6 +16,7 @@ from feature_jobs.session import MissingJarError, build_session
 from feature_jobs.silver import CheckpointLostError
 from feature_jobs.supervisor import QUERIES, GaveUpError, Supervisor
 from feature_jobs.training_set import LABEL_DELAY_DAYS, NoHistoryError, write_training_set
+from gateway.contracts.instants import instant_ms
 from gateway.contracts.settings import load_settings
 
 
@@ -70,14 +71,12 @@ def training_set(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "fraudgate training-set", description="Write features and labels of past transactions as a version of a Delta table."
     )
-    parser.add_argument("--from", dest="from_ms", type=_instant_ms, metavar="MS|DATE", help="oldest transaction (default: all)")
-    parser.add_argument(
-        "--to", dest="to_ms", type=_instant_ms, metavar="MS|DATE", help="end, not in it (default: what has matured)"
-    )
+    parser.add_argument("--from", dest="from_ms", type=instant_ms, metavar="MS|DATE", help="oldest transaction (default: all)")
+    parser.add_argument("--to", dest="to_ms", type=instant_ms, metavar="MS|DATE", help="end, not in it (default: what has matured)")
     parser.add_argument(
         "--as-of",
         dest="as_of_ms",
-        type=_instant_ms,
+        type=instant_ms,
         metavar="MS|DATE",
         help="only labels known by then (default: newest event time)",
     )
@@ -105,17 +104,6 @@ def training_set(argv: list[str]) -> int:
     days = f"{_day(written.from_ms)} to {_day(written.to_ms)}, labels as of {_day(written.as_of_ms)}"
     print(f"training set version {written.version}: {written.rows} rows, {written.frauds} frauds, {days}")
     return 0
-
-
-def _instant_ms(text: str) -> int:
-    """Milliseconds since the epoch, given as such or as an ISO 8601 date or time (UTC unless it names a zone)."""
-    if text.isdigit():
-        return int(text)
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither milliseconds nor a date like 2018-08-08") from exc
-    return round((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def _day(ms: int) -> str:

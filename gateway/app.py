@@ -36,6 +36,7 @@ from gateway.metrics import Metrics
 from gateway.model import Model, ModelSlot
 from gateway.policy import load_policy
 from gateway.publisher import Publisher
+from gateway.recent import RecentDecisions
 from gateway.redis_link import RedisLink
 from gateway.scorer import Scorer
 from gateway.store import Store
@@ -63,19 +64,22 @@ class Gateway:
         claim_ttl_ms = settings.idempotency_window_s * 1000
         # A connection for each door: a chunk from Kafka and a caller's batch don't wait for each other's replies.
         self.links = [RedisLink(settings.redis, settings.feature_budget_ms / 1000) for _ in range(2)]
+        # Both doors know what either decided lately.
+        recent = RecentDecisions(settings.idempotency_window_s)
         self.scorers = [
             Scorer(
                 Store(link, claim_ttl_ms),
                 self.models,
                 self.policy,
                 self.metrics,
+                recent,
                 feature_budget_ms=settings.feature_budget_ms,
                 code_version=CODE_VERSION,
             )
             for link in self.links
         ]
         http_scorer, kafka_scorer = self.scorers
-        kafka_scorer.deciding, kafka_scorer.recent = http_scorer.deciding, http_scorer.recent
+        kafka_scorer.deciding = http_scorer.deciding
         self.publisher = Publisher(settings.bootstrap, self.schemas, self.metrics, settings.publish_buffer_max)
         self.batcher = Batcher(
             http_scorer,

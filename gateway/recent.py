@@ -1,12 +1,15 @@
 """What this gateway decided lately, in memory: the second line behind the idempotency records in Redis.
 
 While Redis is down or slower than its budget there is no record to find, neither the one of a first decision nor a place to leave
-one. A retry that reaches the same gateway is recognised here all the same. Bounded: the oldest go first.
+one. A retry that reaches the same gateway is recognised here all the same. Bounded in number, the oldest go first, and in time, by
+the idempotency window: after that a transaction_id is new again, here as in Redis.
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from gateway.contracts.decision import Door
 from gateway.contracts.layout import FINGERPRINT_BYTES, POSITION
@@ -20,22 +23,27 @@ CLAIM_BYTES = FINGERPRINT_BYTES + POSITION.size
 class RecentDecisions:
     """Records as Redis would hold them: claim (fingerprint and position), then the packed answer."""
 
-    def __init__(self, decisions_max: int = DECISIONS_MAX) -> None:
+    def __init__(self, window_s: float, clock_s: Callable[[], float] = time.monotonic, decisions_max: int = DECISIONS_MAX) -> None:
+        self._window_s = window_s
+        self._clock_s = clock_s
         self._decisions_max = decisions_max
-        self._records: OrderedDict[str, bytes] = OrderedDict()
+        # By transaction_id, the oldest first: the record and until when it counts.
+        self._records: OrderedDict[str, tuple[bytes, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._records)
 
     def add(self, job: Job, answer: bytes) -> None:
         records = self._records
-        records[job.transaction.transaction_id] = job.claim + answer
+        transaction_id = job.transaction.transaction_id
+        records[transaction_id] = job.claim + answer, self._clock_s() + self._window_s
+        records.move_to_end(transaction_id)
         if len(records) > self._decisions_max:
             records.popitem(last=False)
 
     def settles(self, job: Job) -> bytes | None:
         """The record that settles `job`, None when it is to be decided: it is new, or comes again from its position in Kafka."""
-        record = self._records.get(job.transaction.transaction_id)
-        if record is not None and job.door is Door.KAFKA and record[:CLAIM_BYTES] == job.claim:
+        record, counts_until_s = self._records.get(job.transaction.transaction_id, (None, 0.0))
+        if record is None or self._clock_s() >= counts_until_s:
             return None
-        return record
+        return None if job.door is Door.KAFKA and record[:CLAIM_BYTES] == job.claim else record

@@ -62,6 +62,7 @@ class Scorer:
         models: ModelSlot,
         policy: Policy,
         metrics: Metrics,
+        recent: RecentDecisions,
         *,
         feature_budget_ms: int,
         code_version: str,
@@ -72,14 +73,13 @@ class Scorer:
         self._models = models
         self._policy = policy
         self._metrics = metrics
+        self._recent = recent
         self._feature_budget_s = feature_budget_ms / 1000
         self._code_version = code_version
         self._now_ms = now_ms
         self._clock_s = clock_s
         # transaction_ids that the HTTP door is deciding: the Kafka door leaves them to it.
         self.deciding: set[str] = set()
-        # Shared by the doors, as is `deciding`.
-        self.recent = RecentDecisions()
 
     async def decide(self, jobs: Sequence[Job]) -> list[Result]:
         """A result for each of `jobs`, in their order. Each job is claimed and counted once; never raises for what Redis does."""
@@ -115,7 +115,7 @@ class Scorer:
         overtaken: list[Job] = []
         claims: dict[str, bytes] = {}
         for i, job in enumerate(jobs):
-            before = self.recent.settles(job)
+            before = self._recent.settles(job)
             if before is None and observation is not None:
                 before = observation.settled[i]
             if before is None and observation is None:
@@ -223,7 +223,7 @@ class Scorer:
             )
             results[i] = Result(job, Verdict.DECIDED, answer=answer, receipt=encode_receipt(receipt))
             packed = _answer_encoder.encode(answer)
-            self.recent.add(job, packed)
+            self._recent.add(job, packed)
             records.append((job, packed))
         self._store.record(records)
         self._count(fresh, decisions.outcome, decisions.rule_hits, degraded, timing)

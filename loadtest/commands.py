@@ -7,13 +7,13 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from gateway.contracts.instants import instant_ms
 from gateway.contracts.settings import load_settings
 from gateway.contracts.transaction import encode_json
 from loadtest.accounting import table
@@ -30,15 +30,6 @@ LABELS_HELP = (
     "also send labels to the topic labels: 'due' (the default when the option is given bare) those that became known within the"
     " time sent, 'all' also those of later"
 )
-
-
-def instant_ms(text: str) -> int:
-    """Milliseconds of an ISO 8601 date or date and time; UTC unless it names another zone."""
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(f"{text!r} is no date like 2018-08-08 or 2018-08-08T12:00:00") from exc
-    return round((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def _start_ms(text: str) -> int:

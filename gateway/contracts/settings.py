@@ -33,9 +33,7 @@ class Settings:
 
     home: str = _setting(".fraudgate", "directory of everything that runs here: data, logs, tables, models, checkpoints")
     cache_dir: str = _setting("~/.cache/fraudgate", "directory of what was downloaded (jars), shared between checkouts")
-    maven_url: str = _setting(
-        "https://repo1.maven.org/maven2/", "where make setup fetches the jars: Maven Central or a mirror of it"
-    )
+    maven_url: str = _setting("", "mirror of Maven Central that make setup fetches the jars from; empty: Maven Central itself")
     data_dir: str = _setting(
         "../shared/data", "directory of the public data sets, for replays and tests that are left out without it"
     )

@@ -72,6 +72,23 @@ def _usual(world: World, rng: np.random.Generator, card: int, merchant: int, tim
     return usual * float(world.country_rate[country]) * times * float(np.exp(rng.normal(0.0, spread)))
 
 
+def _misuse(
+    world: World,
+    rng: np.random.Generator,
+    pattern: str,
+    at_ms: int,
+    card: int,
+    site: int,
+    times: float,
+    spread: float,
+    stranger: int,
+    place: tuple[float, float] | None = None,
+) -> Row:
+    """One payment by a stranger, from their device and address, of `times` what the holder usually pays at such a site."""
+    amount = _usual(world, rng, card, site, times, spread)
+    return fraud_row(world, pattern, at_ms, card, site, amount, device=device_id(stranger, 0), ip=ip_address(stranger), place=place)
+
+
 def _offsets(rng: np.random.Generator, count: int, duration_ms: int) -> list[int]:
     out: list[int] = np.sort(rng.integers(0, max(1, duration_ms), count)).tolist()
     return out
@@ -149,18 +166,8 @@ class CompromisedMerchant:
             first = int(rng.integers(self.delay_min_ms, self.delay_max_ms))
             for offset in _offsets(rng, int(rng.integers(self.uses_min, self.uses_max + 1)), 2 * HOUR_MS):
                 site = _site(world, rng)
-                rows.append(
-                    fraud_row(
-                        world,
-                        self.name,
-                        at_ms + first + offset,
-                        card,
-                        site,
-                        _usual(world, rng, card, site, self.amount_times, 0.4),
-                        device=device_id(stranger, 0),
-                        ip=ip_address(stranger),
-                    )
-                )
+                at = at_ms + first + offset
+                rows.append(_misuse(world, rng, self.name, at, card, site, self.amount_times, 0.4, stranger))
         return _incident(self.name, at_ms, rows)
 
 
@@ -195,19 +202,8 @@ class AccountTakeover:
         rows = []
         for offset in _offsets(rng, int(rng.integers(self.uses_min, self.uses_max + 1)), self.duration_ms):
             site = _site(world, rng)
-            rows.append(
-                fraud_row(
-                    world,
-                    self.name,
-                    at_ms + delay + offset,
-                    card,
-                    site,
-                    _usual(world, rng, card, site, self.amount_times, 0.5),
-                    device=device_id(stranger, 0),
-                    ip=ip_address(stranger),
-                    place=place,
-                )
-            )
+            at = at_ms + delay + offset
+            rows.append(_misuse(world, rng, self.name, at, card, site, self.amount_times, 0.5, stranger, place))
         return _incident(self.name, at_ms, rows)
 
 
@@ -276,19 +272,7 @@ class BinAttack:
         rows = []
         for i, (card, offset) in enumerate(zip(cards, _offsets(rng, count, duration), strict=True)):
             stranger = strangers[i // self.cards_per_address]
-            amount = _usual(world, rng, card, site, self.amount_times, 0.4)
-            rows.append(
-                fraud_row(
-                    world,
-                    self.name,
-                    at_ms + offset,
-                    card,
-                    site,
-                    amount,
-                    device=device_id(stranger, 0),
-                    ip=ip_address(stranger),
-                )
-            )
+            rows.append(_misuse(world, rng, self.name, at_ms + offset, card, site, self.amount_times, 0.4, stranger))
         return _incident(self.name, at_ms, rows)
 
 

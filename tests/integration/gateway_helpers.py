@@ -18,6 +18,7 @@ from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, LIBRDKAFKA_PARTITIONER, TRANSACTIONS
 from gateway.contracts.transaction import Transaction, encode_json
 from gateway.contracts.wire import unframe
+from tests.unit.gateway import factories
 
 TIMEOUT_S = 60.0
 # What the broker takes by default.
@@ -25,19 +26,10 @@ MESSAGE_BYTES_MAX = 1_048_588
 
 
 def make_transaction(transaction_id: str, event_time_ms: int | None = None, **changes: Any) -> Transaction:
-    values: dict[str, Any] = {
-        "transaction_id": transaction_id,
-        "event_time_ms": time.time_ns() // 1_000_000 if event_time_ms is None else event_time_ms,
-        "card_id": f"card-{transaction_id}",
-        "customer_id": f"customer-{transaction_id}",
-        "merchant_id": f"merchant-{transaction_id}",
-        "amount_minor": 1234,
-        "currency": "EUR",
-        "channel": "pos",
-        "mcc": "5411",
-        "country": "DE",
-    }
-    return Transaction(**(values | changes))
+    """A payment of its own card, customer and merchant, now unless told otherwise."""
+    own = {field: f"{field.removesuffix('_id')}-{transaction_id}" for field in ("card_id", "customer_id", "merchant_id")}
+    at_ms = time.time_ns() // 1_000_000 if event_time_ms is None else event_time_ms
+    return factories.make_transaction(transaction_id, event_time_ms=at_ms, **(own | changes))
 
 
 def name(prefix: str) -> str:

@@ -21,10 +21,10 @@ from deltalake import DeltaTable
 from deploy.stack import Stack
 from gateway.contracts import layout, tables
 from gateway.contracts.features import ENTITY_INDEX
+from gateway.contracts.instants import instant_ms
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS
 from loadtest.adapters import Dataset
-from loadtest.commands import instant_ms
 from tests.helpers import local_settings, run_command, wait_until
 from tests.receipts import Recount, read_topic
 

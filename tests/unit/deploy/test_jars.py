@@ -98,3 +98,8 @@ def test_java_reads_the_key_store_that_python_writes(tmp_path: Path, settings: S
     argv = [str(keytool), "-list", "-keystore", str(store), "-storepass", truststore.PASSWORD]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert f"contains {len(certificates)} entries" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_mirror_is_named_to_ivy_and_maven_central_is_left_to_it() -> None:
+    assert "root=" not in jars.ivy_settings("")
+    assert 'root="https://mirror.example/maven?a&amp;b/"' in jars.ivy_settings("https://mirror.example/maven?a&b")

@@ -47,9 +47,11 @@ async def test_a_batch_without_redis_that_holds_a_transaction_twice_decides_it_o
     assert [r.verdict for r in results] == [Verdict.DECIDED, Verdict.DUPLICATE, Verdict.CONFLICT]
 
 
-def test_the_doors_of_a_gateway_share_their_memory(tmp_path: Path) -> None:
+async def test_the_doors_of_a_gateway_know_what_either_decided(tmp_path: Path) -> None:
     http_scorer, kafka_scorer = Gateway(Settings(home=str(tmp_path))).scorers
-    assert http_scorer.recent is kafka_scorer.recent
+    [over_http] = await http_scorer.decide([make_job()])
+    [over_kafka] = await kafka_scorer.decide([make_job(offset=3)])
+    assert (over_http.verdict, over_kafka.verdict) == (Verdict.DECIDED, Verdict.DUPLICATE)
 
 
 async def test_a_redelivery_from_the_same_position_is_decided_again(tmp_path: Path) -> None:
@@ -60,10 +62,21 @@ async def test_a_redelivery_from_the_same_position_is_decided_again(tmp_path: Pa
 
 
 def test_the_memory_forgets_the_oldest_beyond_its_bound() -> None:
-    recent = RecentDecisions(decisions_max=2)
+    recent = RecentDecisions(600, decisions_max=2)
     jobs = [make_job(make_transaction(f"t{n}")) for n in range(3)]
     for job in jobs:
         recent.add(job, b"answer")
     assert len(recent) == 2
     assert recent.settles(jobs[0]) is None
     assert recent.settles(jobs[2]) == jobs[2].claim + b"answer"
+
+
+def test_the_memory_ends_with_the_idempotency_window() -> None:
+    now_s = 100.0
+    recent = RecentDecisions(600, clock_s=lambda: now_s)
+    job = make_job()
+    recent.add(job, b"answer")
+    now_s = 699.9
+    assert recent.settles(job) is not None
+    now_s = 700.0
+    assert recent.settles(job) is None

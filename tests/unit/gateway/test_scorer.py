@@ -10,6 +10,7 @@ from gateway.job import Verdict
 from gateway.metrics import Metrics
 from gateway.model import ModelSlot, load_model
 from gateway.policy import load_policy
+from gateway.recent import RecentDecisions
 from gateway.scorer import Scorer
 from gateway.store import Observation
 from tests.unit.gateway.factories import NOW_MS, StubStore, make_answer, make_job, make_observation, make_transaction, write_model
@@ -38,6 +39,7 @@ def make_scorer(store: StubStore, models: ModelSlot, clock_s: float = 0.0) -> Sc
         models,
         load_policy(""),
         Metrics(),
+        RecentDecisions(600, clock_s=lambda: clock_s),
         feature_budget_ms=40,
         code_version="test",
         now_ms=lambda: NOW_MS,

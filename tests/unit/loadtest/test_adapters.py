@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gateway.contracts.instants import instant_ms
 from gateway.contracts.transaction import check
 from loadtest.adapters import FRAUD_LABEL_DELAY_MS, SPARKOV_MCC, Dataset, merchant_slug
-from loadtest.commands import instant_ms
 from loadtest.events import LoadError
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from gateway.contracts.instants import instant_ms
 from gateway.contracts.label import Label
 from gateway.contracts.settings import ENV_PREFIX
 from gateway.contracts.transaction import decode_json
-from loadtest.commands import instant_ms, replay, simulate
+from loadtest.commands import replay, simulate
 from loadtest.events import LoadError
 from loadtest.ledger import Ledger
 from loadtest.pace import Pace, Punctuality
@@ -114,7 +115,7 @@ def test_a_file_holds_the_same_bytes_for_the_same_seed(tmp_path: Path, capsys: p
         (["--rate", "5", "--speed", "5"], "not allowed with"),
         (["--pattern", "magic"], "there is no pattern"),
         (["--cards", "1"], "cards must lie in"),
-        (["--start", "yesterday"], "no date"),
+        (["--start", "yesterday"], "nor a date"),
     ],
 )
 def test_a_wrong_call_of_simulate_is_explained(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
