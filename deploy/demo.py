@@ -152,13 +152,14 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         plan = self.plan
-        self.step("starting Kafka, Redis, schema registry and MLflow")
-        self.stack.up()
-        self.step("starting the Spark streams: Kafka to bronze, silver, Redis and gold")
-        self.stack.start(["jobs"])
+        self.step("starting Kafka, Redis and the schema registry")
+        self.stack.start(["kafka", "redis", "registry"])
+        self.stack.create_topics_and_schemas()
         self.step(f"sending {plan.history:,} payments of the past thirty days and the labels known by now")
         history = partial(Simulation, plan.config, plan.history)
         run_load(Load(source=history, total=plan.history, history=True, labels=LABELS_DUE, account=False), self.settings)
+        self.step("starting MLflow and the Spark streams: Kafka to bronze, silver, Redis and gold")
+        self.stack.start(["mlflow", "jobs"])
         self.wait_for_rows(tables.SILVER, plan.history, SILVER_WITHIN_S)
         self.step("training on them: training set, XGBoost, ONNX, checks, MLflow registry")
         self.command("train")
