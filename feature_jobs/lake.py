@@ -29,7 +29,8 @@ RECEIPT_DDL = (
     "transaction_id string, door string, source_partition int, source_offset bigint, received_at_ms bigint, decided_at_ms bigint, "
     "decision string, risk_score int, probability double, reasons array<string>, rule_hits array<string>, degraded array<string>, "
     "model_name string, model_version string, model_digest string, route string, feature_fingerprint string, "
-    "features array<float>, observed_seq array<bigint>, tiles_age_ms bigint, policy_digest string, code_version string, "
+    "features array<float>, observed_seq array<bigint>, label_changes array<bigint>, tiles_age_ms bigint, policy_digest string, "
+    "code_version string, "
     "admit_us bigint, features_us bigint, model_us bigint, policy_us bigint"
 )
 # Of a receipt's transaction only what gold needs to count a decline for its entities.
@@ -91,10 +92,17 @@ class Checkpoint:
 
 
 def create_tables(spark: SparkSession, settings: Settings) -> None:
-    """Each table that isn't there yet, empty."""
+    """Each table that isn't there yet, empty. One of an earlier version gets the columns that it lacks."""
     for name, ddl in DDL.items():
         uri = tables.table_uri(settings.tables, name)
         if DeltaTable.isDeltaTable(spark, uri):
+            held = set(spark.read.format("delta").load(uri).columns)
+            wanted = StructType.fromDDL(ddl)
+            assert isinstance(wanted, StructType)
+            lacking = [f for f in wanted.fields if f.name not in held]
+            if lacking:
+                added = ", ".join(f"{f.name} {f.dataType.simpleString()}" for f in lacking)
+                spark.sql(f"alter table delta.`{uri}` add columns ({added})")
             continue
         builder = DeltaTable.createIfNotExists(spark).location(uri).addColumns(StructType.fromDDL(ddl))
         if name in PARTITIONED_BY:

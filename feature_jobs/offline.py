@@ -2,13 +2,14 @@
 
 Same semantics as `contracts.windows.aggregate`, other means: the transactions of one entity lie next to each other in time, so a
 window is a range of places; sums are differences of running sums, maxima and sketches come from sparse tables. Used by the training
-set. About 5 microseconds a row and entity; memory is bounded by CHUNK_ROWS, but for the columns and the result.
+set, the backfill and the parity check. About 5 microseconds a row and entity; memory is bounded by CHUNK_ROWS, but for the columns
+and the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +18,25 @@ from gateway.contracts.features import (
     AGGREGATES,
     ENTITIES,
     FEATURES,
+    LABEL_AGGREGATES,
     REQUEST_FEATURES,
     Entity,
+    Feature,
+    Floats,
     RequestColumns,
 )
 from gateway.contracts.windows import (
+    LABEL_WINDOWS,
     NEVER,
+    PAIR_WINDOW,
+    SEEN_HASH_MASK,
     SKETCH_BITS,
     SQUARED_AMOUNT_MINOR_MAX,
-    WINDOW_INDEX,
     WINDOWS,
     Aggregates,
+    Window,
     boundary,
+    end,
     tail,
 )
 
@@ -39,128 +47,237 @@ CHUNK_ROWS = 200_000
 
 @dataclass(frozen=True)
 class EntityColumns:
-    """One entity of each transaction, (rows,): `code` numbers its ids from 0 (-1: not named), `dim_a` and `dim_b` are dim_hash's."""
+    """One entity of each transaction, (rows,): `code` numbers its ids from 0 (-1: not named), `dim_*` are dim_hash's.
+
+    `seq` orders what has the same event time; without it, the order of the rows does.
+    """
 
     code: Int64s
-    dim_a: npt.NDArray[np.uint32]
-    dim_b: npt.NDArray[np.uint32]
+    dim_a: npt.NDArray[np.uint16]
+    dim_b: npt.NDArray[np.uint16]
+    dim_c: npt.NDArray[np.uint16]
+    seq: Int64s | None = None
+
+
+@dataclass(frozen=True)
+class LabelChanges:
+    """What labels changed, (changes,) each: the row of the payment, +1 for fraud and -1 for fraud taken back, and since when.
+
+    A row counts the changes whose `known` is not greater than its own `as_of`, (rows,), which must not fall along an entity's rows.
+    By default `known` is the time at which the label was reported and `as_of` the row's event time.
+    """
+
+    row: Int64s
+    change: Int64s
+    known: Int64s
+    as_of: Int64s | None = None
 
 
 @dataclass(frozen=True)
 class History:
-    """Transactions sorted by (event_time_ms, transaction_id), (rows,) each; `entities` by contracts.features.ENTITIES."""
+    """Transactions sorted by (event_time_ms, transaction_id), (rows,) each; `entities` and `labels` by the definition's entities."""
 
     request: RequestColumns
     entities: tuple[EntityColumns, ...]
+    labels: tuple[LabelChanges | None, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Ranges:
-    """Places [first, end) of each row's window: before the boundary, and at or after it among the newest a head counts."""
+class Definition:
+    """What to compute, in the language of contracts.features: by default the features that the model sees."""
 
-    tiled: tuple[Int64s, Int64s]
-    head: tuple[Int64s, Int64s]
+    features: tuple[Feature, ...] = FEATURES
+    entities: tuple[Entity, ...] = ENTITIES
+    windows: tuple[Window, ...] = WINDOWS
+    label_windows: tuple[Window, ...] = LABEL_WINDOWS
+    aggregates: tuple[tuple[str, Callable[[Aggregates, int | slice, RequestColumns], Floats]], ...] = tuple(AGGREGATES.items())
+
+    def window_index(self, feature: Feature) -> int:
+        windows = self.label_windows if feature.aggregate in LABEL_AGGREGATES else self.windows
+        return next((i for i, w in enumerate(windows) if w.name == feature.window), 0)
 
 
-def offline_features(history: History) -> npt.NDArray[np.float32]:
-    """The feature matrix, (rows, len(FEATURES)), in the order of `history`."""
+PRODUCT = Definition()
+
+
+def offline_features(history: History, definition: Definition = PRODUCT) -> npt.NDArray[np.float32]:
+    """The feature matrix, (rows, len(definition.features)), in the order of `history`."""
     rows = len(history.request.t_ms)
-    out = np.full((rows, len(FEATURES)), np.nan, np.float32)
-    for i, f in enumerate(FEATURES):
+    aggregates = dict(definition.aggregates)
+    out = np.full((rows, len(definition.features)), np.nan, np.float32)
+    for i, f in enumerate(definition.features):
         if f.entity is None:
             out[:, i] = REQUEST_FEATURES[f.aggregate](history.request)
-    for entity, columns in zip(ENTITIES, history.entities, strict=True):
-        mine = [(i, f) for i, f in enumerate(FEATURES) if f.entity == entity.name]
-        for place in _chunks(columns.code):
-            request = _take(history.request, place)
-            aggregates = _aggregates(entity, columns, request, place)
+    labels = history.labels or (None,) * len(definition.entities)
+    for entity, columns, changes in zip(definition.entities, history.entities, labels, strict=True):
+        mine = [(i, f) for i, f in enumerate(definition.features) if f.entity == entity.name]
+        for place in _chunks(columns, history.request.t_ms):
+            request = take(history.request, place)
+            found = _Chunk(definition, entity, columns, changes, request, place).aggregates()
             for i, f in mine:
-                w = 0 if f.window is None else WINDOW_INDEX[f.window]
-                out[place, i] = AGGREGATES[f.aggregate](aggregates, w, request)
+                out[place, i] = aggregates[f.aggregate](found, definition.window_index(f), request)
     return out
 
 
-def _chunks(code: Int64s) -> Iterator[Int64s]:
+def _chunks(columns: EntityColumns, t_ms: Int64s) -> Iterator[Int64s]:
     """Rows that name the entity, those of one id together and in order, about CHUNK_ROWS at a time."""
-    order = np.argsort(code, kind="stable")
+    code = columns.code
+    order = np.argsort(code, kind="stable") if columns.seq is None else np.lexsort((columns.seq, t_ms, code))
     order = order[code[order] >= 0]
     starts = np.flatnonzero(np.diff(code[order], prepend=-1))
     first = 0
     while first < len(order):
         later = starts[starts >= first + CHUNK_ROWS]
-        end = int(later[0]) if len(later) else len(order)
-        yield order[first:end]
-        first = end
+        stop = int(later[0]) if len(later) else len(order)
+        yield order[first:stop]
+        first = stop
 
 
-def _take(r: RequestColumns, place: Int64s) -> RequestColumns:
-    return RequestColumns(
-        t_ms=r.t_ms[place],
-        amount_minor=r.amount_minor[place],
-        channel=r.channel[place],
-        mcc=r.mcc[place],
-        cross_border=r.cross_border[place],
-        latitude=r.latitude[place],
-        longitude=r.longitude[place],
-    )
+def take(r: RequestColumns, place: Int64s) -> RequestColumns:
+    """The rows at `place`."""
+    return RequestColumns(*(getattr(r, f.name)[place] for f in fields(RequestColumns)))
 
 
-def _aggregates(entity: Entity, columns: EntityColumns, request: RequestColumns, place: Int64s) -> Aggregates:
-    """Aggregates of the rows of one chunk, which are sorted by id and time."""
-    code, t_ms, amount = columns.code[place], request.t_ms, request.amount_minor
-    n = len(place)
-    here = np.arange(n)
-    group = np.repeat(starts := np.flatnonzero(np.diff(code, prepend=-1)), np.diff(np.append(starts, n)))
-    base = int(t_ms.min()) - 2 * max(w.length_ms for w in WINDOWS)
-    span = int(t_ms.max()) - base + 1
-    # One sorted key for id and time, so that one search finds the place of a time within an id.
-    rank = np.searchsorted(starts, group)
-    keys = rank * span + (t_ms - base)
+class _Chunk:
+    """The rows of some ids of one entity, sorted by id and time. `rank` numbers the ids, `here` the rows."""
 
-    def place_of(time_ms: Int64s) -> Int64s:
+    def __init__(
+        self,
+        definition: Definition,
+        entity: Entity,
+        columns: EntityColumns,
+        changes: LabelChanges | None,
+        request: RequestColumns,
+        place: Int64s,
+    ) -> None:
+        self.definition, self.entity, self.columns, self.changes = definition, entity, columns, changes
+        self.request, self.place, self.t_ms = request, place, request.t_ms
+        n = len(place)
+        code = columns.code[place]
+        self.here = np.arange(n)
+        starts = np.flatnonzero(np.diff(code, prepend=code[0] - 1))
+        self.rank = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, n)))
+        # The first row of each row's id.
+        self.group = starts[self.rank]
+        self.base = int(self.t_ms.min())
+        # Any time of a window, but for one older than all, lies between 0 and span behind base.
+        self.span = int(self.t_ms.max()) - self.base + 2
+        self.keys = self.rank * self.span + (self.t_ms - self.base)
+        self.edge = self.place_of(boundary(self.t_ms))
+        # The first of the newest that a head counts.
+        self.oldest = np.maximum(self.group, self.here - entity.head_events_max)
+
+    def place_of(self, time_ms: Int64s) -> Int64s:
         """The first place of the row's id with an event at or after `time_ms`, no later than the row's own."""
-        found = np.searchsorted(keys, rank * span + np.maximum(time_ms - base, 0), side="left")
-        return np.minimum(found, here)
+        found = np.searchsorted(self.keys, self.rank * self.span + np.maximum(time_ms - self.base, 0), side="left")
+        out: Int64s = np.minimum(found, self.here)
+        return out
 
-    edge = place_of(boundary(t_ms))
-    oldest = np.maximum(group, here - entity.head_events_max)
-    capped = np.minimum(amount, SQUARED_AMOUNT_MINOR_MAX)
-    totals = [_running(amount), _running(capped * capped)]
-    one, bits = np.uint64(1), np.uint64(SKETCH_BITS - 1)
-    largest = _SparseTable(amount, np.maximum, -1)
-    sketches = [_SparseTable(one << (d[place].astype(np.uint64) & bits), np.bitwise_or, 0) for d in (columns.dim_a, columns.dim_b)]
-    shape = (len(WINDOWS), n)
-    result = Aggregates(
-        count=np.zeros(shape, np.int64),
-        total=np.zeros(shape, np.int64),
-        squares=np.zeros(shape, np.int64),
-        largest=np.full(shape, -1, np.int64),
-        distinct_a=np.zeros(shape, np.uint64),
-        distinct_b=np.zeros(shape, np.uint64),
-        last_event_time_ms=np.full(n, NEVER, np.int64),
-        last_latitude=np.full(n, np.nan),
-        last_longitude=np.full(n, np.nan),
-    )
-    for i, window in enumerate(WINDOWS):
-        first = place_of(tail(t_ms, window))
+    def aggregates(self) -> Aggregates:
+        windows, n = self.definition.windows, len(self.here)
+        amount = self.request.amount_minor
+        capped = np.minimum(amount, SQUARED_AMOUNT_MINOR_MAX)
+        totals = [_running(amount), _running(capped * capped)]
+        one, bits = np.uint64(1), np.uint64(SKETCH_BITS - 1)
+        largest = _SparseTable(amount, np.maximum, -1)
+        dims = [d[self.place] for d in (self.columns.dim_a, self.columns.dim_b, self.columns.dim_c)]
+        sketches = [_SparseTable(one << (d.astype(np.uint64) & bits), np.bitwise_or, 0) for d in dims]
+        shape = (len(windows), n)
+        result = Aggregates(
+            count=np.zeros(shape, np.int64),
+            total=np.zeros(shape, np.int64),
+            squares=np.zeros(shape, np.int64),
+            largest=np.full(shape, -1, np.int64),
+            distinct_a=np.zeros(shape, np.uint64),
+            distinct_b=np.zeros(shape, np.uint64),
+            distinct_c=np.zeros(shape, np.uint64),
+            last_event_time_ms=np.full(n, NEVER, np.int64),
+            last_latitude=np.full(n, np.nan),
+            last_longitude=np.full(n, np.nan),
+            last_dim_b=np.full(n, np.nan),
+            new_a=self._new(dims[0]) if self.entity.pairs else np.ones(n, bool),
+            new_c=self._new(dims[2]) if self.entity.pairs else np.ones(n, bool),
+            label_count=np.zeros((len(self.definition.label_windows), n), np.int64),
+            label_frauds=np.zeros((len(self.definition.label_windows), n), np.int64),
+        )
+        for i, window in enumerate(windows):
+            for a, b in self._ranges(window):
+                result.count[i] += b - a
+                result.total[i] += totals[0][b] - totals[0][a]
+                result.squares[i] += totals[1][b] - totals[1][a]
+                result.largest[i] = np.maximum(result.largest[i], largest.over(a, b))
+                for bitmaps, sketch in zip((result.distinct_a, result.distinct_b, result.distinct_c), sketches, strict=True):
+                    bitmaps[i] |= sketch.over(a, b)
+        has = self.here > self.group
+        before = self.here[has] - 1
+        result.last_event_time_ms[has] = self.t_ms[before]
+        # A head holds single precision.
+        result.last_latitude[has] = self.request.latitude[before].astype(np.float32)
+        result.last_longitude[has] = self.request.longitude[before].astype(np.float32)
+        result.last_dim_b[has] = dims[1][before]
+        if self.entity.labelled:
+            self._labels(result)
+        return result
+
+    def _ranges(self, window: Window) -> tuple[tuple[Int64s, Int64s], tuple[Int64s, Int64s]]:
+        """Places [first, end) of each row's window: before the boundary, and at or after it among the newest that a head counts."""
+        first = self.place_of(tail(self.t_ms, window))
         if window.tail_ms == 0:
-            ranges = _Ranges((here, here), (np.maximum(first, oldest), here))
-        else:
-            ranges = _Ranges((first, np.maximum(edge, first)), (np.maximum(np.maximum(edge, first), oldest), here))
-        for a, b in (ranges.tiled, ranges.head):
-            result.count[i] += b - a
-            result.total[i] += totals[0][b] - totals[0][a]
-            result.squares[i] += totals[1][b] - totals[1][a]
-            result.largest[i] = np.maximum(result.largest[i], largest.over(a, b))
-            result.distinct_a[i] |= sketches[0].over(a, b)
-            result.distinct_b[i] |= sketches[1].over(a, b)
-    has = here > group
-    before = here[has] - 1
-    result.last_event_time_ms[has] = t_ms[before]
-    # A head holds single precision.
-    result.last_latitude[has] = request.latitude[before].astype(np.float32)
-    result.last_longitude[has] = request.longitude[before].astype(np.float32)
-    return result
+            return (self.here, self.here), (np.maximum(first, self.oldest), self.here)
+        turn = np.maximum(self.edge, first)
+        return (first, turn), (np.maximum(turn, self.oldest), self.here)
+
+    def _new(self, dim: npt.NDArray[np.uint16]) -> npt.NDArray[np.bool_]:
+        """True where the row's own value of `dim` doesn't stand in its pair window."""
+        n = len(self.here)
+        own = (self.rank * (SEEN_HASH_MASK + 1) + (dim.astype(np.int64) & SEEN_HASH_MASK)) * (n + 1)
+        places = np.sort(own + self.here)
+
+        def newest_before(limit: Int64s) -> Int64s:
+            """The last place before `limit` with the row's value, -1 where there is none."""
+            at = np.searchsorted(places, own + limit) - 1
+            return np.where((at >= 0) & (places[at] >= own), places[at] - own, -1)
+
+        (first, turn), (newest, _) = self._ranges(PAIR_WINDOW)
+        seen: npt.NDArray[np.bool_] = (newest_before(turn) >= first) | (newest_before(self.here) >= newest)
+        return ~seen
+
+    def _labels(self, result: Aggregates) -> None:
+        """Fill in the label windows. A change counts for the rows of one range of places: from when it is known and its day has
+        come into the window, until that day has left it."""
+        changes = self._own_changes()
+        for i, window in enumerate(self.definition.label_windows):
+            first, stop = self.place_of(tail(self.t_ms, window)), self.place_of(end(self.t_ms, window))
+            result.label_count[i] = stop - first
+            if changes is None:
+                continue
+            payment, change, known = changes
+            # The places whose range [first, stop) holds the payment are a range themselves, since both rise with the place.
+            rank, n = self.rank[payment], len(self.here)
+            from_stop = np.searchsorted(self.rank * (n + 1) + stop, rank * (n + 1) + payment, side="right")
+            to_first = np.searchsorted(self.rank * (n + 1) + first, rank * (n + 1) + payment, side="right")
+            difference = np.zeros(n + 1, np.int64)
+            begin = np.maximum(from_stop, known)
+            counted = begin < to_first
+            np.add.at(difference, begin[counted], change[counted])
+            np.add.at(difference, to_first[counted], -change[counted])
+            result.label_frauds[i] = np.cumsum(difference[:-1])
+
+    def _own_changes(self) -> tuple[Int64s, Int64s, Int64s] | None:
+        """Of each change to a payment of this chunk: the payment's place, the change, and the first place of its id that knows it."""
+        if self.changes is None or not len(self.changes.row):
+            return None
+        rows = len(self.columns.code)
+        where = np.full(rows, -1, np.int64)
+        where[self.place] = self.here
+        mine = np.flatnonzero(where[self.changes.row] >= 0)
+        payment = where[self.changes.row[mine]]
+        as_of = self.t_ms if self.changes.as_of is None else self.changes.as_of[self.place]
+        known = self.changes.known[mine]
+        least = min(int(as_of.min()), int(known.min(initial=0)))
+        span = max(int(as_of.max()), int(known.max(initial=0))) - least + 2
+        first = np.searchsorted(self.rank * span + (as_of - least), self.rank[payment] * span + (known - least), side="left")
+        return payment, self.changes.change[mine], first
 
 
 def _running(values: Int64s) -> Int64s:

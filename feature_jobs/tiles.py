@@ -24,9 +24,9 @@ from redis.exceptions import BusyLoadingError, NoScriptError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from gateway.contracts import layout
+from gateway.contracts import layout, tiles
 from gateway.contracts.features import ENTITIES, ENTITY_INDEX
-from gateway.contracts.windows import HEAD_RETENTION_MS, RETENTION_REAL_S, keep_tiles, merge_tiles, tiles_of
+from gateway.contracts.windows import HEAD_RETENTION_MS
 
 # Commands in one pipeline: more only makes Redis and the worker wait for each other (measured in docs/pipeline.md).
 PIPELINE_COMMANDS_MAX = 256
@@ -36,8 +36,11 @@ OWNERS_MAX = 4096
 HASHES_MAX = 2 * max(e.head_events_max for e in ENTITIES)
 MERGE_SHA = hashlib.sha1(layout.MERGE_LUA.encode(), usedforsecurity=False).hexdigest()
 SOCKET_TIMEOUT_S = 5.0
+PAIRS = np.array([e.pairs for e in ENTITIES])
+ENTITY_LABELLED = np.array([e.labelled for e in ENTITIES])
 BACKOFF_S_MAX = 2.0
 
+DIMS = ("dim_a", "dim_b", "dim_c")
 OUTPUT_DDL = "written bigint, unchanged bigint"
 
 _RETRIED = (RedisConnectionError, RedisTimeoutError, BusyLoadingError)
@@ -67,21 +70,19 @@ class Events:
     transaction: npt.NDArray[np.uint64]
     event_time_ms: npt.NDArray[np.int64]
     amount_minor: npt.NDArray[np.int64]
-    dim_a: npt.NDArray[np.uint32]
-    dim_b: npt.NDArray[np.uint32]
+    dims: tuple[npt.NDArray[np.uint32], ...]
     from_kafka: npt.NDArray[np.bool_]
 
 
 def explode_entities(transactions: DataFrame) -> DataFrame:
-    """One row for each entity that a transaction names: tag, txn (8 bytes), event_time_ms, amount_minor, dim_a, dim_b, from_kafka."""
+    """One row for each entity that a transaction names: tag, txn (8 bytes), event_time_ms, amount_minor, DIMS, from_kafka."""
     named = F.array(
         *(
             F.when(
                 F.col(e.field).isNotNull(),
                 F.struct(
                     F.concat(F.lit(f"{e.name}:"), F.col(e.field)).alias("tag"),
-                    F.crc32(F.coalesce(F.col(e.dim_a), F.lit(""))).alias("dim_a"),
-                    F.crc32(F.coalesce(F.col(e.dim_b), F.lit(""))).alias("dim_b"),
+                    *(F.crc32(F.coalesce(F.col(d), F.lit(""))).alias(name) for name, d in zip(DIMS, e.dims, strict=True)),
                 ),
             )
             for e in ENTITIES
@@ -93,7 +94,7 @@ def explode_entities(transactions: DataFrame) -> DataFrame:
     rows = transactions.select(
         txn.alias("txn"), "event_time_ms", "amount_minor", from_kafka, F.explode(F.array_compact(named)).alias("e")
     )
-    return rows.select("e.tag", "txn", "event_time_ms", "amount_minor", "e.dim_a", "e.dim_b", "from_kafka")
+    return rows.select("e.tag", "txn", "event_time_ms", "amount_minor", *(f"e.{name}" for name in DIMS), "from_kafka")
 
 
 def write_tiles(transactions: DataFrame, job: TileJob, partitions: int) -> tuple[int, int]:
@@ -127,11 +128,10 @@ def merge_into_redis(job: TileJob) -> Callable[[Iterable[pa.RecordBatch]], Itera
 
 
 def _read(batches: list[pa.RecordBatch]) -> Events:
-    empty = np.zeros(0, np.int64)
     if not batches or not sum(b.num_rows for b in batches):
-        return Events(
-            [], empty, empty.astype(np.uint64), empty, empty, empty.astype(np.uint32), empty.astype(np.uint32), empty.astype(bool)
-        )
+        empty = np.zeros(0, np.int64)
+        no_dims = (empty.astype(np.uint32),) * len(DIMS)
+        return Events([], empty, empty.astype(np.uint64), empty, empty, no_dims, empty.astype(bool))
     table = pa.Table.from_batches(batches).combine_chunks()
     tags = table["tag"].combine_chunks().dictionary_encode()
     owner = tags.indices.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -144,8 +144,7 @@ def _read(batches: list[pa.RecordBatch]) -> Events:
         transaction=np.frombuffer(b"".join(table["txn"].to_pylist()), "<u8")[order],
         event_time_ms=event_time_ms[order],
         amount_minor=table["amount_minor"].to_numpy()[order],
-        dim_a=table["dim_a"].to_numpy().astype(np.uint32)[order],
-        dim_b=table["dim_b"].to_numpy().astype(np.uint32)[order],
+        dims=tuple(table[name].to_numpy().astype(np.uint32)[order] for name in DIMS),
         from_kafka=table["from_kafka"].to_numpy(zero_copy_only=False)[order],
     )
 
@@ -159,8 +158,7 @@ def _part(events: Events, first: int, end: int) -> Events:
         transaction=events.transaction[a:b],
         event_time_ms=events.event_time_ms[a:b],
         amount_minor=events.amount_minor[a:b],
-        dim_a=events.dim_a[a:b],
-        dim_b=events.dim_b[a:b],
+        dims=tuple(dim[a:b] for dim in events.dims),
         from_kafka=events.from_kafka[a:b],
     )
 
@@ -204,48 +202,38 @@ def merge_events(client: redis.Redis, job: TileJob, events: Events) -> int:
     head_keys = [layout.head_key(*name) for name in names]
     tiles_keys = [layout.tiles_key(*name) for name in names]
     values = _pipelined(client, [("GET", key) for key in tiles_keys])
-    parts: list[bytes] = []
-    lengths = np.zeros(len(names), np.int64)
-    done = np.zeros(len(names), bool)
-    for i, value in enumerate(values):
-        if value is None:
-            continue
-        # Raises for a value of another layout or key: that must not be built upon.
-        held = layout.tile_records(value, ENTITY_INDEX[names[i][0]], layout.key_check(*names[i]))
-        *_, batch_id, epoch, _ = layout.TILES_HEADER.unpack_from(value)
-        if epoch != job.epoch:
-            # Of an earlier life of the checkpoint: this one has read, or will read, everything from the start.
-            continue
-        done[i] = batch_id >= job.batch_id
-        lengths[i] = len(held)
-        parts.append(value[layout.TILES_HEADER.size :])
-    old = np.frombuffer(b"".join(parts), layout.TILE)
-    now_min = job.now_ms // 60_000
-    new, new_owner = tiles_of(events.event_time_ms, events.amount_minor, events.dim_a, events.dim_b, events.owner, now_min % 65_536)
-    tiles, owner = merge_tiles(np.concatenate([old, new]), np.concatenate([np.repeat(np.arange(len(names)), lengths), new_owner]))
-    keep = keep_tiles(tiles, owner, now_min)
-    tiles, owner = tiles[keep], owner[keep]
+    entity_index = [ENTITY_INDEX[entity] for entity, _ in names]
+    check = [layout.key_check(*name) for name in names]
+    # Raises for a value of another layout or key: that must not be built upon.
+    held = layout.unpack_tiles(values, entity_index, check)
+    # Of an earlier life of the checkpoint: this one has read, or will read, everything from the start.
+    foreign = held.headers["epoch"] != job.epoch
+    done = ~foreign & (held.headers["batch_id"] >= job.batch_id) & (held.headers["version"] != 0)
+    if foreign.any():
+        held = layout.unpack_tiles([None if f else v for f, v in zip(foreign, values, strict=True)], entity_index, check)
+    of_entity = np.array(entity_index)
+    added = tiles.add_events(
+        held,
+        tiles.Events(events.owner, events.event_time_ms, events.amount_minor, events.dims),
+        PAIRS[of_entity],
+        ENTITY_LABELLED[of_entity],
+        job.now_ms // 60_000,
+    )
+    for name, column in (("entity", of_entity), ("check", check), ("batch_id", job.batch_id), ("epoch", job.epoch)):
+        added.headers[name] = column
+    packed = layout.pack_tiles(added)
 
-    tile_edges = np.searchsorted(owner, np.arange(len(names) + 1))
     event_edges = np.searchsorted(events.owner, np.arange(len(names) + 1))
-    observed_since_s = job.now_ms // 1000 - RETENTION_REAL_S
     calls = []
     for i in np.flatnonzero(~done).tolist():
         entity, entity_id = names[i]
-        packed = layout.pack_tiles(
-            ENTITY_INDEX[entity],
-            layout.key_check(entity, entity_id),
-            job.batch_id,
-            job.epoch,
-            tiles[tile_edges[i] : tile_edges[i + 1]],
-        )
         first, end = int(event_edges[i]), int(event_edges[i + 1])
         newest = slice(max(first, end - HASHES_MAX), end)
         hashes, from_kafka = events.transaction[newest], events.from_kafka[newest]
         calls.append(
-            ("EVALSHA", MERGE_SHA, 3, head_keys[i], tiles_keys[i], layout.early_key(entity, entity_id), packed)
+            ("EVALSHA", MERGE_SHA, 3, head_keys[i], tiles_keys[i], layout.early_key(entity, entity_id), packed[i])
             + (hashes[from_kafka].tobytes(), hashes[~from_kafka].tobytes(), end - first, layout.TILES_TTL_MS)
-            + (layout.HEAD_COMPACT_ABOVE, layout.HEAD_KEPT_MIN, observed_since_s, HEAD_RETENTION_MS)
+            + (layout.HEAD_COMPACT_ABOVE, layout.HEAD_KEPT_MIN, layout.HEAD_GUARD_S, HEAD_RETENTION_MS)
             + (layout.EARLY_TTL_MS, HASHES_MAX)
         )
     return sum(_pipelined(client, calls))

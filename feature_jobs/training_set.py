@@ -6,7 +6,6 @@ Reads silver and labels with delta-rs, computes with the offline engine, needs n
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +15,10 @@ import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import TableNotFoundError
 
-from feature_jobs.offline import EntityColumns, History, offline_features
+from feature_jobs.offline import EntityColumns, History, LabelChanges, offline_features
 from gateway.contracts import tables
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, RequestColumns
+from gateway.contracts.layout import dim_hash
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import CHANNELS, FIELDS
 
@@ -70,9 +70,10 @@ def write_training_set(
     if not chosen.any():
         raise NoHistoryError(f"no transaction in silver is at least {label_delay_days} days older than the labels' as-of time")
     known = silver.filter(pa.array(t_ms < end_ms))
-    features = offline_features(history_of(known))[chosen[: known.num_rows]]
+    labels = _read(settings, tables.LABELS, ["transaction_id", "is_fraud", "reported_at_ms"])
+    features = offline_features(history_of(known, labels))[chosen[: known.num_rows]]
     rows = silver.filter(pa.array(chosen))
-    is_fraud = _labels(settings, rows["transaction_id"], as_of_ms)
+    is_fraud = _labels(labels, rows["transaction_id"], as_of_ms)
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
         "transaction_id": rows["transaction_id"],
         "event_time_ms": rows["event_time_ms"],
@@ -91,8 +92,11 @@ def write_training_set(
     return TrainingSet(uri, version, rows.num_rows, int(is_fraud.sum()), first_ms, end_ms, as_of_ms)
 
 
-def history_of(silver: pa.Table) -> History:
-    """Columns for the offline engine from rows of silver sorted by (event_time_ms, transaction_id)."""
+def history_of(silver: pa.Table, labels: pa.Table | None = None) -> History:
+    """Columns for the offline engine from rows of silver sorted by (event_time_ms, transaction_id).
+
+    `labels` has transaction_id, is_fraud, reported_at_ms: each counts for features from the time it was reported.
+    """
     country, card_country = silver["country"], silver["card_country"]
     request = RequestColumns(
         t_ms=_ints(silver["event_time_ms"]),
@@ -102,11 +106,31 @@ def history_of(silver: pa.Table) -> History:
         cross_border=_floats(pc.not_equal(card_country, country)),
         latitude=_floats(silver["latitude"]),
         longitude=_floats(silver["longitude"]),
+        country=_dim_hashes(country).astype(np.float64),
     )
-    entities = tuple(
-        EntityColumns(_codes(silver[e.field])[0], _dim_hashes(silver[e.dim_a]), _dim_hashes(silver[e.dim_b])) for e in ENTITIES
-    )
-    return History(request, entities)
+    hashes = {name: _dim_hashes(silver[name]) for name in {dim for e in ENTITIES for dim in e.dims}}
+    entities = tuple(EntityColumns(_codes(silver[e.field])[0], hashes[e.dim_a], hashes[e.dim_b], hashes[e.dim_c]) for e in ENTITIES)
+    changes = None if labels is None else label_changes(silver["transaction_id"], labels)
+    return History(request, entities, tuple(changes if e.labelled else None for e in ENTITIES))
+
+
+def label_changes(ids: pa.ChunkedArray, labels: pa.Table) -> LabelChanges:
+    """What each label changed of what was known about its payment, whose row is its place in `ids`.
+
+    Labels of one payment follow each other by the time they were reported. Those of unknown payments are left out.
+    """
+    labels = labels.sort_by("reported_at_ms")
+    row = pc.fill_null(pc.index_in(labels["transaction_id"], ids.combine_chunks()), -1).to_numpy().astype(np.int64)
+    known = row >= 0
+    row, reported_ms = row[known], _ints(labels["reported_at_ms"])[known]
+    is_fraud = labels["is_fraud"].to_numpy().astype(np.int64)[known]
+    order = np.argsort(row, kind="stable")
+    row, reported_ms, is_fraud = row[order], reported_ms[order], is_fraud[order]
+    first = np.ones(len(row), bool)
+    first[1:] = row[1:] != row[:-1]
+    before = np.where(first, 0, np.roll(is_fraud, 1))
+    changed = is_fraud != before
+    return LabelChanges(row[changed], (is_fraud - before)[changed], reported_ms[changed])
 
 
 def _read(settings: Settings, name: str, columns: list[str]) -> pa.Table | None:
@@ -117,9 +141,8 @@ def _read(settings: Settings, name: str, columns: list[str]) -> pa.Table | None:
         return None
 
 
-def _labels(settings: Settings, ids: pa.ChunkedArray, as_of_ms: int) -> npt.NDArray[np.bool_]:
+def _labels(labels: pa.Table | None, ids: pa.ChunkedArray, as_of_ms: int) -> npt.NDArray[np.bool_]:
     """For each transaction, whether its newest label known at `as_of_ms` says fraud."""
-    labels = _read(settings, tables.LABELS, ["transaction_id", "is_fraud", "reported_at_ms"])
     newest: dict[str, bool] = {}
     if labels is not None:
         labels = labels.filter(pc.less_equal(labels["reported_at_ms"], as_of_ms)).sort_by("reported_at_ms")
@@ -152,8 +175,8 @@ def _codes(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
     return codes, encoded.dictionary.to_pylist()
 
 
-def _dim_hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint32]:
+def _dim_hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint16]:
     """`layout.dim_hash` of each value; each distinct value is hashed once."""
     codes, values = _codes(column)
-    hashes = np.array([zlib.crc32(v.encode()) for v in values] + [zlib.crc32(b"")], np.uint32)
+    hashes = np.array([dim_hash(v) for v in values] + [dim_hash(None)], np.uint16)
     return hashes[codes]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from gateway.avro import encode_receipt
 from gateway.contracts.decision import Answer, Door, Outcome, ReasonText, Receipt, risk_score
-from gateway.contracts.features import ENTITIES, FINGERPRINT, RequestColumns, request_columns
+from gateway.contracts.features import ENTITIES, FINGERPRINT, LABELLED, RequestColumns, request_columns
 from gateway.contracts.layout import FINGERPRINT_BYTES
 from gateway.contracts.reasons import REASON_TEXT, Degraded, Reason
 from gateway.job import Job, Result, Verdict
@@ -41,6 +41,7 @@ _answer_encoder = msgspec.msgpack.Encoder()
 _answer_decoder = msgspec.msgpack.Decoder(Answer)
 _REASONS: dict[Reason, ReasonText] = {r: ReasonText(code=r.value, text=text) for r, text in REASON_TEXT.items()}
 _NOT_OBSERVED = [-1] * len(ENTITIES)
+_NO_LABELS = [-1] * len(LABELLED)
 
 
 @dataclass(slots=True)
@@ -166,6 +167,7 @@ class Scorer:
         now_ms = self._now_ms()
         features = matrix.tolist()
         seq = None if observation is None else observation.seq[rows].tolist()
+        label_changes = None if observation is None else observation.label_changes[rows].tolist()
         tiles_age_ms = None if observation is None else observation.tiles_age_ms
         scored_by = None if probability is None or model is None else model
         features_us, model_us, policy_us = (
@@ -213,6 +215,7 @@ class Scorer:
                 feature_fingerprint=FINGERPRINT,
                 features=features[k],
                 observed_seq=_NOT_OBSERVED if seq is None else seq[k],
+                label_changes=_NO_LABELS if label_changes is None else label_changes[k],
                 tiles_age_ms=tiles_age_ms,
                 policy_digest=self._policy.digest,
                 code_version=self._code_version,

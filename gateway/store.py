@@ -17,28 +17,35 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.features import ENTITIES, RequestColumns, feature_matrix
+from gateway.contracts.features import ENTITIES, LABELLED, RequestColumns, feature_matrix
 from gateway.contracts.layout import (
+    DAY_TILE,
+    DAY_TILE_BYTES,
+    FINE_TILE,
+    FINE_TILE_BYTES,
+    FLAG_LABELLED,
+    FRAUD_DAY,
     HEAD_EVENT,
+    HEAD_EVENT_BYTES,
     HEAD_EVENT_PACK,
     HEAD_HEADER,
     HEAD_TTL_MS,
+    LABELS_HEADER,
     LAYOUT_VERSION,
     OBSERVE_LUA,
     PROGRESS_KEY,
-    RECORD_BYTES,
-    TILE,
     TILES_HEADER,
     Progress,
     dim_hash,
     head_key,
     idempotency_key,
     key_check,
+    tiles_bytes,
     tiles_key,
     txn_hash,
 )
 from gateway.contracts.transaction import Transaction
-from gateway.contracts.windows import SETTLE_MS, aggregate
+from gateway.contracts.windows import SETTLE_MS, Asked, Held, aggregate, nothing_held
 from gateway.job import Job
 from gateway.redis_link import RedisLink, RedisReplyError, RedisUnavailableError
 
@@ -47,7 +54,9 @@ log = logging.getLogger(__name__)
 # The Spark job may have counted a record that arrived up to this much before its newest one.
 TILES_AHEAD_MARGIN_MS = 1000
 ENTITY_COUNT = len(ENTITIES)
-HEADER_TELLS_BYTES = 8  # version, entity and key check: equal in head and tiles
+# version, entity, flags and key check begin every value; the flags are a head's own
+HEADER_TELLS_BYTES = 8
+FLAGS = [FLAG_LABELLED if e.labelled else 0 for e in ENTITIES]
 CAPACITY = np.array([e.head_events_max for e in ENTITIES], np.int64)
 CAPACITY_TEXT = [str(e.head_events_max) for e in ENTITIES]
 _progress_decoder = msgspec.msgpack.Decoder(Progress)
@@ -58,12 +67,14 @@ class Observation:
     """What Redis knew about a batch, by row.
 
     `settled[i]` is the idempotency record that settles row i (None: decide it). The arrays cover all rows, a settled one with no
-    entity known: `matrix` float32 (batch, features), `seq` int64 (batch, entities), -1 where not observed, `stale` bool (batch,).
+    entity known: `matrix` float32 (batch, features), `seq` int64 (batch, entities), -1 where not observed, `stale` bool (batch,),
+    `label_changes` int64 (batch, labelled entities): how many had been applied to each, -1 where not observed.
     """
 
     settled: list[bytes | None]
     matrix: npt.NDArray[np.float32]
     seq: npt.NDArray[np.int64]
+    label_changes: npt.NDArray[np.int64]
     stale: npt.NDArray[np.bool_]
     tiles_age_ms: int | None
 
@@ -74,26 +85,29 @@ class _Plan:
 
     arguments: list[bytes | str | int]
     headers: list[list[bytes | None]]
+    dim_a: npt.NDArray[np.uint16]
+    dim_c: npt.NDArray[np.uint16]
+    base_us: int
 
 
-def _dims(t: Transaction) -> list[tuple[str | None, int, int]]:
-    """(id, dim_a hash, dim_b hash) of each entity, in the order of ENTITIES, spelled out since it runs for each transaction."""
-    card, merchant, device = dim_hash(t.card_id), dim_hash(t.merchant_id), dim_hash(t.device_id)
+def _dims(t: Transaction) -> list[tuple[str | None, int, int, int]]:
+    """(id, dim_hash of dim_a, dim_b, dim_c) of each entity, in the order of ENTITIES, spelled out since it runs for each transaction."""
+    card, merchant, device, ip = dim_hash(t.card_id), dim_hash(t.merchant_id), dim_hash(t.device_id), dim_hash(t.ip)
     return [
-        (t.card_id, merchant, dim_hash(t.country)),
-        (t.customer_id, device, card),
-        (t.merchant_id, card, dim_hash(t.card_bin)),
-        (t.device_id, card, dim_hash(t.ip)),
-        (t.ip, card, device),
+        (t.card_id, merchant, dim_hash(t.country), device),
+        (t.customer_id, device, card, merchant),
+        (t.merchant_id, card, dim_hash(t.card_bin), device),
+        (t.device_id, card, ip, merchant),
+        (t.ip, card, device, merchant),
     ]
 
 
-assert [(e.field, e.dim_a, e.dim_b) for e in ENTITIES] == [
-    ("card_id", "merchant_id", "country"),
-    ("customer_id", "device_id", "card_id"),
-    ("merchant_id", "card_id", "card_bin"),
-    ("device_id", "card_id", "ip"),
-    ("ip", "card_id", "device_id"),
+assert [(e.field, *e.dims) for e in ENTITIES] == [
+    ("card_id", "merchant_id", "country", "device_id"),
+    ("customer_id", "device_id", "card_id", "merchant_id"),
+    ("merchant_id", "card_id", "card_bin", "device_id"),
+    ("device_id", "card_id", "ip", "merchant_id"),
+    ("ip", "card_id", "device_id", "merchant_id"),
 ], "_dims spells the entities out"
 
 
@@ -167,12 +181,16 @@ class Store:
             self.failed_records += 1
 
     def _plan(self, batch: Sequence[Job], update: bool) -> _Plan:
-        observed_s = self._now_ms() // 1000
+        now_ms = self._now_ms()
+        observed_s = now_ms // 1000 % 65_536
+        # A head that is born now numbers its events from here: later than any that the entity had before.
+        base_us = now_ms * 1000
+        dim_a, dim_c = np.zeros((2, len(batch) * ENTITY_COUNT), np.uint16)
         through_ms = None if self._progress is None else self._progress.arrived_through_ms
         keys: list[str] = [PROGRESS_KEY]
         values: list[bytes | str | int] = ["1" if update else "0", self._claim_ttl_ms, HEAD_TTL_MS]
         headers: list[list[bytes | None]] = []
-        for job in batch:
+        for row, job in enumerate(batch):
             t = job.transaction
             keys.append(idempotency_key(t.transaction_id))
             at = len(values)
@@ -183,21 +201,23 @@ class Store:
             # What the Spark job has counted before it is observed here (after a restart) must not count from the head as well.
             tiled = through_ms is not None and job.arrived_ms < through_ms - TILES_AHEAD_MARGIN_MS
             of_row: list[bytes | None] = []
-            for e, (entity_id, dim_a, dim_b) in enumerate(_dims(t)):
+            for e, (entity_id, a, b, c) in enumerate(_dims(t)):
                 if entity_id is None:
                     of_row.append(None)
                     continue
                 name = ENTITIES[e].name
-                header = HEAD_HEADER.pack(LAYOUT_VERSION, e, 0, key_check(name, entity_id), 0, 0)
+                owner = row * ENTITY_COUNT + e
+                dim_a[owner], dim_c[owner] = a, c
+                header = HEAD_HEADER.pack(LAYOUT_VERSION, e, FLAGS[e], key_check(name, entity_id), base_us, 0, 0)
                 keys += (head_key(name, entity_id), tiles_key(name, entity_id))
                 event = HEAD_EVENT_PACK.pack(
-                    hashed, t.event_time_ms, t.amount_minor, 0, observed_s, dim_a, dim_b, latitude, longitude, tiled
+                    hashed, t.event_time_ms, t.amount_minor, 0, observed_s, tiled, latitude, longitude, a, b, c
                 )
                 values += (CAPACITY_TEXT[e], header, event)
                 of_row.append(header[:HEADER_TELLS_BYTES])
             values[at + 1] = sum(header is not None for header in of_row)
             headers.append(of_row)
-        return _Plan([len(keys), *keys, *values], headers)
+        return _Plan([len(keys), *keys, *values], headers, dim_a, dim_c, base_us)
 
     def _note_progress(self, value: bytes | None) -> None:
         if value is None:
@@ -226,19 +246,14 @@ class Store:
         self._note_progress(reply[0])
         now_ms = self._now_ms()
         rows = len(batch)
-        owners = rows * ENTITY_COUNT
         stale = np.full(rows, self._behind(now_ms, update))
         progress = self._progress
         if progress is not None:
             arrived = np.array([job.arrived_ms for job in batch], np.int64)
             stale |= arrived < progress.arrived_through_ms - TILES_AHEAD_MARGIN_MS
+            stale |= progress.lost_at_ms != 0
         settled: list[bytes | None] = []
-        known = np.zeros(owners, bool)
-        seq = np.full(owners, -1, np.int64)
-        heads: list[memoryview] = []
-        tiles: list[memoryview] = []
-        head_bytes = np.zeros(owners, np.int64)
-        tile_bytes = np.zeros(owners, np.int64)
+        values = _Values(rows * ENTITY_COUNT)
         at = 1
         for row, (job, of_row) in enumerate(zip(batch, plan.headers, strict=True)):
             before = reply[at]
@@ -250,40 +265,90 @@ class Store:
             for e, header in enumerate(of_row):
                 if header is None:
                     continue
-                head, tile = reply[at], reply[at + 1]
+                head, tiles, frauds, seq = reply[at : at + 4]
+                at += 4
                 owner = row * ENTITY_COUNT + e
-                seq[owner] = reply[at + 2]
-                at += 3
-                if not (_sound(head, header, HEAD_HEADER.size) and _sound(tile, header, TILES_HEADER.size)):
+                values.seq[owner] = seq
+                if not _sound(head, tiles, frauds, header):
                     self.refused_values += 1
                     stale[row] = True
                     continue
-                known[owner] = True
-                if head:
-                    if head[12:16] != b"\0\0\0\0":
-                        stale[row] = True
-                    heads.append(memoryview(head)[HEAD_HEADER.size :])
-                    head_bytes[owner] = len(head) - HEAD_HEADER.size
-                if tile:
-                    tiles.append(memoryview(tile)[TILES_HEADER.size :])
-                    tile_bytes[owner] = len(tile) - TILES_HEADER.size
+                values.add(owner, head, tiles, frauds)
+                if head and head[20:24] != b"\0\0\0\0":
+                    stale[row] = True
         assert at == len(reply)
-        aggregates = aggregate(
+        asked = Asked(
             t_ms=np.repeat(request.t_ms, ENTITY_COUNT),
-            seq=seq,
+            seq=values.seq,
             capacity=np.tile(CAPACITY, rows),
-            head=np.frombuffer(b"".join(heads), HEAD_EVENT),
-            head_lengths=head_bytes // RECORD_BYTES,
-            tiles=np.frombuffer(b"".join(tiles), TILE),
-            tile_lengths=tile_bytes // RECORD_BYTES,
+            dim_a=plan.dim_a,
+            dim_c=plan.dim_c,
         )
-        matrix = feature_matrix(request, aggregates, known.reshape(rows, ENTITY_COUNT))
+        shape = (rows, ENTITY_COUNT)
+        matrix = feature_matrix(request, aggregate(asked, values.held()), values.known.reshape(shape))
+        base = np.where(values.base > 0, values.base, plan.base_us)
         return Observation(
             settled=settled,
             matrix=matrix,
-            seq=seq.reshape(rows, ENTITY_COUNT),
+            seq=np.where(values.seq < 0, -1, base + values.seq).reshape(shape),
+            label_changes=values.label_changes.reshape(shape)[:, LABELLED],
             stale=stale,
             tiles_age_ms=None if progress is None else max(0, now_ms - progress.written_at_ms),
+        )
+
+
+class _Values:
+    """The values of a batch's owners, cut into their records. Owners are added in ascending order."""
+
+    def __init__(self, owners: int) -> None:
+        self.known = np.zeros(owners, bool)
+        self.seq = np.full(owners, -1, np.int64)
+        self.base = np.zeros(owners, np.int64)
+        self.label_changes = np.full(owners, -1, np.int64)
+        # head, 5 minutes, hours, days, seen, days of frauds
+        self._lengths = np.zeros((6, owners), np.int64)
+        self._heads: list[bytes] = []
+        self._fine: list[bytes] = []
+        self._days: list[bytes] = []
+        self._seen: list[bytes] = []
+        self._frauds: list[bytes] = []
+
+    def add(self, owner: int, head: bytes, tiles: bytes, frauds: bytes) -> None:
+        self.known[owner] = True
+        lengths = self._lengths
+        if head:
+            self.base[owner] = HEAD_HEADER.unpack_from(head)[4]
+            self._heads.append(head[HEAD_HEADER.size :])
+            lengths[0, owner] = (len(head) - HEAD_HEADER.size) // HEAD_EVENT_BYTES
+        if tiles:
+            *_, fives, hours, days, seen = TILES_HEADER.unpack_from(tiles)
+            lengths[1:5, owner] = fives, hours, days, seen
+            day_at = TILES_HEADER.size + FINE_TILE_BYTES * (fives + hours)
+            seen_at = day_at + DAY_TILE_BYTES * days
+            self._fine.append(tiles[TILES_HEADER.size : day_at])
+            self._days.append(tiles[day_at:seen_at])
+            self._seen.append(tiles[seen_at:])
+        changes = 0
+        if frauds:
+            changes = LABELS_HEADER.unpack_from(frauds)[6]
+            self._frauds.append(frauds[LABELS_HEADER.size :])
+            lengths[5, owner] = (len(frauds) - LABELS_HEADER.size) // FRAUD_DAY.itemsize
+        self.label_changes[owner] = changes
+
+    def held(self) -> Held:
+        heads, fives, hours, days, seen, frauds = self._lengths
+        return Held(
+            head=np.frombuffer(b"".join(self._heads), HEAD_EVENT),
+            heads=heads,
+            fine=np.frombuffer(b"".join(self._fine), FINE_TILE),
+            fives=fives,
+            hours=hours,
+            day=np.frombuffer(b"".join(self._days), DAY_TILE),
+            days=days,
+            seen=np.frombuffer(b"".join(self._seen), "<u4"),
+            seens=seen,
+            frauds=np.frombuffer(b"".join(self._frauds), FRAUD_DAY),
+            fraud_days=frauds,
         )
 
 
@@ -291,17 +356,9 @@ def request_only_matrix(request: RequestColumns) -> npt.NDArray[np.float32]:
     """The model's input when no entity is known, (batch, features) float32: the request's own features, the rest NaN."""
     rows = len(request.t_ms)
     owners = rows * ENTITY_COUNT
-    none = np.zeros(owners, np.int64)
-    nothing = aggregate(
-        t_ms=np.repeat(request.t_ms, ENTITY_COUNT),
-        seq=none,
-        capacity=none,
-        head=np.zeros(0, HEAD_EVENT),
-        head_lengths=none,
-        tiles=np.zeros(0, TILE),
-        tile_lengths=none,
-    )
-    return feature_matrix(request, nothing, np.zeros((rows, ENTITY_COUNT), bool))
+    none, no_dim = np.zeros(owners, np.int64), np.zeros(owners, np.uint16)
+    asked = Asked(np.repeat(request.t_ms, ENTITY_COUNT), none, none, no_dim, no_dim)
+    return feature_matrix(request, aggregate(asked, nothing_held(owners)), np.zeros((rows, ENTITY_COUNT), bool))
 
 
 def settles(before: bytes, job: Job) -> bool:
@@ -310,8 +367,23 @@ def settles(before: bytes, job: Job) -> bool:
     return before[: len(claim)] != claim or (len(before) > len(claim) and job.position[:1] == b"h")
 
 
-def _sound(value: bytes, header: bytes, header_bytes: int) -> bool:
-    """True for no value, or one of this layout, entity and key with whole records."""
-    if not value:
-        return True
-    return len(value) >= header_bytes and (len(value) - header_bytes) % RECORD_BYTES == 0 and value[:HEADER_TELLS_BYTES] == header
+def _sound(head: bytes, tiles: bytes, frauds: bytes, header: bytes) -> bool:
+    """True when each value is empty, or one of this layout, entity and key with whole records."""
+    if head and not (
+        len(head) >= HEAD_HEADER.size and (len(head) - HEAD_HEADER.size) % HEAD_EVENT_BYTES == 0 and head[:8] == header
+    ):
+        return False
+    if tiles:
+        if len(tiles) < TILES_HEADER.size or not _same_key(tiles, header):
+            return False
+        if len(tiles) != tiles_bytes(*TILES_HEADER.unpack_from(tiles)[-4:]):
+            return False
+    if frauds:
+        whole = (len(frauds) - LABELS_HEADER.size) % FRAUD_DAY.itemsize == 0
+        return len(frauds) >= LABELS_HEADER.size and whole and _same_key(frauds, header)
+    return True
+
+
+def _same_key(value: bytes, header: bytes) -> bool:
+    """Version, entity and key check are those of a head's header, whose flags no other value has."""
+    return value[:2] == header[:2] and value[4:8] == header[4:8]

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gateway.contracts.features import ENTITIES, FEATURES, Entity
 from gateway.contracts.transaction import CHANNELS, Transaction
@@ -26,6 +27,9 @@ WINDOWS_MS = {
     "30d": (30 * DAY_MS, DAY_MS),
 }
 
+LABEL_DELAY_MS = 7 * DAY_MS
+LABEL_WINDOWS_MS = {"1d": DAY_MS, "7d": 7 * DAY_MS, "30d": 30 * DAY_MS}
+
 
 def float32(x: float) -> float:
     """The nearest single-precision number."""
@@ -36,11 +40,19 @@ def floor_to(t_ms: int, grid_ms: int) -> int:
     return t_ms - t_ms % grid_ms
 
 
+class LabelChange(NamedTuple):
+    """What became known about a payment at `event_time_ms`: +1 it was fraud, -1 it was not after all."""
+
+    event_time_ms: int
+    change: int
+
+
 @dataclass
 class Past:
-    """What was observed of one entity, in order of observation."""
+    """What was observed of one entity, in order of observation, and which label changes had been applied."""
 
     events: list[Transaction] = field(default_factory=list)
+    labels: list[LabelChange] = field(default_factory=list)
 
     def covered(self, entity: Entity, t_ms: int, window: str) -> list[Transaction]:
         """The events that `window` covers for a transaction at `t_ms` that is observed next."""
@@ -52,6 +64,13 @@ class Past:
         boundary_ms = floor_to(t_ms - MINUTE_MS, 5 * MINUTE_MS)
         tiled = [e for e in self.events if first_ms <= e.event_time_ms < boundary_ms]
         return tiled + [e for e in newest if max(boundary_ms, first_ms) <= e.event_time_ms <= t_ms]
+
+    def label_window(self, t_ms: int, window: str) -> tuple[int, int]:
+        """(payments, frauds) of whole days, up to the midnight LABEL_DELAY_MS ago."""
+        until_ms = floor_to(t_ms - LABEL_DELAY_MS, DAY_MS)
+        first_ms = until_ms - LABEL_WINDOWS_MS[window]
+        payments = sum(first_ms <= e.event_time_ms < until_ms for e in self.events)
+        return payments, sum(c.change for c in self.labels if first_ms <= c.event_time_ms < until_ms)
 
     def last(self, entity: Entity, t_ms: int) -> Transaction | None:
         before = [e for e in self.events[-entity.head_events_max :] if e.event_time_ms <= t_ms]
@@ -114,14 +133,27 @@ def _history_value(aggregate: str, entity: Entity, amount: int, events: list[Tra
         return _over(float(amount), mean)
     if aggregate == "zscore":
         return _over(float(amount) - mean, std)
-    assert aggregate in {"distinct_a", "distinct_b"}
-    dim = entity.dim_a if aggregate == "distinct_a" else entity.dim_b
+    dim = {"distinct_a": entity.dim_a, "distinct_b": entity.dim_b, "distinct_c": entity.dim_c}[aggregate]
     return sketched_distinct([getattr(e, dim) for e in events])
+
+
+def pair_hash(value: str | None) -> int:
+    return zlib.crc32((value or "").encode()) & 0x7FFF
+
+
+def _lasting_value(aggregate: str, entity: Entity, t: Transaction, past: Past) -> float:
+    if aggregate in {"new_a", "new_c"}:
+        dim = entity.dim_a if aggregate == "new_a" else entity.dim_c
+        before = past.covered(entity, t.event_time_ms, "30d")
+        return float(all(pair_hash(getattr(e, dim)) != pair_hash(getattr(t, dim)) for e in before))
+    return _last_value(aggregate, t, past.last(entity, t.event_time_ms))
 
 
 def _last_value(aggregate: str, t: Transaction, last: Transaction | None) -> float:
     if last is None:
         return math.nan
+    if aggregate == "changed_b":
+        return float(zlib.crc32(last.country.encode()) & 0xFFFF != zlib.crc32(t.country.encode()) & 0xFFFF)
     if aggregate == "since_last":
         return (t.event_time_ms - last.event_time_ms) / 1000.0
     assert aggregate == "speed"
@@ -145,7 +177,10 @@ def features_of(t: Transaction, past: dict[str, Past]) -> list[float]:
         if getattr(t, entity.field) is None:
             values.append(math.nan)
         elif f.window is None:
-            values.append(float32(_last_value(f.aggregate, t, past[f.entity].last(entity, t.event_time_ms))))
+            values.append(float32(_lasting_value(f.aggregate, entity, t, past[f.entity])))
+        elif f.aggregate in {"label_rate", "frauds"}:
+            payments, frauds = past[f.entity].label_window(t.event_time_ms, f.window)
+            values.append(float32(float(frauds) if f.aggregate == "frauds" else _over(float(frauds), float(payments))))
         else:
             covered = past[f.entity].covered(entity, t.event_time_ms, f.window)
             values.append(float32(_history_value(f.aggregate, entity, t.amount_minor, covered)))
@@ -183,3 +218,10 @@ class Oracle:
         for past in mine.values():
             past.events.append(t)
         return values
+
+    def label(self, t: Transaction, change: int) -> None:
+        """It becomes known that `t` was fraud (1), or that it was not after all (-1)."""
+        for entity in ENTITIES:
+            entity_id = getattr(t, entity.field)
+            if entity.labelled and entity_id is not None:
+                self.pasts.setdefault((entity.name, entity_id), Past()).labels.append(LabelChange(t.event_time_ms, change))

@@ -66,7 +66,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """One record of the decisions topic; `schemas/decision.avsc` has the same fields in the same order.
 
     `features` are the float32 values that the model saw, in the order that `feature_fingerprint` names. `observed_seq` is the
-    transaction's place in each entity's order of observation (-1: not observed), by contracts.features.ENTITIES.
+    transaction's place in each entity's order of observation (-1: not observed), by contracts.features.ENTITIES. `label_changes` is how
+    many label changes had been applied to each entity that counts labels, by contracts.features.LABELLED (-1: not observed).
     `tiles_age_ms` is the age of the tiles the features were read from (null: unknown).
     """
 
@@ -90,6 +91,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     feature_fingerprint: str
     features: list[float]
     observed_seq: list[int]
+    label_changes: list[int]
     tiles_age_ms: int | None
     policy_digest: str
     code_version: str

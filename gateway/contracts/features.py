@@ -18,13 +18,19 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from gateway.contracts.layout import dim_hash
 from gateway.contracts.transaction import CHANNELS, Transaction
 from gateway.contracts.windows import (
     DAY_MS,
     HOUR_MS,
+    LABEL_WINDOW_INDEX,
+    LABEL_WINDOWS,
     NEVER,
+    PAIR_WINDOW,
+    SEEN_HASH_MASK,
     SETTLE_MS,
     SKETCH_ESTIMATE,
+    SKETCHED_WINDOWS,
     TILE_RESOLUTIONS_MS,
     WINDOW_INDEX,
     WINDOWS,
@@ -38,26 +44,35 @@ EARTH_RADIUS_KM = 6371.0
 
 @dataclass(frozen=True)
 class Entity:
-    """`field` of a transaction names it; `dim_a` and `dim_b` are the fields whose distinct values are counted for it.
+    """`field` of a transaction names it; `dim_a`, `dim_b` and `dim_c` are the fields whose distinct values are counted for it.
 
     `head_events_max` is part of the definition: events at or after the boundary count only among the last that many observed.
+    `pairs`: it remembers which values of dim_a and dim_c it was seen with. `labelled`: frauds among its payments are counted.
     """
 
     name: str
     field: str
     dim_a: str
     dim_b: str
+    dim_c: str
     head_events_max: int
+    pairs: bool = False
+    labelled: bool = False
+
+    @property
+    def dims(self) -> tuple[str, str, str]:
+        return self.dim_a, self.dim_b, self.dim_c
 
 
 ENTITIES: tuple[Entity, ...] = (
-    Entity("card", "card_id", "merchant_id", "country", 64),
-    Entity("customer", "customer_id", "device_id", "card_id", 64),
-    Entity("merchant", "merchant_id", "card_id", "card_bin", 512),
-    Entity("device", "device_id", "card_id", "ip", 64),
-    Entity("ip", "ip", "card_id", "device_id", 128),
+    Entity("card", "card_id", "merchant_id", "country", "device_id", 64, pairs=True),
+    Entity("customer", "customer_id", "device_id", "card_id", "merchant_id", 64, labelled=True),
+    Entity("merchant", "merchant_id", "card_id", "card_bin", "device_id", 512, labelled=True),
+    Entity("device", "device_id", "card_id", "ip", "merchant_id", 64),
+    Entity("ip", "ip", "card_id", "device_id", "merchant_id", 128),
 )
 ENTITY_INDEX: dict[str, int] = {e.name: i for i, e in enumerate(ENTITIES)}
+LABELLED: tuple[int, ...] = tuple(i for i, e in enumerate(ENTITIES) if e.labelled)
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,8 @@ class RequestColumns:
     cross_border: Floats
     latitude: Floats
     longitude: Floats
+    # layout.dim_hash of the country
+    country: Floats
 
 
 def request_columns(batch: list[Transaction]) -> RequestColumns:
@@ -85,6 +102,7 @@ def request_columns(batch: list[Transaction]) -> RequestColumns:
         ),
         latitude=np.array([math.nan if t.latitude is None else t.latitude for t in batch], np.float64),
         longitude=np.array([math.nan if t.longitude is None else t.longitude for t in batch], np.float64),
+        country=np.array([dim_hash(t.country) for t in batch], np.float64),
     )
 
 
@@ -135,6 +153,34 @@ def _distinct_b(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
     return _distinct(a.distinct_b[w])
 
 
+def _distinct_c(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
+    return _distinct(a.distinct_c[w])
+
+
+def _label_rate(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
+    """Share of the payments that were labelled fraud, of those old enough to be labelled."""
+    return _divide(a.label_frauds[w].astype(np.float64), a.label_count[w].astype(np.float64))
+
+
+def _frauds(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
+    out: Floats = a.label_frauds[w].astype(np.float64)
+    return out
+
+
+def _new_a(a: Aggregates, _w: int | slice, _: RequestColumns) -> Floats:
+    """1 when the entity was not seen with this value of dim_a in PAIR_WINDOW."""
+    return a.new_a.astype(np.float64)
+
+
+def _new_c(a: Aggregates, _w: int | slice, _: RequestColumns) -> Floats:
+    return a.new_c.astype(np.float64)
+
+
+def _changed_b(a: Aggregates, _w: int | slice, r: RequestColumns) -> Floats:
+    """1 when the entity's last event was in another country."""
+    return np.where(a.last_event_time_ms == NEVER, np.nan, (a.last_dim_b != r.country).astype(np.float64))
+
+
 def _since_last(a: Aggregates, _w: int | slice, r: RequestColumns) -> Floats:
     """Seconds since the entity's last event."""
     return np.where(a.last_event_time_ms == NEVER, np.nan, (r.t_ms - a.last_event_time_ms) / 1000.0)
@@ -173,9 +219,18 @@ AGGREGATES: dict[str, Callable[[Aggregates, int | slice, RequestColumns], Floats
     "zscore": _zscore,
     "distinct_a": _distinct_a,
     "distinct_b": _distinct_b,
+    "distinct_c": _distinct_c,
+    "label_rate": _label_rate,
+    "frauds": _frauds,
+    "new_a": _new_a,
+    "new_c": _new_c,
+    "changed_b": _changed_b,
     "since_last": _since_last,
     "speed": _speed,
 }
+LABEL_AGGREGATES = frozenset({"label_rate", "frauds"})
+SKETCH_AGGREGATES = frozenset({"distinct_a", "distinct_b", "distinct_c"})
+PAIR_AGGREGATES = frozenset({"new_a", "new_c"})
 REQUEST_FEATURES: dict[str, Callable[[RequestColumns], Floats]] = {
     "amount_minor": lambda r: r.amount_minor.astype(np.float64),
     "hour": lambda r: (r.t_ms % DAY_MS // HOUR_MS).astype(np.float64),
@@ -191,23 +246,42 @@ REQUEST_FEATURES: dict[str, Callable[[RequestColumns], Floats]] = {
 
 @dataclass(frozen=True)
 class Feature:
-    """`entity` and `window` are None for a feature of the request. `label` names a distinct count by what it counts."""
+    """`entity` and `window` are None for a feature of the request. The aggregate says of which windows the name `window` is."""
 
     name: str
     entity: str | None
     aggregate: str
     window: str | None
 
+    @property
+    def window_index(self) -> int | None:
+        """Its place among WINDOWS, or LABEL_WINDOWS for an aggregate of labels; None without a window."""
+        if self.window is None:
+            return None
+        return (LABEL_WINDOW_INDEX if self.aggregate in LABEL_AGGREGATES else WINDOW_INDEX)[self.window]
+
+
+def _plural(dim: str) -> str:
+    return {"country": "countries", "card_bin": "bins"}.get(dim, f"{dim.removesuffix('_id')}s")
+
 
 def _of(entity: str, aggregate: str, *windows: str) -> list[Feature]:
     e = ENTITIES[ENTITY_INDEX[entity]]
-    label = {
-        "distinct_a": f"distinct_{e.dim_a.removesuffix('_id')}s",
-        "distinct_b": f"distinct_{e.dim_b.removesuffix('_id')}s",
-    }
-    label["distinct_b"] = label["distinct_b"].replace("countrys", "countries")
-    label["ratio"], label["zscore"] = "amount_ratio", "amount_zscore"
-    called = label.get(aggregate, aggregate if aggregate in {"count", "since_last", "speed"} else f"amount_{aggregate}")
+    called = {
+        "count": "count",
+        "distinct_a": f"distinct_{_plural(e.dim_a)}",
+        "distinct_b": f"distinct_{_plural(e.dim_b)}",
+        "distinct_c": f"distinct_{_plural(e.dim_c)}",
+        "ratio": "amount_ratio",
+        "zscore": "amount_zscore",
+        "label_rate": "fraud_rate",
+        "frauds": "frauds",
+        "new_a": f"new_{e.dim_a.removesuffix('_id')}",
+        "new_c": f"new_{e.dim_c.removesuffix('_id')}",
+        "changed_b": f"{e.dim_b}_changed",
+        "since_last": "since_last",
+        "speed": "speed",
+    }.get(aggregate, f"amount_{aggregate}")
     if not windows:
         return [Feature(f"{entity}_{called}", entity, aggregate, None)]
     return [Feature(f"{entity}_{called}_{w}", entity, aggregate, w) for w in windows]
@@ -216,47 +290,65 @@ def _of(entity: str, aggregate: str, *windows: str) -> list[Feature]:
 FEATURES: tuple[Feature, ...] = (
     *(Feature(name, None, name, None) for name in REQUEST_FEATURES),
     *_of("card", "count", "5m", "1h", "24h", "7d", "30d"),
-    *_of("card", "sum", "1h", "24h", "7d"),
+    *_of("card", "sum", "1h", "24h", "7d", "30d"),
     *_of("card", "mean", "24h", "7d", "30d"),
     *_of("card", "max", "24h", "30d"),
-    *_of("card", "std", "30d"),
+    *_of("card", "std", "7d", "30d"),
     *_of("card", "ratio", "24h", "30d"),
-    *_of("card", "zscore", "30d"),
+    *_of("card", "zscore", "7d", "30d"),
     *_of("card", "distinct_a", "1h", "24h"),
     *_of("card", "distinct_b", "24h"),
+    *_of("card", "distinct_c", "24h"),
+    *_of("card", "new_a"),
+    *_of("card", "new_c"),
+    *_of("card", "changed_b"),
     *_of("card", "since_last"),
     *_of("card", "speed"),
-    *_of("customer", "count", "1h", "24h", "30d"),
-    *_of("customer", "ratio", "30d"),
+    *_of("customer", "count", "1h", "24h", "7d", "30d"),
+    *_of("customer", "sum", "24h", "30d"),
+    *_of("customer", "ratio", "7d", "30d"),
+    *_of("customer", "zscore", "30d"),
     *_of("customer", "distinct_a", "24h"),
-    *_of("merchant", "count", "5m", "1h", "24h", "7d"),
+    *_of("customer", "distinct_b", "24h"),
+    *_of("customer", "since_last"),
+    *_of("customer", "label_rate", "7d", "30d"),
+    *_of("merchant", "count", "5m", "1h", "24h", "7d", "30d"),
     *_of("merchant", "mean", "24h", "30d"),
     *_of("merchant", "ratio", "30d"),
     *_of("merchant", "zscore", "30d"),
     *_of("merchant", "distinct_a", "5m", "1h", "24h"),
     *_of("merchant", "distinct_b", "1h"),
-    *_of("device", "count", "5m", "1h", "24h"),
+    *_of("merchant", "label_rate", "1d", "7d", "30d"),
+    *_of("merchant", "frauds", "30d"),
+    *_of("device", "count", "5m", "1h", "24h", "7d"),
     *_of("device", "distinct_a", "1h", "24h"),
+    *_of("device", "distinct_b", "24h"),
     *_of("device", "since_last"),
     *_of("ip", "count", "5m", "1h", "24h"),
     *_of("ip", "distinct_a", "1h", "24h"),
+    *_of("ip", "distinct_b", "24h"),
 )
 FEATURE_NAMES: tuple[str, ...] = tuple(f.name for f in FEATURES)
 FEATURE_INDEX: dict[str, int] = {name: i for i, name in enumerate(FEATURE_NAMES)}
 assert len(FEATURE_INDEX) == len(FEATURES), "feature names are unique"
 assert all(f.aggregate in (REQUEST_FEATURES if f.entity is None else AGGREGATES) for f in FEATURES)
+assert all(f.window in SKETCHED_WINDOWS for f in FEATURES if f.aggregate in SKETCH_AGGREGATES)
+assert all(ENTITIES[ENTITY_INDEX[f.entity]].pairs for f in FEATURES if f.entity and f.aggregate in PAIR_AGGREGATES)
+assert all(ENTITIES[ENTITY_INDEX[f.entity]].labelled for f in FEATURES if f.entity and f.aggregate in LABEL_AGGREGATES)
+assert all(ENTITIES[ENTITY_INDEX[f.entity]].dim_b == "country" for f in FEATURES if f.entity and f.aggregate == "changed_b")
 
 
 def _fingerprint() -> str:
     """Changes with anything that changes a feature's value or place. 16 hex digits."""
     definition = {
         "features": [(f.name, f.entity, f.aggregate, f.window) for f in FEATURES],
-        "entities": [(e.name, e.field, e.dim_a, e.dim_b, e.head_events_max) for e in ENTITIES],
-        "windows": [(w.name, w.length_ms, w.tail_ms) for w in WINDOWS],
+        "entities": [(e.name, e.field, *e.dims, e.head_events_max, e.pairs, e.labelled) for e in ENTITIES],
+        "windows": [(w.name, w.length_ms, w.tail_ms, w.delay_ms) for w in (*WINDOWS, *LABEL_WINDOWS)],
+        "pairs": [PAIR_WINDOW.name, SEEN_HASH_MASK],
         "settle_ms": SETTLE_MS,
         "tiles_ms": TILE_RESOLUTIONS_MS,
         "sketch": [float(v) for v in SKETCH_ESTIMATE],
-        "semantics": 1,
+        "semantics": 2,
     }
     return hashlib.sha256(msgspec.json.encode(definition)).hexdigest()[:16]
 
@@ -265,20 +357,21 @@ FINGERPRINT = _fingerprint()
 
 
 _ALL_WINDOWS = slice(None)
+
+
+def _blocks() -> list[tuple[str, int]]:
+    """Each aggregate that some feature is of, and how many rows it has: a window each, or one."""
+    used = dict.fromkeys(f.aggregate for f in FEATURES if f.entity is not None)
+    lasting = {f.aggregate for f in FEATURES if f.entity is not None and f.window is None}
+    return [(name, 1 if name in lasting else len(LABEL_WINDOWS if name in LABEL_AGGREGATES else WINDOWS)) for name in used]
+
+
 # What `feature_matrix` computes once for all entities and windows, and where each feature then stands.
-_WINDOWED: tuple[str, ...] = tuple(dict.fromkeys(f.aggregate for f in FEATURES if f.window is not None))
-_LASTING: tuple[str, ...] = tuple(dict.fromkeys(f.aggregate for f in FEATURES if f.entity is not None and f.window is None))
+_BLOCKS = _blocks()
+_BLOCK_START = dict(zip((name for name, _ in _BLOCKS), np.cumsum([0, *(rows for _, rows in _BLOCKS)]).tolist(), strict=False))
 _ENTITY_COLUMNS = np.array([i for i, f in enumerate(FEATURES) if f.entity is not None])
 _OF_ENTITY = np.array([ENTITY_INDEX[f.entity] for f in FEATURES if f.entity is not None])
-_ROWS = np.array(
-    [
-        len(_WINDOWED) * len(WINDOWS) + _LASTING.index(f.aggregate)
-        if f.window is None
-        else _WINDOWED.index(f.aggregate) * len(WINDOWS) + WINDOW_INDEX[f.window]
-        for f in FEATURES
-        if f.entity is not None
-    ]
-)
+_ROWS = np.array([_BLOCK_START[f.aggregate] + (f.window_index or 0) for f in FEATURES if f.entity is not None])
 
 
 def feature_matrix(request: RequestColumns, aggregates: Aggregates, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
@@ -289,11 +382,11 @@ def feature_matrix(request: RequestColumns, aggregates: Aggregates, known: npt.N
     """
     batch, entities = known.shape
     each = RequestColumns(*(np.repeat(getattr(request, f.name), entities) for f in fields(RequestColumns)))
-    values = np.empty((len(_WINDOWED) * len(WINDOWS) + len(_LASTING), batch * entities))
-    for i, name in enumerate(_WINDOWED):
-        values[i * len(WINDOWS) : (i + 1) * len(WINDOWS)] = AGGREGATES[name](aggregates, _ALL_WINDOWS, each)
-    for i, name in enumerate(_LASTING):
-        values[len(_WINDOWED) * len(WINDOWS) + i] = AGGREGATES[name](aggregates, _ALL_WINDOWS, each)
+    values = np.empty((sum(rows for _, rows in _BLOCKS), batch * entities))
+    at = 0
+    for name, rows in _BLOCKS:
+        values[at : at + rows] = AGGREGATES[name](aggregates, _ALL_WINDOWS, each)
+        at += rows
     values[:, ~known.reshape(-1)] = np.nan
     out = np.empty((batch, len(FEATURES)), np.float32)
     out[:, _ENTITY_COLUMNS] = values.reshape(-1, batch, entities)[_ROWS, :, _OF_ENTITY].T

@@ -1,16 +1,19 @@
-"""The Redis layout: keys, packed values and the two scripts that change them. A reader refuses a version it doesn't know.
+"""The Redis layout: keys, packed values and the scripts that change them. A reader refuses a version it doesn't know.
 
-An entity has two values in one hash slot. Its head is a list of recent events, appended by the gateway in the same atomic step
-that reads it. Its tiles are written by the Spark job alone, in one atomic step that also marks the events they now contain as
+An entity has up to four values in one hash slot. Its head is a list of recent events, appended by the gateway in the same atomic
+step that reads it. Its tiles are written by the Spark job alone, in one atomic step that also marks the events they now contain as
 tiled in the head: so each event is counted from exactly one of the two, however far Spark has got.
 
-    fg1:{card:abc}:h   header (16 bytes), then HEAD_EVENT records (48 bytes each) in order of observation
-    fg1:{card:abc}:t   header (24 bytes), then TILE records (48 bytes each)
-    fg1:{card:abc}:e   hashes (8 bytes each) of transactions that the Spark job tiled before the gateway had observed them: early
-    fg1:i:{<transaction_id>}   idempotency record: fingerprint (16), position (16), answer (empty until decided)
-    fg1:progress       how far the Spark job has got: PROGRESS, msgpack
+    fg2:{card:abc}:h   HEAD_HEADER (24 bytes), then HEAD_EVENT records (44 bytes each) in order of observation
+    fg2:{card:abc}:t   TILES_HEADER (48 bytes), then FINE_TILE records (5 minutes, then hours), DAY_TILE records, and what the card
+                       was seen with (4 bytes each)
+    fg2:{card:abc}:e   hashes (8 bytes each) of transactions that the Spark job tiled before the gateway had observed them: early
+    fg2:{merchant:m}:l LABELS_HEADER (24 bytes), then FRAUD_DAY records (4 bytes each): frauds by day of payment, where labels count
+    fg2:i:{<transaction_id>}   idempotency record: fingerprint (16), position (16), answer (empty until decided)
+    fg2:progress       how far the Spark job has got: PROGRESS, msgpack
 
-All numbers are little-endian. Both scripts touch keys of one entity at a time, so a Redis Cluster by one call an entity works.
+All numbers are little-endian. The order of observation is absolute: a head is born with a `base` in microseconds of wall-clock time,
+and each event gets the next number after it. So a head that was lost and born anew continues behind the old one's numbers.
 """
 
 from __future__ import annotations
@@ -18,58 +21,98 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from dataclasses import dataclass
 from importlib.resources import files
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 PREFIX = f"fg{LAYOUT_VERSION}"
 PROGRESS_KEY = f"{PREFIX}:progress"
 
-HEAD_HEADER = struct.Struct("<BBHIII")  # version, entity, -, check, next seq, events evicted before they were tiled
-TILES_HEADER = struct.Struct("<BBHIqII")  # version, entity, -, check, batch_id, epoch, early hashes
-assert HEAD_HEADER.size == 16
-assert TILES_HEADER.size == 24
+# version, entity, flags, check, base of the order of observation, next number after it, events evicted before they were tiled
+HEAD_HEADER = struct.Struct("<BBHIQII")
+# version, entity, -, check, batch_id, epoch, early hashes, newest event's minute, settled minute, marked minute, wall-clock minute of
+# the mark (contracts.windows.Horizon), then how many records: 5 minutes, hours, days, seen
+TILES_HEADER = struct.Struct("<BBHIqIIIIIIHHHH")
+# version, entity, -, check, batch_id, epoch, label changes applied so far
+LABELS_HEADER = struct.Struct("<BBHIqII")
+assert (HEAD_HEADER.size, TILES_HEADER.size, LABELS_HEADER.size) == (24, 48, 24)
+TILES_HEADER_FIELDS = np.dtype(
+    [
+        ("version", "u1"),
+        ("entity", "u1"),
+        ("reserved", "<u2"),
+        ("check", "<u4"),
+        ("batch_id", "<i8"),
+        ("epoch", "<u4"),
+        ("early", "<u4"),
+        ("newest_min", "<u4"),
+        ("settled_min", "<u4"),
+        ("marked_min", "<u4"),
+        ("marked_at_min", "<u4"),
+        ("fives", "<u2"),
+        ("hours", "<u2"),
+        ("days", "<u2"),
+        ("seen", "<u2"),
+    ]
+)
+assert TILES_HEADER_FIELDS.itemsize == TILES_HEADER.size
+# Of HEAD_HEADER.flags: the entity has label counts, which the observe script returns too.
+FLAG_LABELLED = 1
 
 HEAD_EVENT = np.dtype(
     [
         ("transaction", "<u8"),  # txn_hash of the transaction_id
         ("event_time_ms", "<i8"),
         ("amount_minor", "<u4"),
-        ("seq", "<u4"),  # the entity's order of observation, from 0; filled in by the script
-        ("observed_s", "<u4"),  # wall clock at observation, seconds since the epoch
-        ("dim_a", "<u4"),  # dim_hash of the entity's two dimensions (contracts.features)
-        ("dim_b", "<u4"),
+        ("seq", "<u4"),  # place in the entity's order of observation, behind the head's base; filled in by the script
+        ("observed_s", "<u2"),  # wall clock at observation, seconds since the epoch modulo 65,536
+        ("tiled", "u1"),
+        ("reserved", "u1"),
         ("latitude", "<f4"),
         ("longitude", "<f4"),
-        ("tiled", "u1"),
-        ("reserved", "V3"),
+        ("dim_a", "<u2"),  # dim_hash of the entity's dimensions (contracts.features)
+        ("dim_b", "<u2"),
+        ("dim_c", "<u2"),
+        ("reserved2", "<u2"),
     ]
 )
-HEAD_EVENT_PACK = struct.Struct("<QqIIIIIffB3x")
+HEAD_EVENT_PACK = struct.Struct("<QqIIHBxffHHHxx")
+# A tile in memory, of any resolution.
 TILE = np.dtype(
     [
         ("start_min", "<u4"),  # minutes since the epoch
         ("resolution_min", "<u2"),
-        ("updated_min", "<u2"),  # wall clock of the last change, minutes since the epoch modulo 65,536
         ("count", "<u4"),
         ("largest", "<u4"),  # minor units
         ("total", "<i8"),  # minor units
         ("squares", "<i8"),  # minor units squared, each amount capped at SQUARED_AMOUNT_MINOR_MAX
-        ("distinct_a", "<u8"),  # bitmap of 64 buckets
+        ("distinct_a", "<u8"),  # bitmaps of 64 buckets
         ("distinct_b", "<u8"),
+        ("distinct_c", "<u8"),
     ]
 )
-RECORD_BYTES = 48
-assert HEAD_EVENT.itemsize == HEAD_EVENT_PACK.size == TILE.itemsize == RECORD_BYTES
+# As it lies in Redis: the resolution is told by the place, and a day has no bitmaps, which no window of days needs.
+FINE_TILE = np.dtype([(name, TILE.fields[name][0]) for name in TILE.names if name != "resolution_min"])  # type: ignore[index,union-attr]
+DAY_TILE = np.dtype([("day", "<u2"), ("count", "<u4"), ("largest", "<u4"), ("total", "<i8"), ("squares", "<i8")])
+FRAUD_DAY = np.dtype([("day", "<u2"), ("frauds", "<u2")])
+HEAD_EVENT_BYTES, FINE_TILE_BYTES, DAY_TILE_BYTES, SEEN_BYTES = 44, 52, 26, 4
+assert HEAD_EVENT.itemsize == HEAD_EVENT_PACK.size == HEAD_EVENT_BYTES
+assert (FINE_TILE.itemsize, DAY_TILE.itemsize) == (FINE_TILE_BYTES, DAY_TILE_BYTES)
+HOUR_MIN, DAY_MIN = 60, 1440
+COUNT_MAX = 0xFFFF
 
-HEAD_TTL_MS = 32 * 86_400_000
-TILES_TTL_MS = 32 * 86_400_000
+HEAD_TTL_MS = 40 * 86_400_000
+TILES_TTL_MS = 40 * 86_400_000
 # Heads longer than this are compacted when the Spark job has tiled their events; the newest few always stay.
-HEAD_COMPACT_ABOVE = 16
+HEAD_COMPACT_ABOVE = 6
 HEAD_KEPT_MIN = 4
+# What was observed this much before the entity's newest event or less may be delivered again, for its receipt may not have been
+# committed: no Kafka transaction lives longer than a minute.
+HEAD_GUARD_S = 90
 
 # How long a gateway may be down and still find what the Spark job tiled meanwhile.
 EARLY_TTL_MS = 86_400_000
@@ -78,8 +121,15 @@ FINGERPRINT_BYTES = 16
 POSITION = struct.Struct("<cxHIq")  # door ("k" or "h"), partition, -, offset
 assert POSITION.size == 16
 
-OBSERVE_LUA = files("gateway.contracts").joinpath("lua/observe.lua").read_text()
-MERGE_LUA = files("gateway.contracts").joinpath("lua/merge.lua").read_text()
+
+def _script(*names: str) -> str:
+    return "\n".join(files("gateway.contracts").joinpath(f"lua/{name}.lua").read_text() for name in names)
+
+
+# A batch at once, for one Redis; and one entity, for a cluster, where a script may touch one hash slot.
+OBSERVE_LUA = _script("entity", "observe")
+OBSERVE_ENTITY_LUA = _script("entity", "observe_entity")
+MERGE_LUA = _script("merge")
 
 
 class UnknownLayoutError(RuntimeError):
@@ -87,16 +137,20 @@ class UnknownLayoutError(RuntimeError):
 
 
 class Progress(msgspec.Struct, array_like=True, frozen=True):
-    """How far the Spark job has got, written after each batch of tiles."""
+    """How far the Spark job has got, written after each batch of tiles.
+
+    `lost_at_ms` is not 0 from the moment Redis was found to have lost data until its heads are whole again: features are stale.
+    """
 
     epoch: int
     batch_id: int
     written_at_ms: int  # wall clock
     arrived_through_ms: int  # the newest Kafka timestamp whose transaction is in the tiles
+    lost_at_ms: int = 0
 
 
 def entity_tag(entity: str, entity_id: str) -> str:
-    """The hash tag that both values of an entity share."""
+    """The hash tag that all values of an entity share."""
     return f"{{{entity}:{entity_id}}}"
 
 
@@ -112,6 +166,10 @@ def early_key(entity: str, entity_id: str) -> str:
     return f"{PREFIX}:{{{entity}:{entity_id}}}:e"
 
 
+def labels_key(entity: str, entity_id: str) -> str:
+    return f"{PREFIX}:{{{entity}:{entity_id}}}:l"
+
+
 def idempotency_key(transaction_id: str) -> str:
     return f"{PREFIX}:i:{{{transaction_id}}}"
 
@@ -122,8 +180,8 @@ def txn_hash(transaction_id: str) -> int:
 
 
 def dim_hash(value: str | None) -> int:
-    """CRC-32 of the UTF-8 text, as Spark's crc32() computes it. A missing value counts as one value, the empty text."""
-    return zlib.crc32((value or "").encode())
+    """The lower half of CRC-32 of the UTF-8 text, as of Spark's crc32(). A missing value counts as one value, the empty text."""
+    return zlib.crc32((value or "").encode()) & 0xFFFF
 
 
 def key_check(entity: str, entity_id: str) -> int:
@@ -134,17 +192,31 @@ def key_check(entity: str, entity_id: str) -> int:
 def head_events(value: bytes, entity_index: int, check: int) -> npt.NDArray[np.void]:
     """The events of a head. Raises `UnknownLayoutError`."""
     _check(value, HEAD_HEADER, entity_index, check)
+    if (len(value) - HEAD_HEADER.size) % HEAD_EVENT_BYTES:
+        raise UnknownLayoutError("packed value of a wrong length")
     return np.frombuffer(value, HEAD_EVENT, offset=HEAD_HEADER.size)
 
 
-def tile_records(value: bytes, entity_index: int, check: int) -> npt.NDArray[np.void]:
-    """The tiles of an entity. Raises `UnknownLayoutError`."""
-    _check(value, TILES_HEADER, entity_index, check)
-    return np.frombuffer(value, TILE, offset=TILES_HEADER.size)
+def fraud_days(value: bytes, entity_index: int, check: int) -> npt.NDArray[np.void]:
+    """The frauds of an entity by day of payment. Raises `UnknownLayoutError`."""
+    _check(value, LABELS_HEADER, entity_index, check)
+    if (len(value) - LABELS_HEADER.size) % FRAUD_DAY.itemsize:
+        raise UnknownLayoutError("packed value of a wrong length")
+    return np.frombuffer(value, FRAUD_DAY, offset=LABELS_HEADER.size)
+
+
+def pack_frauds(entity_index: int, check: int, batch_id: int, epoch: int, changes: int, days: npt.NDArray[np.void]) -> bytes:
+    """`days` is FRAUD_DAY (n,), ascending; `changes` counts all label changes of the entity so far."""
+    return LABELS_HEADER.pack(LAYOUT_VERSION, entity_index, 0, check, batch_id, epoch, changes) + days.tobytes()
+
+
+def tiles_bytes(fives: int, hours: int, days: int, seen: int) -> int:
+    """The length of a value with so many records."""
+    return TILES_HEADER.size + FINE_TILE_BYTES * (fives + hours) + DAY_TILE_BYTES * days + SEEN_BYTES * seen
 
 
 def _check(value: bytes, header: struct.Struct, entity_index: int, check: int) -> None:
-    if len(value) < header.size or (len(value) - header.size) % RECORD_BYTES:
+    if len(value) < header.size:
         raise UnknownLayoutError("packed value of a wrong length")
     version, entity, _, found = struct.unpack_from("<BBHI", value)
     if version != LAYOUT_VERSION:
@@ -153,5 +225,91 @@ def _check(value: bytes, header: struct.Struct, entity_index: int, check: int) -
         raise UnknownLayoutError("packed value of another key")
 
 
-def pack_tiles(entity_index: int, check: int, batch_id: int, epoch: int, tiles: npt.NDArray[np.void]) -> bytes:
-    return TILES_HEADER.pack(LAYOUT_VERSION, entity_index, 0, check, batch_id, epoch, 0) + tiles.tobytes()
+@dataclass
+class TileValues:
+    """The tiles values of some owners. `headers` is TILES_HEADER_FIELDS (owners,), zeros where nothing is held.
+
+    `tiles` (TILE) and `seen` (uint32, minutes / 5 modulo 65,536 in the upper half) are sorted by owner.
+    """
+
+    headers: npt.NDArray[np.void]
+    tiles: npt.NDArray[np.void]
+    owner: npt.NDArray[np.int64]
+    seen: npt.NDArray[np.uint32]
+    seen_owner: npt.NDArray[np.int64]
+
+
+def unpack_tiles(values: list[bytes | None], entity_index: list[int], check: list[int]) -> TileValues:
+    """What `values` hold, one owner each. Raises `UnknownLayoutError`."""
+    headers = np.zeros(len(values), TILES_HEADER_FIELDS)
+    fine, days, seen = [], [], []
+    for i, value in enumerate(values):
+        if value is None:
+            continue
+        _check(value, TILES_HEADER, entity_index[i], check[i])
+        headers[i] = np.frombuffer(value, TILES_HEADER_FIELDS, 1)[0]
+        *_, n_five, n_hour, n_day, n_seen = TILES_HEADER.unpack_from(value)
+        if len(value) != tiles_bytes(n_five, n_hour, n_day, n_seen):
+            raise UnknownLayoutError("packed value of a wrong length")
+        at = TILES_HEADER.size + FINE_TILE_BYTES * (n_five + n_hour)
+        fine.append(value[TILES_HEADER.size : at])
+        days.append(value[at : at + DAY_TILE_BYTES * n_day])
+        seen.append(value[at + DAY_TILE_BYTES * n_day :])
+    return _assemble(headers, b"".join(fine), b"".join(days), b"".join(seen))
+
+
+def _assemble(headers: npt.NDArray[np.void], fine_bytes: bytes, day_bytes: bytes, seen_bytes: bytes) -> TileValues:
+    fine, day = np.frombuffer(fine_bytes, FINE_TILE), np.frombuffer(day_bytes, DAY_TILE)
+    owners = np.arange(len(headers))
+    fives, hours, days = (headers[name].astype(np.int64) for name in ("fives", "hours", "days"))
+    tiles = np.zeros(len(fine) + len(day), TILE)
+    first, second = tiles[: len(fine)], tiles[len(fine) :]
+    for name in FINE_TILE.names or ():
+        first[name] = fine[name]
+    first["resolution_min"] = np.repeat(
+        np.tile(np.array([5, HOUR_MIN], np.uint16), len(headers)), np.stack([fives, hours], axis=1).reshape(-1)
+    )
+    for name in ("count", "largest", "total", "squares"):
+        second[name] = day[name]
+    second["start_min"] = day["day"].astype(np.uint32) * DAY_MIN
+    second["resolution_min"] = DAY_MIN
+    owner = np.concatenate([np.repeat(owners, fives + hours), np.repeat(owners, days)])
+    order = np.argsort(owner, kind="stable")
+    return TileValues(
+        headers=headers,
+        tiles=tiles[order],
+        owner=owner[order],
+        seen=np.frombuffer(seen_bytes, "<u4"),
+        seen_owner=np.repeat(owners, headers["seen"].astype(np.int64)),
+    )
+
+
+def pack_tiles(values: TileValues) -> list[bytes]:
+    """The packed value of each owner. `tiles` must be sorted by owner, resolution and start; the counts in `headers` are filled in."""
+    headers, tiles, owners = values.headers, values.tiles, len(values.headers)
+    of_day = tiles["resolution_min"] == DAY_MIN
+    fine, day = np.empty(int((~of_day).sum()), FINE_TILE), np.empty(int(of_day.sum()), DAY_TILE)
+    for name in FINE_TILE.names or ():
+        fine[name] = tiles[name][~of_day]
+    for name in ("count", "largest", "total", "squares"):
+        day[name] = tiles[name][of_day]
+    day["day"] = tiles["start_min"][of_day] // DAY_MIN
+
+    def edges(owner: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        out: npt.NDArray[np.int64] = np.searchsorted(owner, np.arange(owners + 1))
+        return out
+
+    fine_edges, day_edges, seen_edges = edges(values.owner[~of_day]), edges(values.owner[of_day]), edges(values.seen_owner)
+    hours = np.bincount(values.owner[tiles["resolution_min"] == HOUR_MIN], minlength=owners)
+    headers["version"] = LAYOUT_VERSION
+    headers["hours"] = hours
+    headers["fives"] = np.diff(fine_edges) - hours
+    headers["days"] = np.diff(day_edges)
+    headers["seen"] = np.diff(seen_edges)
+    parts = (
+        (headers.tobytes(), (np.arange(owners + 1) * TILES_HEADER.size).tolist()),
+        (fine.tobytes(), (fine_edges * FINE_TILE_BYTES).tolist()),
+        (day.tobytes(), (day_edges * DAY_TILE_BYTES).tolist()),
+        (values.seen.astype("<u4").tobytes(), (seen_edges * SEEN_BYTES).tolist()),
+    )
+    return [b"".join([data[at[i] : at[i + 1]] for data, at in parts]) for i in range(owners)]

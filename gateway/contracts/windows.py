@@ -11,17 +11,21 @@ Where each event of the past is read from depends on t alone:
                                           marked as untiled in the head and is counted from there
 
 so the value is the same however far the Spark job has got, as long as the head could hold what Spark had not yet tiled.
+
+Label windows end at the midnight LABEL_DELAY_MS before t and are whole days: labels take days to come, and a newer payment without
+one is not known to be genuine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.layout import HEAD_EVENT, TILE
+from gateway.contracts.layout import DAY_MIN, DAY_TILE, FINE_TILE, FRAUD_DAY, HEAD_EVENT, HOUR_MIN
 
 Int64s = npt.NDArray[np.int64]
 
@@ -31,6 +35,7 @@ DAY_MS = 24 * HOUR_MS
 
 SETTLE_MS = 60_000
 TILE_RESOLUTIONS_MS = (5 * MINUTE_MS, HOUR_MS, DAY_MS)
+assert TILE_RESOLUTIONS_MS[1:] == (HOUR_MIN * MINUTE_MS, DAY_MIN * MINUTE_MS)
 BOUNDARY_MS = TILE_RESOLUTIONS_MS[0]
 # Each coarser tile is a whole number of finer ones, so that finer tiles can fill the gap up to the boundary.
 assert all(b % a == 0 for a, b in zip(TILE_RESOLUTIONS_MS, TILE_RESOLUTIONS_MS[1:], strict=False))
@@ -38,11 +43,15 @@ assert all(b % a == 0 for a, b in zip(TILE_RESOLUTIONS_MS, TILE_RESOLUTIONS_MS[1
 
 @dataclass(frozen=True)
 class Window:
-    """`tail_ms` is the resolution its tail is rounded down to; 0 keeps it exact, read from the head alone."""
+    """Covers [t - delay - length, t - delay), both ends rounded down to `tail_ms` where there is a delay, the older one only without.
+
+    `tail_ms` 0 keeps the window exact; online that is read from the head alone.
+    """
 
     name: str
     length_ms: int
     tail_ms: int
+    delay_ms: int = 0
 
 
 WINDOWS: tuple[Window, ...] = (
@@ -55,6 +64,21 @@ WINDOWS: tuple[Window, ...] = (
 WINDOW_INDEX: dict[str, int] = {w.name: i for i, w in enumerate(WINDOWS)}
 EXACT_WINDOW_MS_MAX = max(w.length_ms for w in WINDOWS if w.tail_ms == 0)
 assert all(w.tail_ms in (0, *TILE_RESOLUTIONS_MS) and w.tail_ms <= w.length_ms for w in WINDOWS)
+# Windows whose tail is a whole day have no sketches: tiles of a day hold none.
+SKETCHED_WINDOWS = frozenset(w.name for w in WINDOWS if w.tail_ms < DAY_MS)
+# Over which a card's merchants and devices are remembered.
+PAIR_WINDOW = WINDOWS[WINDOW_INDEX["30d"]]
+
+LABEL_DELAY_MS = 7 * DAY_MS
+LABEL_WINDOWS: tuple[Window, ...] = (
+    Window("1d", DAY_MS, DAY_MS, LABEL_DELAY_MS),
+    Window("7d", 7 * DAY_MS, DAY_MS, LABEL_DELAY_MS),
+    Window("30d", 30 * DAY_MS, DAY_MS, LABEL_DELAY_MS),
+)
+LABEL_WINDOW_INDEX: dict[str, int] = {w.name: i for i, w in enumerate(LABEL_WINDOWS)}
+assert all(w.tail_ms == DAY_MS and w.delay_ms == LABEL_DELAY_MS and w.length_ms % DAY_MS == 0 for w in LABEL_WINDOWS)
+assert LABEL_DELAY_MS % DAY_MS == 0
+assert LABEL_DELAY_MS >= SETTLE_MS + BOUNDARY_MS
 
 # How long behind an entity's newest event its data is kept, so that events out of order by up to SLACK_MS still find it.
 SLACK_MS = HOUR_MS
@@ -64,9 +88,11 @@ TILE_RETENTION_MS: dict[int, int] = {
     HOUR_MS: 2 * DAY_MS + SETTLE_MS + BOUNDARY_MS + SLACK_MS,
     DAY_MS: 31 * DAY_MS + SLACK_MS,
 }
+LABELLED_RETENTION_MS = LABEL_DELAY_MS + TILE_RETENTION_MS[DAY_MS]
 assert set(TILE_RETENTION_MS) == set(TILE_RESOLUTIONS_MS)
-# Data younger than this by the wall clock is kept whatever its event time: a reader may lag behind, or a replay run ahead.
-RETENTION_REAL_S = 600
+SEEN_RETENTION_MS = TILE_RETENTION_MS[DAY_MS]
+# What came within so much wall-clock time is kept whatever its event time: a reader may lag behind, or a replay run ahead.
+RETENTION_REAL_MIN = 10
 
 # The amount that enters a sum of squares, so that 92,000 largest payments fit in 64 bits.
 SQUARED_AMOUNT_MINOR_MAX = 10_000_000
@@ -78,6 +104,16 @@ SKETCH_ESTIMATE: npt.NDArray[np.float64] = np.round(
     -SKETCH_BITS * np.log((SKETCH_BITS - np.minimum(np.arange(SKETCH_BITS + 1), SKETCH_BITS - 0.5)) / SKETCH_BITS)
 )
 
+# What a card was seen with: 5-minute step modulo 65,536 (227 days), then which dimension (1 bit: a or c) and 15 bits of its hash.
+SEEN_STEP_MS = BOUNDARY_MS
+SEEN_STEPS = 65_536
+SEEN_HASH_MASK = 0x7FFF
+SEEN_DIM_C = 0x8000
+# Nothing is held longer behind an entity's newest event, however fast a replay runs: few enough steps that none is taken for a later.
+SPAN_MS_MAX = 150 * DAY_MS
+SEEN_MAX = 65_535
+assert SEEN_RETENTION_MS < LABELLED_RETENTION_MS < SPAN_MS_MAX < SEEN_STEPS * SEEN_STEP_MS - SEEN_RETENTION_MS
+
 
 def boundary(t_ms: Int64s) -> Int64s:
     """The newest 5-minute edge at least SETTLE_MS before `t_ms`. Shape and unit as given."""
@@ -87,16 +123,23 @@ def boundary(t_ms: Int64s) -> Int64s:
 
 def tail(t_ms: Int64s, window: Window) -> Int64s:
     """The first instant that `window` covers at `t_ms`."""
-    start = t_ms - window.length_ms
+    start = t_ms - window.delay_ms - window.length_ms
     return start if window.tail_ms == 0 else start - start % window.tail_ms
+
+
+def end(t_ms: Int64s, window: Window) -> Int64s:
+    """The instant before which `window` ends at `t_ms`, for a window with a delay."""
+    stop = t_ms - window.delay_ms
+    return stop if window.tail_ms == 0 else stop - stop % window.tail_ms
 
 
 @dataclass
 class Aggregates:
     """What a batch of owners (one entity of one transaction each) had done, by window.
 
-    Arrays are (len(WINDOWS), owners) but for `last_*`, which are (owners,). `largest` is -1 and `last_event_time_ms` is
-    `NEVER` where there is nothing. `distinct_a` and `distinct_b` are bitmaps of SKETCH_BITS buckets.
+    Arrays are (len(WINDOWS), owners), `label_*` (len(LABEL_WINDOWS), owners), `last_*` and `new_*` (owners,). `largest` is -1 and
+    `last_event_time_ms` is `NEVER` where there is nothing. `distinct_*` are bitmaps of SKETCH_BITS buckets. `new_*` is True where
+    the transaction's own value of a dimension was not seen in PAIR_WINDOW; it holds for entities that remember pairs.
     """
 
     count: Int64s
@@ -105,186 +148,198 @@ class Aggregates:
     largest: Int64s
     distinct_a: npt.NDArray[np.uint64]
     distinct_b: npt.NDArray[np.uint64]
+    distinct_c: npt.NDArray[np.uint64]
     last_event_time_ms: Int64s
     last_latitude: npt.NDArray[np.float64]
     last_longitude: npt.NDArray[np.float64]
+    last_dim_b: npt.NDArray[np.float64]
+    new_a: npt.NDArray[np.bool_]
+    new_c: npt.NDArray[np.bool_]
+    label_count: Int64s
+    label_frauds: Int64s
 
 
 NEVER = -(2**62)
 
 
-def aggregate(
-    t_ms: Int64s,
-    seq: Int64s,
-    capacity: Int64s,
-    head: npt.NDArray[np.void],
-    head_lengths: Int64s,
-    tiles: npt.NDArray[np.void],
-    tile_lengths: Int64s,
-) -> Aggregates:
-    """Aggregates of each owner at its time, from its head and tiles.
+@dataclass
+class Held:
+    """What is held of each owner: records of all owners end to end in owner order, and how many of each, (owners,).
 
-    `t_ms`, `seq` and `capacity` are (owners,): the transaction's event time, its place in the entity's order of observation, and
-    how many events a head counts. `head` (dtype HEAD_EVENT) and `tiles` (dtype TILE) lie end to end in owner order,
-    `head_lengths` and `tile_lengths` (owners,) of them each. Cost: a fixed number of numpy calls a batch.
+    `head` is HEAD_EVENT, `fine` FINE_TILE (an owner's 5 minutes, then its hours), `day` DAY_TILE, `seen` uint32, `frauds` FRAUD_DAY.
     """
+
+    head: npt.NDArray[np.void]
+    heads: Int64s
+    fine: npt.NDArray[np.void]
+    fives: Int64s
+    hours: Int64s
+    day: npt.NDArray[np.void]
+    days: Int64s
+    seen: npt.NDArray[np.uint32]
+    seens: Int64s
+    frauds: npt.NDArray[np.void]
+    fraud_days: Int64s
+
+
+def nothing_held(owners: int) -> Held:
+    none = np.zeros(owners, np.int64)
+    return Held(
+        *(np.zeros(0, HEAD_EVENT), none, np.zeros(0, FINE_TILE), none, none, np.zeros(0, DAY_TILE), none),
+        *(np.zeros(0, np.uint32), none, np.zeros(0, FRAUD_DAY), none),
+    )
+
+
+@dataclass
+class Asked:
+    """What the features of each owner are asked for, (owners,) each.
+
+    `seq` is the transaction's place in the entity's order of observation, behind the head's base; `capacity` how many events a head
+    counts; `dim_a` and `dim_c` the transaction's own dim_hash's.
+    """
+
+    t_ms: Int64s
+    seq: Int64s
+    capacity: Int64s
+    dim_a: npt.NDArray[np.uint16]
+    dim_c: npt.NDArray[np.uint16]
+
+
+_FROM_DAY, _FROM_HOUR, _FROM_FIVE = (np.array([[w.tail_ms == r] for w in WINDOWS]) for r in reversed(TILE_RESOLUTIONS_MS))
+_EXACT = np.array([[w.tail_ms == 0] for w in WINDOWS])
+
+
+def aggregate(asked: Asked, held: Held) -> Aggregates:
+    """Aggregates of each owner at its time, from its head and tiles. Cost: a fixed number of numpy calls a batch."""
+    t_ms = asked.t_ms
     owners = len(t_ms)
     edge = boundary(t_ms)
-    owner = np.concatenate([np.repeat(np.arange(owners), head_lengths), np.repeat(np.arange(owners), tile_lengths)])
-    heads = len(head)
+    ids = np.arange(owners)
+    head, fine, day = held.head, held.fine, held.day
+    of_head = np.repeat(ids, held.heads)
+    of_fine = np.repeat(ids, held.fives + held.hours)
+    of_day = np.repeat(ids, held.days)
     when = head["event_time_ms"]
-    age = seq[owner[:heads]] - head["seq"].astype(np.int64)
-    t_head = t_ms[owner[:heads]]
+    age = asked.seq[of_head] - head["seq"].astype(np.int64)
     # Observed before this transaction and not later by event time; `recent`: among as many as the definition lets a head count.
-    seen = (age > 0) & (when <= t_head)
-    recent = seen & (age <= capacity[owner[:heads]])
+    seen = (age > 0) & (when <= t_ms[of_head])
+    recent = seen & (age <= asked.capacity[of_head])
     # Before the boundary an event counts from its tile once the Spark job has put it there, and until then from the head, however
     # many came after it.
-    loose = np.where(when >= edge[owner[:heads]], recent, seen & (head["tiled"] == 0))
-
-    start = tiles["start_min"].astype(np.int64) * MINUTE_MS
-    resolution = tiles["resolution_min"].astype(np.int64) * MINUTE_MS
-    edge_tile = edge[owner[heads:]]
-    settled = start + resolution <= edge_tile
-    # A tile finer than the window's tail counts only in the gap that coarser tiles leave before the boundary.
-    fills_hour = start >= edge_tile - edge_tile % HOUR_MS
-    fills_day = start >= edge_tile - edge_tile % DAY_MS
-    five, hour, day = (resolution == r for r in TILE_RESOLUTIONS_MS)
-    usable = {
-        TILE_RESOLUTIONS_MS[0]: settled & five,
-        TILE_RESOLUTIONS_MS[1]: settled & (hour | (five & fills_hour)),
-        TILE_RESOLUTIONS_MS[2]: settled & (day | (hour & fills_day) | (five & fills_hour)),
-    }
+    untiled = seen & (head["tiled"] == 0)
+    loose = np.where(when >= edge[of_head], recent, untiled)
 
     # Every window at once, (windows, records): the number of numpy calls is what a small batch costs.
     from_ms = np.stack([tail(t_ms, window) for window in WINDOWS])
-    exact = np.array([window.tail_ms == 0 for window in WINDOWS])[:, None]
-    from_head = np.where(exact, recent, loose) & (when >= from_ms[:, owner[:heads]])
-    nothing = np.zeros(len(tiles), bool)
-    from_tiles = np.stack([usable.get(window.tail_ms, nothing) for window in WINDOWS]) & (start >= from_ms[:, owner[heads:]])
-    order = np.argsort(owner, kind="stable")
-    chosen = np.concatenate([from_head, from_tiles], axis=1)[:, order]
-
-    amount = head["amount_minor"].astype(np.int64)
-    capped = np.minimum(amount, SQUARED_AMOUNT_MINOR_MAX)
-    one, bits = np.uint64(1), np.uint64(SKETCH_BITS - 1)
-    count = np.concatenate([np.ones(heads, np.int64), tiles["count"].astype(np.int64)])
-    total = np.concatenate([amount, tiles["total"]])
-    squares = np.concatenate([capped * capped, tiles["squares"]])
-    largest = np.concatenate([amount, tiles["largest"].astype(np.int64)])
-    seen_a = np.concatenate([one << (head["dim_a"].astype(np.uint64) & bits), tiles["distinct_a"]])
-    seen_b = np.concatenate([one << (head["dim_b"].astype(np.uint64) & bits), tiles["distinct_b"]])
-
-    lengths = head_lengths + tile_lengths
+    from_head = np.where(_EXACT, recent, loose) & (when >= from_ms[:, of_head])
+    # A tile finer than the window's tail counts only in the gap that coarser tiles leave before the boundary.
+    is_hour = np.repeat(np.tile([False, True], owners), np.stack([held.fives, held.hours], axis=1).reshape(-1))
+    start = fine["start_min"].astype(np.int64) * MINUTE_MS
+    edge_fine = edge[of_fine]
+    settled = start + np.where(is_hour, HOUR_MS, BOUNDARY_MS) <= edge_fine
+    fills_hour = ~is_hour & (start >= edge_fine - edge_fine % HOUR_MS)
+    fills_day = is_hour & (start >= edge_fine - edge_fine % DAY_MS)
+    from_fine = ((_FROM_FIVE & ~is_hour) | (_FROM_HOUR & (is_hour | fills_hour)) | (_FROM_DAY & (fills_day | fills_hour))) & (
+        settled & (start >= from_ms[:, of_fine])
+    )
+    start_day = day["day"].astype(np.int64) * DAY_MS
+    from_day = _FROM_DAY & ((start_day + DAY_MS <= edge[of_day]) & (start_day >= from_ms[:, of_day]))
+    order = np.argsort(np.concatenate([of_head, of_fine, of_day]), kind="stable")
+    chosen = np.concatenate([from_head, from_fine, from_day], axis=1)[:, order]
+    lengths = held.heads + held.fives + held.hours + held.days
     has = lengths > 0
     starts = (np.cumsum(lengths) - lengths)[has]
 
-    def reduced(ufunc: np.ufunc, values: npt.NDArray[Any], empty: Any) -> npt.NDArray[Any]:
+    def reduced(ufunc: np.ufunc, values: Sequence[npt.NDArray[Any]], empty: Any) -> npt.NDArray[Any]:
         """`ufunc` over the chosen records of each owner, (windows, owners); `empty` where there is none. Exact in any order."""
-        out = np.full((len(WINDOWS), owners), empty, values.dtype)
+        joined = np.concatenate(values)
+        out = np.full((len(WINDOWS), owners), empty, joined.dtype)
         if len(starts):
-            out[:, has] = ufunc.reduceat(np.where(chosen, values[order], empty), starts, axis=1)
+            out[:, has] = ufunc.reduceat(np.where(chosen, joined[order], empty), starts, axis=1)
         return out
 
-    zero = np.uint64(0)
+    amount = head["amount_minor"].astype(np.int64)
+    capped = np.minimum(amount, SQUARED_AMOUNT_MINOR_MAX)
+    one, zero, bits = np.uint64(1), np.uint64(0), np.uint64(SKETCH_BITS - 1)
+    no_sketch = np.zeros(len(day), np.uint64)
+
+    def sketch(dim: str, bitmap: str) -> npt.NDArray[Any]:
+        return reduced(np.bitwise_or, (one << (head[dim].astype(np.uint64) & bits), fine[bitmap], no_sketch), zero)
+
+    day_count = day["count"].astype(np.int64)
     result = Aggregates(
-        count=reduced(np.add, count, 0),
-        total=reduced(np.add, total, 0),
-        squares=reduced(np.add, squares, 0),
-        largest=reduced(np.maximum, largest, -1),
-        distinct_a=reduced(np.bitwise_or, seen_a, zero),
-        distinct_b=reduced(np.bitwise_or, seen_b, zero),
+        count=reduced(np.add, (np.ones(len(head), np.int64), fine["count"].astype(np.int64), day_count), 0),
+        total=reduced(np.add, (amount, fine["total"], day["total"]), 0),
+        squares=reduced(np.add, (capped * capped, fine["squares"], day["squares"]), 0),
+        largest=reduced(np.maximum, (amount, fine["largest"].astype(np.int64), day["largest"].astype(np.int64)), -1),
+        distinct_a=sketch("dim_a", "distinct_a"),
+        distinct_b=sketch("dim_b", "distinct_b"),
+        distinct_c=sketch("dim_c", "distinct_c"),
         last_event_time_ms=np.full(owners, NEVER, np.int64),
         last_latitude=np.full(owners, np.nan),
         last_longitude=np.full(owners, np.nan),
+        last_dim_b=np.full(owners, np.nan),
+        new_a=np.ones(owners, bool),
+        new_c=np.ones(owners, bool),
+        label_count=np.zeros((len(LABEL_WINDOWS), owners), np.int64),
+        label_frauds=np.zeros((len(LABEL_WINDOWS), owners), np.int64),
     )
-    if heads:
+    in_pairs = from_head[WINDOW_INDEX[PAIR_WINDOW.name]]
+    # By the bits that tiles keep, so that it doesn't matter which of the two holds an event.
+    mask = np.uint16(SEEN_HASH_MASK)
+    result.new_a[of_head[in_pairs & ((head["dim_a"] & mask) == (asked.dim_a & mask)[of_head])]] = False
+    result.new_c[of_head[in_pairs & ((head["dim_c"] & mask) == (asked.dim_c & mask)[of_head])]] = False
+    if len(held.seen):
+        _seen_before(result, asked, held, edge)
+    _labels(result, t_ms, held, of_head[untiled], when[untiled], of_day, day_count)
+    if len(head):
         # The newest event by (event time, order of observation), found by one sort within owners.
-        newest = np.lexsort((head["seq"], np.where(recent, when, NEVER), owner[:heads]))
-        last = newest[np.cumsum(head_lengths)[head_lengths > 0] - 1]
+        newest = np.lexsort((head["seq"], np.where(recent, when, NEVER), of_head))
+        last = newest[np.cumsum(held.heads)[held.heads > 0] - 1]
         valid = recent[last]
-        index = np.flatnonzero(head_lengths > 0)[valid]
+        index = np.flatnonzero(held.heads > 0)[valid]
         last = last[valid]
         result.last_event_time_ms[index] = when[last]
         result.last_latitude[index] = head["latitude"][last]
         result.last_longitude[index] = head["longitude"][last]
+        result.last_dim_b[index] = head["dim_b"][last]
     return result
 
 
-def tiles_of(
-    event_time_ms: Int64s,
-    amount_minor: Int64s,
-    dim_a: npt.NDArray[np.uint32],
-    dim_b: npt.NDArray[np.uint32],
-    owner: Int64s,
-    updated_min: int,
-) -> tuple[npt.NDArray[np.void], Int64s]:
-    """The tiles (dtype TILE) that the given events add up to, at every resolution, and the owner of each.
-
-    All inputs are (events,). The result is sorted by owner, resolution and start, each combination once.
-    """
-    n = len(event_time_ms)
-    tiles = np.zeros(n * len(TILE_RESOLUTIONS_MS), TILE)
-    one, bits = np.uint64(1), np.uint64(SKETCH_BITS - 1)
-    capped = np.minimum(amount_minor, SQUARED_AMOUNT_MINOR_MAX)
-    for i, resolution_ms in enumerate(TILE_RESOLUTIONS_MS):
-        part = tiles[i * n : (i + 1) * n]
-        part["start_min"] = (event_time_ms - event_time_ms % resolution_ms) // MINUTE_MS
-        part["resolution_min"] = resolution_ms // MINUTE_MS
-        part["count"] = 1
-        part["largest"] = amount_minor
-        part["total"] = amount_minor
-        part["squares"] = capped * capped
-        part["distinct_a"] = one << (dim_a.astype(np.uint64) & bits)
-        part["distinct_b"] = one << (dim_b.astype(np.uint64) & bits)
-    tiles["updated_min"] = updated_min % 65_536
-    return merge_tiles(tiles, np.tile(owner, len(TILE_RESOLUTIONS_MS)))
+def _seen_before(result: Aggregates, asked: Asked, held: Held, edge: Int64s) -> None:
+    """Clear `new_a` and `new_c` where the tiles' part of the pair window holds the transaction's own value."""
+    owner = np.repeat(np.arange(len(edge)), held.seens)
+    t_ms = asked.t_ms[owner]
+    step = held.seen >> np.uint32(16)
+    # How many steps before the transaction's own; one after it looks as if it were long ago.
+    back = (t_ms // SEEN_STEP_MS - step.astype(np.int64)) % SEEN_STEPS
+    start = (t_ms // SEEN_STEP_MS - back) * SEEN_STEP_MS
+    inside = (start + SEEN_STEP_MS <= edge[owner]) & (start >= tail(asked.t_ms, PAIR_WINDOW)[owner])
+    value = held.seen & np.uint32(0xFFFF)
+    own_a = asked.dim_a.astype(np.uint32) & np.uint32(SEEN_HASH_MASK)
+    own_c = asked.dim_c.astype(np.uint32) & np.uint32(SEEN_HASH_MASK) | np.uint32(SEEN_DIM_C)
+    result.new_a[owner[inside & (value == own_a[owner])]] = False
+    result.new_c[owner[inside & (value == own_c[owner])]] = False
 
 
-def merge_tiles(tiles: npt.NDArray[np.void], owner: Int64s) -> tuple[npt.NDArray[np.void], Int64s]:
-    """One tile for each (owner, resolution, start) of `tiles`, counts and sums added. Associative and commutative, in integers.
-
-    Of `updated_min` the last one in input order stays, so newer tiles are given after older ones.
-    """
-    if len(tiles) == 0:
-        return tiles, owner
-    order = np.lexsort((tiles["start_min"], tiles["resolution_min"], owner))
-    tiles, owner = tiles[order], owner[order]
-    fresh = np.ones(len(tiles), bool)
-    fresh[1:] = (
-        (owner[1:] != owner[:-1])
-        | (tiles["resolution_min"][1:] != tiles["resolution_min"][:-1])
-        | (tiles["start_min"][1:] != tiles["start_min"][:-1])
-    )
-    starts = np.flatnonzero(fresh)
-    merged = tiles[starts].copy()
-    for name, ufunc in (
-        ("count", np.add),
-        ("total", np.add),
-        ("squares", np.add),
-        ("largest", np.maximum),
-        ("distinct_a", np.bitwise_or),
-        ("distinct_b", np.bitwise_or),
-    ):
-        merged[name] = ufunc.reduceat(tiles[name], starts)
-    merged["updated_min"] = tiles["updated_min"][np.append(starts[1:], len(tiles)) - 1]
-    return merged, owner[starts]
-
-
-def keep_tiles(tiles: npt.NDArray[np.void], owner: Int64s, now_min: int) -> npt.NDArray[np.bool_]:
-    """Which tiles are still needed: those within their retention behind the owner's newest tile, or lately updated."""
-    if len(tiles) == 0:
-        return np.zeros(0, bool)
-    end_ms = (tiles["start_min"].astype(np.int64) + tiles["resolution_min"]) * MINUTE_MS
-    newest = np.full(int(owner.max()) + 1, NEVER, np.int64)
-    # The finest tile bounds the newest event best.
-    finest = tiles["resolution_min"] == TILE_RESOLUTIONS_MS[0] // MINUTE_MS
-    np.maximum.at(newest, owner[finest], end_ms[finest])
-    keep = ((now_min - tiles["updated_min"].astype(np.int64)) % 65_536) * 60 <= RETENTION_REAL_S
-    for resolution_ms in TILE_RESOLUTIONS_MS:
-        right = tiles["resolution_min"] == resolution_ms // MINUTE_MS
-        keep |= right & (end_ms > newest[owner] - TILE_RETENTION_MS[resolution_ms])
-    return keep
-
-
-assert HEAD_EVENT.itemsize == TILE.itemsize
+def _labels(
+    result: Aggregates, t_ms: Int64s, held: Held, of_untiled: Int64s, untiled_ms: Int64s, of_day: Int64s, day_count: Int64s
+) -> None:
+    """Fill in `label_count` (payments) and `label_frauds` of the label windows."""
+    owners = len(t_ms)
+    of_frauds = np.repeat(np.arange(owners), held.fraud_days)
+    until = end(t_ms, LABEL_WINDOWS[0])
+    day_ms, fraud_ms = (records["day"].astype(np.int64) * DAY_MS for records in (held.day, held.frauds))
+    frauds = held.frauds["frauds"].astype(np.int64)
+    before, fraud_before = day_ms < until[of_day], fraud_ms < until[of_frauds]
+    # Only when the Spark job has been down for longer than the delay.
+    forgotten = untiled_ms < until[of_untiled]
+    for i, window in enumerate(LABEL_WINDOWS):
+        start = tail(t_ms, window)
+        inside = before & (day_ms >= start[of_day])
+        result.label_count[i] = np.bincount(of_day[inside], day_count[inside], owners)
+        if forgotten.any():
+            result.label_count[i] += np.bincount(of_untiled[forgotten & (untiled_ms >= start[of_untiled])], minlength=owners)
+        if len(frauds):
+            labelled = fraud_before & (fraud_ms >= start[of_frauds])
+            result.label_frauds[i] = np.bincount(of_frauds[labelled], frauds[labelled], owners)

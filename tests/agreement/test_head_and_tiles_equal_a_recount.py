@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import redis
 from hypothesis import HealthCheck, example, given, settings
@@ -17,15 +16,15 @@ from msgspec import structs
 
 from deploy.toolchain import find_redis
 from gateway.contracts import layout, windows
-from gateway.contracts.features import ENTITIES, feature_matrix, request_columns
+from gateway.contracts.features import ENTITIES
 from gateway.contracts.transaction import Transaction
+from tests.entities import Entities, events_of
 from tests.helpers import free_ports, wait_until
 from tests.oracle import Oracle, differences
 
 pytestmark = pytest.mark.integration
 
 NOON_MS = 1_700_000_000_000 - 1_700_000_000_000 % windows.DAY_MS + 12 * windows.HOUR_MS
-EPOCH = 7
 
 
 @pytest.fixture(scope="module")
@@ -49,112 +48,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
         client.close()
         process.terminate()
         process.wait(10)
-
-
-class Store:
-    """The least that can drive both scripts: one transaction at a time, and tiles whenever the test says so."""
-
-    def __init__(self, client: redis.Redis) -> None:
-        self.client = client
-        client.flushall()
-        self.observe_script = client.register_script(layout.OBSERVE_LUA)
-        self.merge_script = client.register_script(layout.MERGE_LUA)
-        self.batch_id = 0
-
-    def observe(self, t: Transaction) -> list[float]:
-        keys: list[str] = [layout.PROGRESS_KEY, layout.idempotency_key(t.transaction_id)]
-        named = [(i, e, getattr(t, e.field)) for i, e in enumerate(ENTITIES) if getattr(t, e.field) is not None]
-        args: list[bytes | str | int | float] = [
-            1,
-            600_000,
-            layout.HEAD_TTL_MS,
-            b"f" * 16 + layout.POSITION.pack(b"k", 0, 0, 1),
-            len(named),
-        ]
-        for i, e, entity_id in named:
-            keys += [layout.head_key(e.name, entity_id), layout.tiles_key(e.name, entity_id)]
-            header = layout.HEAD_HEADER.pack(layout.LAYOUT_VERSION, i, 0, layout.key_check(e.name, entity_id), 0, 0)
-            event = layout.HEAD_EVENT_PACK.pack(
-                layout.txn_hash(t.transaction_id),
-                t.event_time_ms,
-                t.amount_minor,
-                0,
-                1_000,
-                layout.dim_hash(getattr(t, e.dim_a)),
-                layout.dim_hash(getattr(t, e.dim_b)),
-                float("nan") if t.latitude is None else t.latitude,
-                float("nan") if t.longitude is None else t.longitude,
-                0,
-            )
-            args += [e.head_events_max, header, event]
-        reply = self.observe_script(keys=keys, args=args)
-        assert reply[1] is None
-        known, heads, records, seqs = np.zeros((1, len(ENTITIES)), bool), [], [], []
-        found = {i: reply[2 + 3 * n : 5 + 3 * n] for n, (i, _, _) in enumerate(named)}
-        for i, e in enumerate(ENTITIES):
-            head, tiles, seq = found.get(i, (b"", b"", 0))
-            check = layout.key_check(e.name, getattr(t, e.field) or "")
-            heads.append(layout.head_events(head, i, check) if head else np.zeros(0, layout.HEAD_EVENT))
-            records.append(layout.tile_records(tiles, i, check) if tiles else np.zeros(0, layout.TILE))
-            seqs.append(seq)
-            known[0, i] = i in found
-        aggregates = windows.aggregate(
-            np.full(len(ENTITIES), t.event_time_ms, np.int64),
-            np.array(seqs, np.int64),
-            np.array([e.head_events_max for e in ENTITIES], np.int64),
-            np.concatenate(heads),
-            np.array([len(h) for h in heads], np.int64),
-            np.concatenate(records),
-            np.array([len(r) for r in records], np.int64),
-        )
-        return [float(x) for x in feature_matrix(request_columns([t]), aggregates, known)[0]]
-
-    def tile(self, batch: list[Transaction], batch_id: int | None = None) -> list[int]:
-        """Add a batch of transactions to the tiles, as the Spark job does; what each write replied."""
-        if batch_id is None:
-            self.batch_id += 1
-            batch_id = self.batch_id
-        replies = []
-        for i, e in enumerate(ENTITIES):
-            by_id: dict[str, list[Transaction]] = {}
-            for t in batch:
-                if getattr(t, e.field) is not None:
-                    by_id.setdefault(getattr(t, e.field), []).append(t)
-            for entity_id, events in by_id.items():
-                check = layout.key_check(e.name, entity_id)
-                value = self.client.get(layout.tiles_key(e.name, entity_id))
-                assert value is None or isinstance(value, bytes)
-                before = layout.tile_records(value, i, check) if value else np.zeros(0, layout.TILE)
-                owner = np.zeros(len(events), np.int64)
-                new, _ = windows.tiles_of(
-                    np.array([t.event_time_ms for t in events], np.int64),
-                    np.array([t.amount_minor for t in events], np.int64),
-                    np.array([layout.dim_hash(getattr(t, e.dim_a)) for t in events], np.uint32),
-                    np.array([layout.dim_hash(getattr(t, e.dim_b)) for t in events], np.uint32),
-                    owner,
-                    updated_min=0,
-                )
-                both = np.concatenate([before, new])
-                merged, owners = windows.merge_tiles(both, np.zeros(len(both), np.int64))
-                # An hour later by the wall clock, so that only retention by event time keeps anything.
-                merged = merged[windows.keep_tiles(merged, owners, now_min=60)]
-                packed = layout.pack_tiles(i, check, batch_id, EPOCH, merged)
-                hashes = b"".join(layout.txn_hash(t.transaction_id).to_bytes(8, "little") for t in events)
-                keys = [
-                    layout.head_key(e.name, entity_id),
-                    layout.tiles_key(e.name, entity_id),
-                    layout.early_key(e.name, entity_id),
-                ]
-                limits = [
-                    layout.HEAD_COMPACT_ABOVE,
-                    layout.HEAD_KEPT_MIN,
-                    2_000,
-                    windows.HEAD_RETENTION_MS,
-                    layout.EARLY_TTL_MS,
-                    1_024,
-                ]
-                replies.append(self.merge_script(keys=keys, args=[packed, hashes, b"", len(events), layout.TILES_TTL_MS, *limits]))
-        return replies
 
 
 def make_stream(seed: int, events: int, step_ms: int, disorder_ms: int) -> list[Transaction]:
@@ -189,69 +82,123 @@ def make_stream(seed: int, events: int, step_ms: int, disorder_ms: int) -> list[
     return stream
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(seed=9863, step_ms=20_000_000, disorder_ms=30_000, tile_chance=0.0)
 @given(
     seed=st.integers(0, 2**32),
-    step_ms=st.sampled_from([1_000, 60_000, 1_800_000, 20_000_000]),
+    step_ms=st.sampled_from([1_000, 60_000, 1_800_000, 20_000_000, 100_000_000]),
     disorder_ms=st.sampled_from([0, 30_000, 240_000]),
     tile_chance=st.sampled_from([0.0, 0.1, 0.5]),
 )
 def test_each_event_counts_once_whenever_it_is_tiled(
     server: redis.Redis, seed: int, step_ms: int, disorder_ms: int, tile_chance: float
 ) -> None:
-    store, oracle, rng = Store(server), Oracle(), random.Random(seed + 1)
+    entities, oracle, rng = Entities(server), Oracle(), random.Random(seed + 1)
     pending: list[Transaction] = []
+    labelled: dict[str, int] = {}
+    past: list[Transaction] = []
     # Never more untiled events than a head holds (that has its own test), but more events than it counts.
     for t in make_stream(seed, 120, step_ms, disorder_ms):
-        assert differences(oracle.observe(t), store.observe(t)) == [], t.transaction_id
+        assert differences(oracle.observe(t), entities.observe(t)) == [], t.transaction_id
         pending.append(t)
+        past.append(t)
         full = len(pending) == min(e.head_events_max for e in ENTITIES)
         if full or rng.random() < tile_chance:
             take = len(pending) if full else rng.randrange(len(pending) + 1)
-            store.tile(pending[:take])
+            if take:
+                entities.tile(pending[:take])
             del pending[:take]
+        if rng.random() < 0.2:
+            # A payment turns out to have been fraud, or not after all.
+            about = rng.choice(past)
+            change = -1 if labelled.get(about.transaction_id, 0) else 1
+            labelled[about.transaction_id] = labelled.get(about.transaction_id, 0) + change
+            entities.label(about, change)
+            oracle.label(about, change)
+
+
+def test_a_batch_of_many_sees_what_its_rows_would_have_seen_one_by_one(server: redis.Redis) -> None:
+    stream = make_stream(11, 200, 1_800_000, 0)
+    one_by_one = Entities(server)
+    rows = []
+    for n, t in enumerate(stream):
+        rows.append(one_by_one.observe(t))
+        if n % 40 == 39:
+            one_by_one.tile(stream[n - 39 : n + 1])
+    together, found = Entities(server), []
+    for first in range(0, len(stream), 40):
+        found += together.look(stream[first : first + 40]).matrix.tolist()
+        together.tile(stream[first : first + 40])
+    for want, got in zip(rows, found, strict=True):
+        assert differences(want, got) == []
 
 
 def test_a_replayed_batch_of_tiles_changes_nothing(server: redis.Redis) -> None:
-    store, stream = Store(server), make_stream(3, 20, 60_000, 0)
+    entities, stream = Entities(server), make_stream(3, 20, 60_000, 0)
     for t in stream:
-        store.observe(t)
-    assert set(store.tile(stream)) == {1}
-    before = {key: server.get(key) for key in server.keys("fg1:{*")}
-    assert set(store.tile(stream, batch_id=store.batch_id)) == {0}
-    assert {key: server.get(key) for key in server.keys("fg1:{*")} == before
+        entities.observe(t)
+    assert entities.tile(stream) == len(events_of(stream).tags)
+    before = values(server)
+    assert entities.tile(stream, batch_id=entities.batch_id) == 0
+    assert values(server) == before
+
+
+def test_the_tiles_are_the_same_however_the_events_were_cut_into_batches(server: redis.Redis) -> None:
+    stream = make_stream(8, 90, 1_800_000, 0)
+    contents = []
+    for size in (90, 30, 7):
+        entities = Entities(server, hours_a_batch=0)
+        for first in range(0, len(stream), size):
+            entities.tile(stream[first : first + size])
+        contents.append({key: value[48:] for key, value in values(server).items()})
+    assert contents[0] == contents[1] == contents[2]
 
 
 def test_observing_a_transaction_again_returns_what_it_saw_the_first_time(server: redis.Redis) -> None:
-    store, stream = Store(server), make_stream(5, 12, 60_000, 0)
-    first = [store.observe(t) for t in stream]
+    entities, stream = Entities(server), make_stream(5, 12, 60_000, 0)
+    first = [entities.observe(t) for t in stream]
     server.delete(layout.idempotency_key(stream[4].transaction_id))
-    assert differences(first[4], store.observe(stream[4])) == []
+    assert differences(first[4], entities.observe(stream[4])) == []
 
 
 def test_events_that_leave_a_full_head_before_they_are_tiled_are_counted(server: redis.Redis) -> None:
-    store = Store(server)
+    entities = Entities(server)
     stream = [t for t in make_stream(9, 400, 1_000, 0) if t.device_id == "d0"][:100]
     for t in stream:
-        store.observe(t)
+        entities.observe(t)
     head = server.get(layout.head_key("device", "d0"))
     assert isinstance(head, bytes)
-    lost = layout.HEAD_HEADER.unpack_from(head)[5]
-    held = (len(head) - layout.HEAD_HEADER.size) // layout.RECORD_BYTES
+    lost = layout.HEAD_HEADER.unpack_from(head)[6]
+    held = (len(head) - layout.HEAD_HEADER.size) // layout.HEAD_EVENT_BYTES
     assert lost > 0
     assert lost + held == len(stream)
-    store.tile(stream)
+    entities.tile(stream)
     head = server.get(layout.head_key("device", "d0"))
     assert isinstance(head, bytes)
-    assert layout.HEAD_HEADER.unpack_from(head)[5] == 0, "once Spark has tiled them, nothing is missing any more"
+    assert layout.HEAD_HEADER.unpack_from(head)[6] == 0, "once Spark has tiled them, nothing is missing any more"
 
 
 def test_a_burst_over_the_heads_bound_counts_as_many_as_the_definition_says(server: redis.Redis) -> None:
-    store, oracle = Store(server), Oracle()
+    entities, oracle = Entities(server), Oracle()
     burst = [t for t in make_stream(9, 800, 1, 0) if t.card_id == "c0"][:150]
     stream = [structs.replace(t, event_time_ms=NOON_MS + 100 * n) for n, t in enumerate(burst)]
     for n, t in enumerate(stream):
-        assert differences(oracle.observe(t), store.observe(t)) == [], n
+        assert differences(oracle.observe(t), entities.observe(t)) == [], n
         if n % 30 == 29:
-            store.tile(stream[n - 29 : n + 1])
+            entities.tile(stream[n - 29 : n + 1])
+
+
+def test_what_was_lost_is_born_anew_behind_the_old_order_of_observation(server: redis.Redis) -> None:
+    entities, stream = Entities(server), make_stream(6, 4, 60_000, 0)
+    before = [entities.look([t]).seq[0, 0] for t in stream[:2]]
+    server.delete(*server.keys(f"{layout.PREFIX}:*"))
+    entities.hour += 1
+    after = [entities.look([structs.replace(t, card_id=stream[0].card_id)]).seq[0, 0] for t in stream[2:]]
+    assert max(before) < min(after)
+
+
+def values(server: redis.Redis) -> dict[bytes, bytes]:
+    """Every packed value of every entity."""
+    keys = server.keys(f"{layout.PREFIX}:{{*")
+    assert isinstance(keys, list)
+    return {key: server.get(key) for key in keys}  # type: ignore[misc]

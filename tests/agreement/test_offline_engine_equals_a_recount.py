@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,6 +13,7 @@ from msgspec import structs
 
 from feature_jobs import offline
 from feature_jobs.training_set import history_of
+from gateway.contracts import windows
 from gateway.contracts.transaction import Transaction
 from tests.agreement.test_head_and_tiles_equal_a_recount import NOON_MS, make_stream
 from tests.oracle import Oracle, differences
@@ -46,6 +49,35 @@ def test_every_feature_of_every_row_equals_its_recount(seed: int, events: int, s
     found = offline.offline_features(history_of(silver_of(stream)))
     oracle = Oracle()
     for t, row in zip(stream, found, strict=True):
+        assert differences(oracle.observe(t), [float(x) for x in row]) == [], t.transaction_id
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), step_ms=st.sampled_from([1_800_000, 20_000_000, 100_000_000]))
+def test_labels_count_from_the_time_they_were_reported(seed: int, step_ms: int) -> None:
+    stream, rng = in_order(make_stream(seed, 150, step_ms, 0)), random.Random(seed)
+    reports = []
+    for t in rng.sample(stream, 30):
+        reported_ms = t.event_time_ms
+        for is_fraud in rng.choice([[True], [True, False], [True, True], [False], [True, False, True]]):
+            reported_ms += rng.choice([0, windows.DAY_MS, 7 * windows.DAY_MS, 9 * windows.DAY_MS])
+            reports.append((reported_ms, t, is_fraud))
+    reports.sort(key=lambda r: r[0])
+    labels = pa.table(
+        {
+            "transaction_id": [t.transaction_id for _, t, _ in reports] + ["of nobody"],
+            "is_fraud": [is_fraud for *_, is_fraud in reports] + [True],
+            "reported_at_ms": [ms for ms, *_ in reports] + [stream[0].event_time_ms],
+        }
+    )
+    found = offline.offline_features(history_of(silver_of(stream), labels))
+    oracle, state = Oracle(), dict.fromkeys((t.transaction_id for t in stream), False)
+    for t, row in zip(stream, found, strict=True):
+        while reports and reports[0][0] <= t.event_time_ms:
+            _, about, is_fraud = reports.pop(0)
+            if state[about.transaction_id] != is_fraud:
+                oracle.label(about, 1 if is_fraud else -1)
+            state[about.transaction_id] = is_fraud
         assert differences(oracle.observe(t), [float(x) for x in row]) == [], t.transaction_id
 
 

@@ -26,13 +26,13 @@ from deploy.stack import Stack
 from gateway.avro import encode_receipt
 from gateway.contracts import layout, tables
 from gateway.contracts.decision import Door, Outcome, Receipt
-from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT
+from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, LABELLED
 from gateway.contracts.label import Label
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
+from gateway.contracts.tiles import tiles_of
 from gateway.contracts.topics import DECISIONS, LABELS, LIBRDKAFKA_PARTITIONER, TRANSACTIONS
 from gateway.contracts.transaction import Transaction, encode_json
-from gateway.contracts.windows import tiles_of
 from gateway.contracts.wire import frame
 from loadtest.encoding import avro_encoder
 from tests.helpers import run_command, running_command
@@ -127,6 +127,7 @@ def make_receipt(t: Transaction, decision: Outcome) -> Receipt:
         feature_fingerprint=FINGERPRINT,
         features=[0.0] * len(FEATURE_NAMES),
         observed_seq=[0] * len(ENTITIES),
+        label_changes=[0] * len(LABELLED),
         policy_digest="p",
         code_version="c",
         source_partition=None,
@@ -248,7 +249,6 @@ def test_receipts_and_labels_are_there_once(streamed: Streamed) -> None:
 
 def test_tiles_in_redis_equal_a_recount(streamed: Streamed) -> None:
     client = redis.Redis.from_url(streamed.settings.redis)
-    names = [f for f in layout.TILE.names or () if f != "updated_min"]
     with client:
         for index, entity in enumerate(ENTITIES):
             of: dict[str, list[Transaction]] = defaultdict(list)
@@ -258,17 +258,14 @@ def test_tiles_in_redis_equal_a_recount(streamed: Streamed) -> None:
             for entity_id, events in of.items():
                 value = client.get(layout.tiles_key(entity.name, entity_id))
                 assert isinstance(value, bytes), (entity.name, entity_id)
-                held = layout.tile_records(value, index, layout.key_check(entity.name, entity_id))
+                held = layout.unpack_tiles([value], [index], [layout.key_check(entity.name, entity_id)])
                 expected, _ = tiles_of(
                     np.array([t.event_time_ms for t in events]),
                     np.array([t.amount_minor for t in events]),
-                    np.array([layout.dim_hash(getattr(t, entity.dim_a)) for t in events], np.uint32),
-                    np.array([layout.dim_hash(getattr(t, entity.dim_b)) for t in events], np.uint32),
+                    [np.array([layout.dim_hash(getattr(t, dim)) for t in events], np.uint16) for dim in entity.dims],
                     np.zeros(len(events), np.int64),
-                    0,
                 )
-                # The clock's minutes at the time of writing differ; everything counted must not.
-                assert held[names].tolist() == expected[names].tolist(), (entity.name, entity_id)
+                assert held.tiles.tolist() == expected.tolist(), (entity.name, entity_id)
 
 
 def test_gold_sums_equal_a_recount(streamed: Streamed) -> None:

@@ -43,8 +43,8 @@ class Card:
     def observe(self, hash_: int, t_ms: int = NOW_MS, observed_s: int = NOW_MS // 1000) -> None:
         """As the gateway does for a transaction of the Kafka door."""
         check = layout.key_check(CARD.name, self.card_id)
-        header = layout.HEAD_HEADER.pack(layout.LAYOUT_VERSION, 0, 0, check, 0, 0)
-        event = layout.HEAD_EVENT_PACK.pack(hash_, t_ms, 100, 0, observed_s, 1, 2, 0.0, 0.0, 0)
+        header = layout.HEAD_HEADER.pack(layout.LAYOUT_VERSION, 0, 0, check, NOW_MS * 1000, 0, 0)
+        event = layout.HEAD_EVENT_PACK.pack(hash_, t_ms, 100, 0, observed_s % 65_536, 0, 0.0, 0.0, 1, 2, 3)
         claim = secrets.token_bytes(16) + layout.POSITION.pack(b"k", 0, 0, hash_)
         keys = [layout.PROGRESS_KEY, layout.idempotency_key(f"{self.card_id}-{hash_}"), self.head_key, self.tiles_key]
         arguments: list[bytes | int] = [1, 60_000, layout.HEAD_TTL_MS, claim, 1, CAPACITY, header, event]
@@ -64,8 +64,7 @@ class Card:
             transaction=np.array(hashes, np.uint64),
             event_time_ms=np.array(times_ms or [NOW_MS] * n, np.int64),
             amount_minor=np.full(n, 100, np.int64),
-            dim_a=np.ones(n, np.uint32),
-            dim_b=np.ones(n, np.uint32),
+            dims=(np.ones(n, np.uint32),) * 3,
             from_kafka=np.full(n, from_kafka),
         )
 
@@ -83,7 +82,7 @@ class Card:
         return layout.head_events(value, 0, layout.key_check(CARD.name, self.card_id))
 
     def lost(self) -> int:
-        value = self.client.getrange(self.head_key, 12, 15)
+        value = self.client.getrange(self.head_key, 20, 23)
         assert isinstance(value, bytes)
         return int(struct.unpack("<I", value)[0])
 
@@ -91,7 +90,7 @@ class Card:
         """Transactions in the tiles, by resolution, from the finest."""
         value = self.client.get(self.tiles_key)
         assert isinstance(value, bytes)
-        tiles = layout.tile_records(value, 0, layout.key_check(CARD.name, self.card_id))
+        tiles = layout.unpack_tiles([value], [0], [layout.key_check(CARD.name, self.card_id)]).tiles
         return [int(tiles["count"][tiles["resolution_min"] == minutes].sum()) for minutes in (5, 60, 1440)]
 
 
@@ -122,8 +121,8 @@ def test_a_fence_the_worker_could_not_see_yet_holds_in_the_script(card: Card) ->
     value = card.client.get(card.tiles_key)
     assert isinstance(value, bytes)
     keys = (card.head_key, card.tiles_key, layout.early_key(CARD.name, card.card_id))
-    other = value[:24] + b"\0" * 48
-    arguments: list[bytes | int] = [other, b"", b"", 0, layout.TILES_TTL_MS, 16, 4, 0, HEAD_RETENTION_MS, layout.EARLY_TTL_MS, 64]
+    other = value[:24] + b"\0" * 24
+    arguments: list[bytes | int] = [other, b"", b"", 0, layout.TILES_TTL_MS, 6, 4, 90, HEAD_RETENTION_MS, layout.EARLY_TTL_MS, 64]
     assert card.client.eval(layout.MERGE_LUA, 3, *keys, *arguments) == 0
     assert card.client.get(card.tiles_key) == value
 
@@ -147,7 +146,7 @@ def test_a_hash_that_straddles_two_events_marks_neither(card: Card) -> None:
     card.observe(2)
     value = card.client.get(card.head_key)
     assert isinstance(value, bytes)
-    straddling = int.from_bytes(value[16 + 45 : 16 + 53], "little")
+    straddling = int.from_bytes(value[24 + 41 : 24 + 49], "little")
     card.merge([straddling])
     assert card.head()["tiled"].tolist() == [0, 0]
 
@@ -157,7 +156,7 @@ def test_compaction_keeps_the_untiled_the_lately_observed_and_what_a_reader_need
     for i in range(1, 31):
         card.observe(i, old_ms + i, LONG_AGO_S)
     card.observe(31, old_ms)
-    card.observe(32, NOW_MS, LONG_AGO_S)
+    card.observe(32, NOW_MS)
     card.merge([i for i in range(1, 33) if i != 7], [old_ms] * 30 + [NOW_MS])
     # 7 is untiled, 31 was observed just now, 32 is the newest, and 27 to 30 are the newest few before the retention.
     assert card.head()["transaction"].tolist() == [7, 27, 28, 29, 30, 31, 32]
@@ -168,7 +167,7 @@ def test_compaction_drops_what_nobody_needs_and_keeps_the_order_of_observation(c
     for i in range(1, 21):
         card.observe(i, old_ms + i, LONG_AGO_S)
     for i in range(21, 27):
-        card.observe(i, NOW_MS + i, LONG_AGO_S)
+        card.observe(i, NOW_MS + i)
     card.merge(list(range(1, 27)), [old_ms + i for i in range(1, 21)] + [NOW_MS + i for i in range(21, 27)])
     # All within the retention, and the newest four before it.
     assert card.head()["transaction"].tolist() == list(range(17, 27))
@@ -220,6 +219,7 @@ def _batch(card: Card) -> pa.RecordBatch:
             "amount_minor": [100] * 2,
             "dim_a": pa.array([1, 1], pa.int64()),
             "dim_b": pa.array([1, 1], pa.int64()),
+            "dim_c": pa.array([1, 1], pa.int64()),
             "from_kafka": [True] * 2,
         }
     )

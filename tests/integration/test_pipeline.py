@@ -164,7 +164,7 @@ def tile_count_differences(pipeline: Pipeline, expected: Counter[tuple[str, str]
         for name, value in zip(names, values, strict=True):
             found = 0
             if value is not None:
-                records = layout.tile_records(value, ENTITY_INDEX[name[0]], layout.key_check(*name))
+                records = layout.unpack_tiles([value], [ENTITY_INDEX[name[0]]], [layout.key_check(*name)]).tiles
                 found = int(records["count"][records["resolution_min"] == 1440].sum())
             if found != expected[name]:
                 lines.append(f"{name}: {found} in tiles, {expected[name]} sent")

@@ -7,9 +7,8 @@ import pytest
 
 from gateway.contracts import features
 from gateway.contracts.features import ENTITIES, FEATURE_INDEX, FEATURES, feature_matrix, request_columns
-from gateway.contracts.layout import HEAD_EVENT, TILE
 from gateway.contracts.transaction import Transaction
-from gateway.contracts.windows import aggregate
+from gateway.contracts.windows import Asked, aggregate, nothing_held
 
 T = Transaction(
     transaction_id="t",
@@ -27,8 +26,8 @@ T = Transaction(
 
 
 def matrix_without_history(known: bool) -> list[float]:
-    none = np.zeros(len(ENTITIES), np.int64)
-    empty = aggregate(none + T.event_time_ms, none, none + 64, np.zeros(0, HEAD_EVENT), none, np.zeros(0, TILE), none)
+    none, no_dim = np.zeros(len(ENTITIES), np.int64), np.zeros(len(ENTITIES), np.uint16)
+    empty = aggregate(Asked(none + T.event_time_ms, none, none + 64, no_dim, no_dim), nothing_held(len(ENTITIES)))
     row = feature_matrix(request_columns([T]), empty, np.full((1, len(ENTITIES)), known))[0]
     return [float(x) for x in row]
 
@@ -38,6 +37,8 @@ def test_a_first_transaction_has_counts_of_zero_and_no_means() -> None:
     assert row[FEATURE_INDEX["card_count_24h"]] == 0
     assert np.isnan(row[FEATURE_INDEX["card_amount_mean_30d"]])
     assert np.isnan(row[FEATURE_INDEX["card_since_last"]])
+    assert np.isnan(row[FEATURE_INDEX["merchant_fraud_rate_7d"]])
+    assert row[FEATURE_INDEX["card_new_merchant"]] == 1
 
 
 def test_an_unknown_entity_has_no_values_at_all() -> None:
@@ -61,9 +62,10 @@ def test_the_fingerprint_follows_every_part_of_the_definition(monkeypatch: pytes
         ("ENTITIES", ENTITIES[:-1]),
         ("SETTLE_MS", 1),
         ("WINDOWS", ()),
+        ("LABEL_WINDOWS", ()),
         ("SKETCH_ESTIMATE", []),
     ):
         with monkeypatch.context() as m:
             m.setattr(features, name, value)
             seen.add(features._fingerprint())
-    assert len(seen) == 6
+    assert len(seen) == 7

@@ -14,7 +14,7 @@ from onnxmltools import convert_xgboost
 from onnxmltools.convert.common.data_types import FloatTensorType
 
 from gateway.contracts.decision import Answer, Door, Outcome
-from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT, RequestColumns
+from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT, LABELLED, RequestColumns
 from gateway.contracts.layout import PROGRESS_KEY, Progress
 from gateway.contracts.model_meta import (
     GOLDEN_FILE,
@@ -87,8 +87,8 @@ def decided(job: Job) -> Result:
     return Result(job, Verdict.DECIDED, answer=make_answer(job.transaction.transaction_id), receipt=b"receipt")
 
 
-def packed_progress(written_at_ms: int = NOW_MS, arrived_through_ms: int = 0, batch_id: int = 1) -> bytes:
-    progress = Progress(epoch=1, batch_id=batch_id, written_at_ms=written_at_ms, arrived_through_ms=arrived_through_ms)
+def packed_progress(written_at_ms: int = NOW_MS, arrived_through_ms: int = 0, batch_id: int = 1, lost_at_ms: int = 0) -> bytes:
+    progress = Progress(1, batch_id, written_at_ms, arrived_through_ms, lost_at_ms)
     return msgspec.msgpack.encode(progress)
 
 
@@ -153,6 +153,7 @@ def make_observation(rows: int, **features: float) -> Observation:
         settled=[None] * rows,
         matrix=matrix,
         seq=np.zeros((rows, 5), np.int64),
+        label_changes=np.zeros((rows, len(LABELLED)), np.int64),
         stale=np.zeros(rows, bool),
         tiles_age_ms=7,
     )

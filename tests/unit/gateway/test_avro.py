@@ -48,6 +48,7 @@ def make_receipt(t: Transaction, **changes: object) -> Receipt:
         feature_fingerprint=FINGERPRINT,
         features=[float(i) for i in range(len(FEATURE_NAMES))],
         observed_seq=[0, 5, 4_294_967_295, -1, -1],
+        label_changes=[0, 1_700_000_000_000_000],
         tiles_age_ms=1500,
         policy_digest="cd" * 32,
         code_version="0.1.0",

@@ -5,31 +5,38 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gateway.contracts.features import FEATURE_INDEX, request_columns
+from gateway.contracts.features import ENTITIES, FEATURE_INDEX, request_columns
 from gateway.contracts.layout import (
+    DAY_TILE,
+    FRAUD_DAY,
     HEAD_EVENT,
+    HEAD_EVENT_BYTES,
     HEAD_EVENT_PACK,
     HEAD_HEADER,
     LAYOUT_VERSION,
+    TILES_HEADER_FIELDS,
     dim_hash,
     key_check,
+    pack_frauds,
 )
-from gateway.contracts.windows import SETTLE_MS
+from gateway.contracts.windows import DAY_MS, LABEL_DELAY_MS, SETTLE_MS
 from gateway.job import Job
 from gateway.redis_link import RedisReplyError, RedisUnavailableError
 from gateway.store import TILES_AHEAD_MARGIN_MS, Observation, Store, request_only_matrix
 from tests.unit.gateway.factories import NOW_MS, ScriptedLink, make_job, make_transaction, packed_progress
 
 pytestmark = pytest.mark.anyio
+BASE = 1_795_400_000_000_000
 
 
 def head_of(entity: int, name: str, entity_id: str, *events: bytes, lost: int = 0, version: int = LAYOUT_VERSION) -> bytes:
-    header = HEAD_HEADER.pack(version, entity, 0, key_check(name, entity_id), len(events), lost)
+    header = HEAD_HEADER.pack(version, entity, int(ENTITIES[entity].labelled), key_check(name, entity_id), BASE, len(events), lost)
     return header + b"".join(events)
 
 
 def event(seq: int, when_ms: int, amount: int = 100, merchant: str = "m0") -> bytes:
-    return HEAD_EVENT_PACK.pack(1000 + seq, when_ms, amount, seq, 0, dim_hash(merchant), dim_hash("DE"), math.nan, math.nan, 0)
+    dims = (dim_hash(merchant), dim_hash("DE"), dim_hash(None))
+    return HEAD_EVENT_PACK.pack(1000 + seq, when_ms, amount, seq, 0, 0, math.nan, math.nan, *dims)
 
 
 def reply_of(*heads: bytes, before: bytes | None = None, progress: bytes | None = None) -> list[Any]:
@@ -37,7 +44,7 @@ def reply_of(*heads: bytes, before: bytes | None = None, progress: bytes | None 
     out: list[Any] = [progress, before]
     for i in range(3):
         head = heads[i] if i < len(heads) else b""
-        out += [head, b"", 0 if not head else (len(head) - 16) // 48]
+        out += [head, b"", b"", 0 if not head else (len(head) - HEAD_HEADER.size) // HEAD_EVENT_BYTES]
     return out
 
 
@@ -71,7 +78,9 @@ async def test_events_of_the_head_become_features() -> None:
     assert feature(found, "card_since_last") == 1
     assert feature(found, "merchant_count_5m") == 0
     assert math.isnan(feature(found, "device_count_5m"))
-    assert found.seq.tolist() == [[2, 0, 0, -1, -1]]
+    # What is born now is numbered from the wall clock.
+    assert found.seq.tolist() == [[BASE + 2, NOW_MS * 1000, NOW_MS * 1000, -1, -1]]
+    assert found.label_changes.tolist() == [[0, 0]]
     assert not found.stale.any()
     assert found.tiles_age_ms == 0
 
@@ -94,6 +103,27 @@ async def test_a_value_that_is_not_the_keys_own_is_never_used(head: bytes) -> No
     assert feature(found, "customer_count_1h") == 0
     assert found.stale.tolist() == [True]
     assert store.refused_values == 1
+
+
+async def test_features_are_stale_until_a_redis_that_lost_data_is_whole_again() -> None:
+    lost = packed_progress(lost_at_ms=NOW_MS - 1)
+    found = await observed(make_store(ScriptedLink(reply_of(progress=lost))), make_job())
+    assert found.stale.tolist() == [True]
+
+
+async def test_frauds_of_a_merchant_become_its_rate() -> None:
+    merchant = key_check("merchant", "merchant-1")
+    day = (NOW_MS - LABEL_DELAY_MS) // DAY_MS - 1
+    header = np.zeros(1, TILES_HEADER_FIELDS)
+    header["version"], header["entity"], header["check"], header["days"] = LAYOUT_VERSION, 2, merchant, 2
+    tiles = header.tobytes() + np.array([(day, 4, 1, 1, 1), (day + 1, 9, 1, 1, 1)], DAY_TILE).tobytes()
+    frauds = pack_frauds(2, merchant, 1, 1, 7, np.array([(day, 3), (day + 1, 5)], FRAUD_DAY))
+    reply = reply_of(progress=FRESH)
+    reply[-3:] = [tiles, frauds, 0]
+    found = await observed(make_store(ScriptedLink(reply)), make_job())
+    assert feature(found, "merchant_fraud_rate_1d") == 0.75
+    assert feature(found, "merchant_frauds_30d") == 3
+    assert found.label_changes.tolist() == [[0, 7]]
 
 
 async def test_evicted_events_make_the_features_stale() -> None:

@@ -1,0 +1,133 @@
+"""The gateway's store and the Spark job's tile writer on one real Redis, driven one transaction at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import redis
+
+from feature_jobs.tiles import Events, TileJob, merge_events
+from gateway.contracts import layout
+from gateway.contracts.decision import Door
+from gateway.contracts.features import ENTITIES, LABELLED, request_columns
+from gateway.contracts.transaction import Transaction
+from gateway.contracts.windows import DAY_MS
+from gateway.job import Job, fingerprint_of, kafka_position
+from gateway.redis_link import RedisReplyError
+from gateway.store import Observation, Store
+
+EPOCH = 7
+WALL_MS = 1_790_000_000_000
+
+
+class DirectLink:
+    """Stands for gateway.redis_link.RedisLink: each call is made at once, and waited for."""
+
+    ready = True
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self.greeting: list[tuple[Any, ...]] = []
+
+    async def call(self, arguments: Sequence[Any], _timeout_s: float) -> Any:
+        try:
+            return self._client.execute_command(*arguments)  # type: ignore[no-untyped-call]
+        except redis.exceptions.NoScriptError as exc:
+            raise RedisReplyError(f"NOSCRIPT {exc}") from exc
+
+
+class Entities:
+    """`hour` is how far the wall clock has gone since the start: it goes on by `hours_a_batch` with each batch of tiles."""
+
+    def __init__(self, client: redis.Redis, hours_a_batch: int = 1) -> None:
+        client.flushall()
+        self.client = client
+        self.batch_id = 0
+        self.hour = 0
+        self._hours_a_batch = hours_a_batch
+        self._offset = 0
+        self.store = Store(DirectLink(client), 600_000, now_ms=lambda: self.now_ms)  # type: ignore[arg-type]
+        self.say_progress()
+
+    @property
+    def now_ms(self) -> int:
+        return WALL_MS + self.hour * 3_600_000
+
+    def say_progress(self) -> None:
+        progress = layout.Progress(EPOCH, self.batch_id, self.now_ms, 0)
+        self.client.set(layout.PROGRESS_KEY, msgspec.msgpack.encode(progress))
+
+    def job(self, t: Transaction) -> Job:
+        self._offset += 1
+        return Job(
+            transaction=t,
+            fingerprint=fingerprint_of(t),
+            position=kafka_position(0, self._offset),
+            door=Door.KAFKA,
+            arrived_ms=self.now_ms,
+            received_ms=self.now_ms,
+            received_s=0.0,
+            deadline_s=None,
+        )
+
+    def look(self, batch: Sequence[Transaction], update: bool = True) -> Observation:
+        """What the gateway's store says of a batch, which is then part of the past."""
+        jobs = [self.job(t) for t in batch]
+        found = asyncio.run(self.store.observe(jobs, request_columns(list(batch)), 10.0, update))
+        assert found is not None
+        return found
+
+    def observe(self, t: Transaction) -> list[float]:
+        """The features of one transaction, which is then part of the past."""
+        return [float(x) for x in self.look([t]).matrix[0]]
+
+    def tile(self, batch: Sequence[Transaction], batch_id: int | None = None) -> int:
+        """Add a batch to the tiles with the Spark job's own code; how many entities were written."""
+        if batch_id is None:
+            self.batch_id += 1
+            batch_id = self.batch_id
+            self.hour += self._hours_a_batch
+        self.client.script_load(layout.MERGE_LUA)
+        job = TileJob("", EPOCH, batch_id, self.now_ms, retry_s=0)
+        return merge_events(self.client, job, events_of(batch))
+
+    def label(self, t: Transaction, change: int) -> None:
+        """It becomes known that `t` was fraud (1), or that it was not after all (-1)."""
+        for i in LABELLED:
+            entity = ENTITIES[i]
+            name = (entity.name, getattr(t, entity.field))
+            check = layout.key_check(*name)
+            held = self.client.get(layout.labels_key(*name))
+            assert held is None or isinstance(held, bytes)
+            days = {} if held is None else {int(r["day"]): int(r["frauds"]) for r in layout.fraud_days(held, i, check)}
+            day = t.event_time_ms // DAY_MS
+            days[day] = days.get(day, 0) + change
+            changes = 1 if held is None else layout.LABELS_HEADER.unpack_from(held)[6] + 1
+            records = np.array(sorted(days.items()), layout.FRAUD_DAY)
+            self.client.set(layout.labels_key(*name), layout.pack_frauds(i, check, changes, EPOCH, changes, records))
+
+
+def events_of(batch: Sequence[Transaction]) -> Events:
+    """The events of every entity of `batch`, as a worker of the Spark job gets them: by entity, then by time."""
+    rows = [
+        (f"{e.name}:{entity_id}", t.event_time_ms, t, e.dims)
+        for e in ENTITIES
+        for t in batch
+        if (entity_id := getattr(t, e.field)) is not None
+    ]
+    rows.sort(key=lambda row: (row[0], row[1]))
+    tags = sorted({row[0] for row in rows})
+    owner = {tag: i for i, tag in enumerate(tags)}
+    return Events(
+        tags=tags,
+        owner=np.array([owner[tag] for tag, *_ in rows], np.int64),
+        transaction=np.array([layout.txn_hash(t.transaction_id) for _, _, t, _ in rows], np.uint64),
+        event_time_ms=np.array([t.event_time_ms for _, _, t, _ in rows], np.int64),
+        amount_minor=np.array([t.amount_minor for _, _, t, _ in rows], np.int64),
+        dims=tuple(np.array([layout.dim_hash(getattr(t, dims[i])) for _, _, t, dims in rows], np.uint32) for i in range(3)),
+        from_kafka=np.ones(len(rows), bool),
+    )
