@@ -51,6 +51,12 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "write features and labels of the past as a Delta version",
             spark=True,
         ),
+        Command(
+            "parity",
+            "feature_jobs.parity_commands",
+            "parity",
+            "recompute the features of logged receipts and compare them, to the bit",
+        ),
     ),
     "Models": (
         Command(

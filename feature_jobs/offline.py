@@ -27,6 +27,7 @@ from gateway.contracts.features import (
 )
 from gateway.contracts.windows import (
     LABEL_WINDOWS,
+    LAST_MS_MAX,
     NEVER,
     PAIR_WINDOW,
     SEEN_HASH_MASK,
@@ -209,6 +210,7 @@ class _Chunk:
                 for bitmaps, sketch in zip((result.distinct_a, result.distinct_b, result.distinct_c), sketches, strict=True):
                     bitmaps[i] |= sketch.over(a, b)
         has = self.here > self.group
+        has[has] = self.t_ms[self.here[has] - 1] >= self.t_ms[has] - LAST_MS_MAX
         before = self.here[has] - 1
         result.last_event_time_ms[has] = self.t_ms[before]
         # A head holds single precision.

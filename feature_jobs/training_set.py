@@ -57,7 +57,7 @@ def write_training_set(
     Features see all of silver before each transaction, however old. Of a transaction's labels the newest known at `as_of_ms`
     counts; without one it is genuine. `as_of_ms` is by default the newest event time in silver. Raises `NoHistoryError`.
     """
-    silver = _read(settings, tables.SILVER, list(FIELDS))
+    silver = read_table(settings, tables.SILVER, list(FIELDS))
     if silver is None or silver.num_rows == 0:
         raise NoHistoryError("silver holds no transactions: send some (fraudgate simulate --history) while fraudgate jobs runs")
     silver = silver.sort_by([("event_time_ms", "ascending"), ("transaction_id", "ascending")])
@@ -70,7 +70,7 @@ def write_training_set(
     if not chosen.any():
         raise NoHistoryError(f"no transaction in silver is at least {label_delay_days} days older than the labels' as-of time")
     known = silver.filter(pa.array(t_ms < end_ms))
-    labels = _read(settings, tables.LABELS, ["transaction_id", "is_fraud", "reported_at_ms"])
+    labels = read_table(settings, tables.LABELS, ["transaction_id", "is_fraud", "reported_at_ms"])
     features = offline_features(history_of(known, labels))[chosen[: known.num_rows]]
     rows = silver.filter(pa.array(chosen))
     is_fraud = _labels(labels, rows["transaction_id"], as_of_ms)
@@ -133,8 +133,8 @@ def label_changes(ids: pa.ChunkedArray, labels: pa.Table) -> LabelChanges:
     return LabelChanges(row[changed], (is_fraud - before)[changed], reported_ms[changed])
 
 
-def _read(settings: Settings, name: str, columns: list[str]) -> pa.Table | None:
-    """Columns of a table, None when it doesn't exist."""
+def read_table(settings: Settings, name: str, columns: list[str]) -> pa.Table | None:
+    """Columns of a table as it is now, None when it doesn't exist."""
     try:
         return DeltaTable(_local(tables.table_uri(settings.tables, name))).to_pyarrow_table(columns=columns)
     except TableNotFoundError:

@@ -71,7 +71,7 @@ HEAD_EVENT = np.dtype(
         ("seq", "<u4"),  # place in the entity's order of observation, behind the head's base; filled in by the script
         ("observed_s", "<u2"),  # wall clock at observation, seconds since the epoch modulo 65,536
         ("tiled", "u1"),
-        ("reserved", "u1"),
+        ("counted", "u1"),  # what arrived later was in the tiles at observation
         ("latitude", "<f4"),
         ("longitude", "<f4"),
         ("dim_a", "<u2"),  # dim_hash of the entity's dimensions (contracts.features)
@@ -80,7 +80,7 @@ HEAD_EVENT = np.dtype(
         ("reserved2", "<u2"),
     ]
 )
-HEAD_EVENT_PACK = struct.Struct("<QqIIHBxffHHHxx")
+HEAD_EVENT_PACK = struct.Struct("<QqIIHBBffHHHxx")
 # A tile in memory, of any resolution.
 TILE = np.dtype(
     [
@@ -116,6 +116,7 @@ HEAD_GUARD_S = 90
 
 # How long a gateway may be down and still find what the Spark job tiled meanwhile.
 EARLY_TTL_MS = 86_400_000
+EARLY_MAX = 4096
 
 FINGERPRINT_BYTES = 16
 POSITION = struct.Struct("<cxHIq")  # door ("k" or "h"), partition, -, offset
