@@ -8,6 +8,7 @@ the gateway's own arithmetic (contracts.windows.aggregate) over raw events inste
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -270,6 +271,7 @@ class _Order:
         received_ms: Int64s,
     ) -> None:
         rows = len(code)
+        seq = _with_late_observations(code, seq, received_ms)
         observed = (code >= 0) & (seq >= 0)
         self.history = (code >= 0) & history
         self.code = np.where(observed | self.history, code, -1)
@@ -340,6 +342,29 @@ class _Order:
         near = (last_history >= group) & (rank >= 0) & ((t_ms[last_history] >= turn) | (last_history == here - 1))
         out[order] = disordered | bound | near
         return out
+
+
+def _with_late_observations(code: Int64s, seq: Int64s, received_ms: Int64s) -> Int64s:
+    """`seq` with the places of payments that were decided without Redis and observed afterwards.
+
+    Their receipts couldn't say so. What is missing between the places of an id must be theirs, in the order they were received.
+    """
+    unplaced = np.flatnonzero((code >= 0) & (seq < 0) & (received_ms > 0))
+    if not len(unplaced):
+        return seq
+    waiting: dict[int, list[int]] = defaultdict(list)
+    for row in unplaced[np.argsort(-received_ms[unplaced], kind="stable")].tolist():
+        waiting[int(code[row])].append(row)
+    order = np.flatnonzero((code >= 0) & (seq >= 0) & np.isin(code, list(waiting)))
+    order = order[np.lexsort((seq[order], code[order]))]
+    filled = seq.copy()
+    for before, after in zip(order[:-1].tolist(), order[1:].tolist(), strict=True):
+        if code[before] != code[after] or seq[after] - seq[before] >= NEW_LIFE_STEP:
+            continue
+        for place in range(int(seq[before]) + 1, int(seq[after])):
+            if waiting[int(code[before])]:
+                filled[waiting[int(code[before])].pop()] = place
+    return filled
 
 
 def _running_max(values: Int64s, starts: Int64s) -> Int64s:

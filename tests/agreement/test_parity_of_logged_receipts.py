@@ -228,6 +228,16 @@ def test_what_rests_on_a_receipt_that_was_lost_is_unverifiable_and_not_different
     assert report.different_values == 0
 
 
+def test_a_payment_that_was_observed_after_its_decision_has_the_place_that_is_missing(server: redis.Redis, tmp_path: Path) -> None:
+    log = make_log(server)
+    for row in log.receipts[30], log.receipts[31]:
+        row["observed_seq"] = [-1] * len(ENTITIES)
+    for n, row in enumerate(log.receipts):
+        row["received_at_ms"] += n
+    report = log.check(tmp_path)
+    assert (report.missing_rows, report.unverifiable_rows, report.different_values) == (2, 0, 0)
+
+
 def test_history_that_nobody_observed_counts_from_tiles_alone(server: redis.Redis, tmp_path: Path) -> None:
     log = Log(Entities(server, hours_a_batch=0))
     stream = make_stream(12, 100, 600_000, 0)
