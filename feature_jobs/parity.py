@@ -21,6 +21,7 @@ from feature_jobs.recount import Recount
 from feature_jobs.training_set import history_of, read_table
 from gateway.contracts import tables
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, FINGERPRINT, LABELLED
+from gateway.contracts.layout import BASE_STEP
 from gateway.contracts.reasons import Degraded
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import SCORED_NEVER
@@ -32,6 +33,8 @@ NEW_LIFE_STEP = 100_000
 # What one row may need of the past: the label windows and their delay, with room to spare.
 PAST_MS = 46 * 86_400_000
 HISTORY_SETTLED_MS = 120_000
+# Two receipts received closer than this may have been observed in either order.
+OVERLAP_MS = 2_000
 DIFFERENCES_SHOWN_MAX = 20
 
 
@@ -111,6 +114,8 @@ class Logged:
     label_changes: Int64s
     stale: npt.NDArray[np.bool_]
     received_ms: Int64s
+    # No receipt was left out for its age.
+    complete: bool
 
 
 def check_parity(
@@ -178,6 +183,7 @@ def _load(settings: Settings, from_ms: int | None, to_ms: int | None) -> Logged:
         label_changes=spread(lists("label_changes", len(LABELLED)), -1).astype(np.int64),
         stale=spread(stale, False).astype(bool),
         received_ms=spread(receipts["received_at_ms"].to_numpy(), 0).astype(np.int64),
+        complete=from_ms is None,
     )
 
 
@@ -206,7 +212,7 @@ def _compare(logged: Logged, changes: tuple[Int64s, Int64s], wanted: npt.NDArray
     labels: list[LabelChanges | None] = []
     dirty: list[npt.NDArray[np.bool_]] = []
     for i, (entity, columns) in enumerate(zip(ENTITIES, history.entities, strict=True)):
-        order = _Order(columns.code, t_ms, logged.seq[:, i], history_rows, arrived_ms, logged.received_ms)
+        order = _Order(columns.code, t_ms, logged.seq[:, i], history_rows, arrived_ms, logged.received_ms, logged.complete)
         unverifiable |= order.unverifiable
         late |= order.late
         entities.append(replace(columns, code=order.code, seq=order.rank))
@@ -269,15 +275,17 @@ class _Order:
         history: npt.NDArray[np.bool_],
         arrived_ms: Int64s,
         received_ms: Int64s,
+        complete: bool,
     ) -> None:
+        self._complete = complete
         rows = len(code)
-        seq = _with_late_observations(code, seq, received_ms)
+        seq, unsure = _with_late_observations(code, seq, received_ms, complete)
         observed = (code >= 0) & (seq >= 0)
         self.history = (code >= 0) & history
         self.code = np.where(observed | self.history, code, -1)
         self.t_ms = t_ms
         self.rank = np.full(rows, -1, np.int64)
-        self.unverifiable = np.zeros(rows, bool)
+        self.unverifiable = unsure
         self.late = np.zeros(rows, bool)
         in_order = np.lexsort((seq, code))
         in_order = in_order[observed[in_order]]
@@ -294,9 +302,10 @@ class _Order:
         group = starts[np.cumsum(first) - 1]
         self.rank[in_order] = np.arange(n) - group
         step = np.diff(seq, prepend=seq[0])
-        gap = ~first & (step != 1) & (step < NEW_LIFE_STEP)
+        born = first | (step >= NEW_LIFE_STEP)
+        gap = np.where(born, self._complete & (seq % BASE_STEP != 0), step != 1)
         # Everything behind a gap of the same id rests on an event that nobody can see.
-        self.unverifiable[in_order] = np.maximum.accumulate(np.where(gap, np.arange(n), -1)) >= group
+        self.unverifiable[in_order] |= np.maximum.accumulate(np.where(gap, np.arange(n), -1)) >= group
         newest = _running_max(self.t_ms[in_order], starts)
         self.late[in_order] = newest - self.t_ms[in_order] > SETTLE_MS
 
@@ -344,27 +353,42 @@ class _Order:
         return out
 
 
-def _with_late_observations(code: Int64s, seq: Int64s, received_ms: Int64s) -> Int64s:
-    """`seq` with the places of payments that were decided without Redis and observed afterwards.
+def _life_begins(seq: int, complete: bool) -> int:
+    """The first place of the life of a head whose first receipt has the place `seq`. Unknown where older receipts weren't read."""
+    return seq - seq % BASE_STEP if complete else seq
 
-    Their receipts couldn't say so. What is missing between the places of an id must be theirs, in the order they were received.
+
+def _with_late_observations(code: Int64s, seq: Int64s, received_ms: Int64s, complete: bool) -> tuple[Int64s, npt.NDArray[np.bool_]]:
+    """`seq` with the places of payments that were decided without Redis and observed afterwards, and which rows can't be told.
+
+    Their receipts couldn't say where. What is missing between the places of an id must be theirs. Which place is whose doesn't matter
+    to a row before which none of them, or every one received so far, has been observed; the others can't be verified.
     """
+    unsure = np.zeros(len(code), bool)
     unplaced = np.flatnonzero((code >= 0) & (seq < 0) & (received_ms > 0))
     if not len(unplaced):
-        return seq
+        return seq, unsure
     waiting: dict[int, list[int]] = defaultdict(list)
-    for row in unplaced[np.argsort(-received_ms[unplaced], kind="stable")].tolist():
+    for row in unplaced[np.argsort(received_ms[unplaced], kind="stable")].tolist():
         waiting[int(code[row])].append(row)
+    filled = seq.copy()
     order = np.flatnonzero((code >= 0) & (seq >= 0) & np.isin(code, list(waiting)))
     order = order[np.lexsort((seq[order], code[order]))]
-    filled = seq.copy()
-    for before, after in zip(order[:-1].tolist(), order[1:].tolist(), strict=True):
-        if code[before] != code[after] or seq[after] - seq[before] >= NEW_LIFE_STEP:
-            continue
-        for place in range(int(seq[before]) + 1, int(seq[after])):
-            if waiting[int(code[before])]:
-                filled[waiting[int(code[before])].pop()] = place
-    return filled
+    last, places, arrivals = -1, 0, np.zeros(0, np.int64)
+    for row in order.tolist():
+        mine = waiting[int(code[row])]
+        same = last >= 0 and code[last] == code[row]
+        if not same:
+            places, arrivals = 0, received_ms[mine]
+        begin = int(seq[last]) + 1 if same and seq[row] - seq[last] < NEW_LIFE_STEP else _life_begins(int(seq[row]), complete)
+        for place in range(begin, int(seq[row])):
+            if places < len(mine):
+                filled[mine[places]] = place
+                places += 1
+        so_far = int(np.searchsorted(arrivals, received_ms[row] + OVERLAP_MS, side="right"))
+        unsure[row] = places not in (0, so_far)
+        last = row
+    return filled, unsure
 
 
 def _running_max(values: Int64s, starts: Int64s) -> Int64s:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from gateway.contracts.features import ENTITIES, LABELLED, RequestColumns, feature_matrix
 from gateway.contracts.layout import (
+    BASE_STEP,
     DAY_TILE,
     DAY_TILE_BYTES,
     EARLY_MAX,
@@ -186,7 +187,7 @@ class Store:
         now_ms = self._now_ms()
         observed_s = now_ms // 1000 % 65_536
         # A head that is born now numbers its events from here: later than any that the entity had before.
-        base_us = now_ms * 1000
+        base_us = now_ms * 1000 // BASE_STEP * BASE_STEP
         dim_a, dim_c = np.zeros((2, len(batch) * ENTITY_COUNT), np.uint16)
         through_ms = None if self._progress is None else self._progress.arrived_through_ms
         keys: list[str] = [PROGRESS_KEY]

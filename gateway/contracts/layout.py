@@ -13,7 +13,8 @@ tiled in the head: so each event is counted from exactly one of the two, however
     fg2:progress       how far the Spark job has got: PROGRESS, msgpack
 
 All numbers are little-endian. The order of observation is absolute: a head is born with a `base` in microseconds of wall-clock time,
-and each event gets the next number after it. So a head that was lost and born anew continues behind the old one's numbers.
+rounded down to BASE_STEP, and each event gets the next number after it. So a head that was lost and born anew continues behind the old
+one's numbers, and the first number of a life tells whether something came before it.
 """
 
 from __future__ import annotations
@@ -113,6 +114,8 @@ HEAD_KEPT_MIN = 4
 # What was observed this much before the entity's newest event or less may be delivered again, for its receipt may not have been
 # committed: no Kafka transaction lives longer than a minute.
 HEAD_GUARD_S = 90
+
+BASE_STEP = 65_536
 
 # How long a gateway may be down and still find what the Spark job tiled meanwhile.
 EARLY_TTL_MS = 86_400_000

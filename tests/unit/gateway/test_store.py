@@ -7,6 +7,7 @@ import pytest
 
 from gateway.contracts.features import ENTITIES, FEATURE_INDEX, request_columns
 from gateway.contracts.layout import (
+    BASE_STEP,
     DAY_TILE,
     FRAUD_DAY,
     HEAD_EVENT,
@@ -79,7 +80,8 @@ async def test_events_of_the_head_become_features() -> None:
     assert feature(found, "merchant_count_5m") == 0
     assert math.isnan(feature(found, "device_count_5m"))
     # What is born now is numbered from the wall clock.
-    assert found.seq.tolist() == [[BASE + 2, NOW_MS * 1000, NOW_MS * 1000, -1, -1]]
+    born = NOW_MS * 1000 // BASE_STEP * BASE_STEP
+    assert found.seq.tolist() == [[BASE + 2, born, born, -1, -1]]
     assert found.label_changes.tolist() == [[0, 0]]
     assert not found.stale.any()
     assert found.tiles_age_ms == 0
