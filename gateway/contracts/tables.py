@@ -22,7 +22,9 @@ LABEL_CHANGES = "label_changes"
 GOLD_ENTITY_HOUR = "gold_entity_hour"
 # transaction_id, the transaction's fields, the decision's outcome and score, the newest label: one row a transaction.
 GOLD_DECISIONS = "gold_decisions"
-# transaction_id, event_time_ms, one float column a feature (contracts.features.FEATURE_NAMES), is_fraud.
+# transaction_id, event_time_ms, one float column a feature (contracts.features.FEATURE_NAMES): what fraudgate backfill computed.
+FEATURES = "features"
+# transaction_id, event_time_ms, one float column a feature, is_fraud.
 TRAINING_SET = "training_set"
 
 TABLES: tuple[str, ...] = (
@@ -34,6 +36,7 @@ TABLES: tuple[str, ...] = (
     LABEL_CHANGES,
     GOLD_ENTITY_HOUR,
     GOLD_DECISIONS,
+    FEATURES,
     TRAINING_SET,
 )
 
