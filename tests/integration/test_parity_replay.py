@@ -37,7 +37,7 @@ ROWS_MIN = 300_000
 def stack(tmp_path: Path) -> Iterator[Stack]:
     running = Stack(local_settings(tmp_path / "home"))
     try:
-        running.up(with_jobs_and_gateway=True)
+        running.up(everything=True)
         yield running
     finally:
         running.stop()
@@ -89,7 +89,9 @@ def test_no_feature_differs_over_two_months_of_payments_with_two_kills_each(stac
     killer.join()
     assert failures == []
     assert sent > ROWS_MIN
-    wait_until(lambda: rows_of(settings, tables.DECISIONS) == rows_of(settings, tables.SILVER) == sent, 600, "all receipts in Delta")
+    wait_until(
+        lambda: rows_of(settings, tables.DECISIONS) == rows_of(settings, tables.SILVER) == sent, 600, "all receipts in Delta"
+    )
     ended = run_command(settings, "parity", timeout_s=600)
     print(ended.stdout)
     ended = run_command(settings, "parity", "--json", timeout_s=600)
