@@ -37,7 +37,7 @@ from gateway.model import Model, ModelSlot
 from gateway.policy import load_policy
 from gateway.publisher import Publisher
 from gateway.recent import RecentDecisions
-from gateway.redis_link import RedisLink
+from gateway.redis_cluster import link_to
 from gateway.scorer import Scorer
 from gateway.store import Store
 
@@ -63,7 +63,7 @@ class Gateway:
         self.models = ModelSlot(settings.models_path, on_change=self._model_changed, on_refused=self.metrics.model_refused.inc)
         claim_ttl_ms = settings.idempotency_window_s * 1000
         # A connection for each door: a chunk from Kafka and a caller's batch don't wait for each other's replies.
-        self.links = [RedisLink(settings.redis, settings.feature_budget_ms / 1000) for _ in range(2)]
+        self.links = [link_to(settings.redis, settings.feature_budget_ms / 1000) for _ in range(2)]
         # Both doors know what either decided lately.
         recent = RecentDecisions(settings.idempotency_window_s)
         self.scorers = [

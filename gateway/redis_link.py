@@ -3,7 +3,8 @@
 Commands are written in order and replies are read in order into a queue of futures. Nobody cancels a reply: a caller that has
 waited long enough abandons the whole connection, which fails every other waiter on it, and a new one is made in the background.
 A connection serves only after it has answered PING within the feature budget (half-open probing), so no batch ever waits for a
-probe: while there is no good connection, `ready` is False and callers go on without. Used by gateway/store.py alone.
+probe: while there is no good connection, `ready` is False and callers go on without. Used by gateway/redis_backend.py, and by
+gateway/redis_cluster.py for each node of a cluster.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import hiredis
+
+from gateway.contracts.redis_address import REDIS_PORT
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +29,6 @@ RECONNECT_MAX_S = 0.5
 STRIKES_COUNTED_MAX = 8
 # uvloop runs timers before it reads sockets: after a busy stretch a reply that has come may still lie in its socket.
 GRACE_PASSES = 4
-REDIS_PORT = 6379
 
 Argument = bytes | str | int
 _INCOMPLETE = object()
@@ -74,6 +77,8 @@ class _Connection(asyncio.Protocol):
             return
         if isinstance(reply, hiredis.ReplyError):
             future.set_exception(RedisReplyError(str(reply)))
+            # As in `connection_lost`.
+            future.exception()
         else:
             future.set_result(reply)
 
@@ -108,6 +113,15 @@ class _Connection(asyncio.Protocol):
         self.pending += futures
         self.transport.write(b"".join([_pack(command) for command in commands]))
         return futures
+
+
+@dataclass(slots=True)
+class Sent:
+    """Commands that were written to a link, and the futures of their replies. There is at least one."""
+
+    link: RedisLink
+    connection: _Connection
+    futures: list[asyncio.Future[Any]]
 
 
 class RedisLink:
@@ -151,15 +165,19 @@ class RedisLink:
 
     def send_all(self, commands: Sequence[Sequence[Argument]]) -> list[asyncio.Future[Any]]:
         """The futures of some commands' replies, which nobody has to wait for. Raises `RedisUnavailableError`."""
+        return self.send(commands).futures
+
+    def send(self, commands: Sequence[Sequence[Argument]]) -> Sent:
+        """Write some commands at once, for `replies_of` to wait for. Raises `RedisUnavailableError`."""
         connection = self._connection
         if connection is None or connection.transport is None or connection.transport.is_closing():
             raise RedisUnavailableError("no connection")
-        return connection.send_all(commands)
+        return Sent(self, connection, connection.send_all(commands))
 
     async def call(self, arguments: Sequence[Argument], timeout_s: float) -> Any:
         """One command within `timeout_s`. Raises `RedisUnavailableError` (and abandons the connection) or `RedisReplyError`."""
         reply = await self._call(self._connection, arguments, timeout_s)
-        self._strikes = 0
+        self.in_time()
         return reply
 
     async def _call(self, connection: _Connection | None, arguments: Sequence[Argument], timeout_s: float) -> Any:
@@ -173,11 +191,19 @@ class RedisLink:
                 break
             await asyncio.sleep(0)
         if not future.done():
-            self._strikes += 1
-            connection.abandon()
-            self._drop(connection)
+            self.too_late(connection)
             raise RedisUnavailableError("no reply in time")
         return future.result()
+
+    def too_late(self, connection: _Connection) -> None:
+        """A reply on `connection` was waited for in vain: give it up."""
+        self._strikes += 1
+        connection.abandon()
+        self._drop(connection)
+
+    def in_time(self) -> None:
+        """Replies came in time: the next connection, if one is needed, is made without a pause."""
+        self._strikes = 0
 
     def abandon(self) -> None:
         """Give the connection up; a new one is made in the background."""
@@ -237,3 +263,34 @@ class RedisLink:
             raise RedisUnavailableError("connection lost")
         self._connection = connection
         self._wanted.clear()
+
+
+async def replies_of(sent: Sequence[Sent], timeout_s: float) -> list[list[Any]]:
+    """The replies to all that was sent, to several links at once. An error of Redis' stands among them as a `RedisReplyError`.
+
+    Raises `RedisUnavailableError` when a link hasn't answered all within `timeout_s`: its connection is abandoned.
+    """
+    # A connection answers in order: when the last reply is there, all are.
+    await asyncio.wait([each.futures[-1] for each in sent], timeout=max(0.0, timeout_s))
+    for _ in range(GRACE_PASSES):
+        if all(each.futures[-1].done() for each in sent):
+            break
+        await asyncio.sleep(0)
+    late = [each for each in sent if not each.futures[-1].done()]
+    for each in late:
+        each.link.too_late(each.connection)
+    if late:
+        raise RedisUnavailableError("no reply in time")
+    replies = [[_outcome(future) for future in each.futures] for each in sent]
+    for each in sent:
+        each.link.in_time()
+    return replies
+
+
+def _outcome(future: asyncio.Future[Any]) -> Any:
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, RedisReplyError):
+        return error
+    raise error
