@@ -73,7 +73,7 @@ class Cluster:
     def owner(self, slot: int) -> Node:
         """The node that serves `slot`, as all nodes see it."""
         for node in self.nodes:
-            for first, last, (_, port, *_), *_ in node.client.execute_command("CLUSTER SLOTS", _raw=True):  # type: ignore[no-untyped-call]
+            for first, last, (_, port, *_), *_ in node.ask("CLUSTER", "SLOTS"):
                 if first <= slot <= last and port == node.port:
                     return node
         raise AssertionError(f"nobody serves slot {slot}")
@@ -97,6 +97,8 @@ class Cluster:
 
     def move_slot(self, slot: int, target: Node) -> None:
         source = self.owner(slot)
+        if source is target:
+            return
         self.open_slot(slot, source, target)
         self.move_keys(slot, source, target)
         self.close_slot(slot, target)
