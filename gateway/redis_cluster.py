@@ -193,7 +193,7 @@ class ClusterLink:
         kind, _, rest = text.partition(" ")
         if kind in ("MOVED", "ASK"):
             host, _, port = rest.rpartition(" ")[2].rpartition(":")
-            target = self._link_at(host or self._addresses[link][0], int(port))
+            target = self._link_at(host or link.host, int(port))
             if kind == "MOVED":
                 self._slots[slot] = target
                 self._stale.set()
@@ -252,7 +252,7 @@ class ClusterLink:
             except RedisReplyError as exc:
                 self._tell(f"a node can't tell its slots: {exc}")
                 continue
-            if self._adopt(ranges, self._addresses[link][0]):
+            if self._adopt(ranges, link.host):
                 self.refreshes += 1
                 self._tell(f"a cluster of {len(self._masters)} masters")
                 return

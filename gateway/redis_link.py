@@ -135,7 +135,7 @@ class RedisLink:
         parts = urlsplit(url)
         if parts.scheme not in ("redis", "rediss") or not parts.hostname:
             raise ValueError("the Redis URL must look like redis://host:port/db")
-        self._host, self._port, self._tls = parts.hostname, parts.port or REDIS_PORT, parts.scheme == "rediss"
+        self.host, self._port, self._tls = parts.hostname, parts.port or REDIS_PORT, parts.scheme == "rediss"
         self._database = parts.path.strip("/") or "0"
         self._password = None if parts.password is None else unquote(parts.password)
         self._user = None if not parts.username else unquote(parts.username)
@@ -246,7 +246,7 @@ class RedisLink:
             return holder[0]
 
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await loop.create_connection(make, self._host, self._port, ssl=True if self._tls else None)
+            await loop.create_connection(make, self.host, self._port, ssl=True if self._tls else None)
         connection = holder[0]
         try:
             if self._password is not None:
