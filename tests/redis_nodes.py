@@ -1,4 +1,4 @@
-"""A real Redis Cluster of three masters on this machine, whose nodes can be stopped, emptied and given each other's slots."""
+"""A real Redis Cluster of three masters on this machine, whose nodes can be hung, killed, emptied and given each other's slots."""
 
 from __future__ import annotations
 
@@ -58,6 +58,8 @@ class Node:
 
 @dataclass
 class Cluster:
+    """`nodes` are the masters, and then the replica if there is one."""
+
     nodes: list[Node]
 
     @property
@@ -66,7 +68,7 @@ class Cluster:
 
     def well(self) -> bool:
         return all(
-            info["cluster_state"] == "ok" and info["cluster_known_nodes"] == str(NODES)
+            info["cluster_state"] == "ok" and info["cluster_known_nodes"] == str(len(self.nodes))
             for info in (node.info() for node in self.nodes)
         )
 
@@ -77,6 +79,21 @@ class Cluster:
                 if first <= slot <= last and port == node.port:
                     return node
         raise AssertionError(f"nobody serves slot {slot}")
+
+    def replicate(self, replica: Node, master: Node) -> None:
+        """Make an empty node the replica of a master, and wait until it has all of its data."""
+        # The node must have heard of its master first.
+        wait_until(lambda: self.well() and self._knows(replica, master), START_WITHIN_S, "the replica knows its master")
+        replica.ask("CLUSTER", "REPLICATE", master.node_id)
+
+        def follows() -> bool:
+            return replica.client.info("replication").get("master_link_status") == "up"
+
+        wait_until(follows, START_WITHIN_S, "the replica follows its master")
+
+    @staticmethod
+    def _knows(node: Node, other: Node) -> bool:
+        return other.node_id in str(node.ask("CLUSTER NODES"))
 
     def other(self, node: Node) -> Node:
         return next(n for n in self.nodes if n is not node)
@@ -105,12 +122,13 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(folder: Path) -> Iterator[Cluster]:
-    """Three masters that share the slots evenly, without replicas. At the end they are gone whatever happened."""
-    ports = free_ports(2 * NODES)
+def running_cluster(folder: Path, replicas: int = 0) -> Iterator[Cluster]:
+    """Three masters that share the slots evenly, and replicas of the first. At the end they are gone whatever happened."""
+    count = NODES + replicas
+    ports = free_ports(2 * count)
     nodes: list[Node] = []
     try:
-        for port, bus_port in zip(ports[:NODES], ports[NODES:], strict=True):
+        for port, bus_port in zip(ports[:count], ports[count:], strict=True):
             directory = folder / str(port)
             directory.mkdir()
             options = {
@@ -127,12 +145,15 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
             nodes.append(Node(port, bus_port, process, redis.Redis(host=HOST, port=port)))
         for i, node in enumerate(nodes):
             wait_until(node.answers, START_WITHIN_S, "a node of the cluster starts")
-            node.ask("CLUSTER", "ADDSLOTSRANGE", CLUSTER_SLOTS * i // NODES, CLUSTER_SLOTS * (i + 1) // NODES - 1)
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
+            if i < NODES:
+                node.ask("CLUSTER", "ADDSLOTSRANGE", CLUSTER_SLOTS * i // NODES, CLUSTER_SLOTS * (i + 1) // NODES - 1)
         for node in nodes[1:]:
             nodes[0].ask("CLUSTER", "MEET", HOST, node.port, node.bus_port)
         cluster = Cluster(nodes)
         wait_until(cluster.well, START_WITHIN_S, "the cluster is well")
+        for node in nodes[NODES:]:
+            cluster.replicate(node, nodes[0])
         yield cluster
     finally:
         for node in nodes:

@@ -23,7 +23,7 @@ from feature_jobs import redis_client
 from feature_jobs.tiles import TileJob, merge_events, merge_into_redis
 from gateway.contracts import layout
 from gateway.contracts.features import ENTITIES, FEATURE_INDEX, request_columns
-from gateway.contracts.redis_address import hash_slot
+from gateway.contracts.redis_address import CLUSTER_SLOTS, hash_slot
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import Transaction
 from gateway.job import Job
@@ -35,7 +35,7 @@ from tests.helpers import running_command, until
 from tests.integration.gateway_helpers import Decisions, name, post, ready_without
 from tests.integration.gateway_helpers import make_transaction as make_payment
 from tests.oracle import Oracle, differences
-from tests.redis_nodes import Cluster, running_cluster
+from tests.redis_nodes import NODES, Cluster, running_cluster
 from tests.unit.gateway.factories import NOW_MS, make_job, make_transaction, write_model
 
 pytestmark = pytest.mark.integration
@@ -271,6 +271,35 @@ def test_a_silent_node_costs_the_budget_once_and_comes_back(cluster: Cluster) ->
     assert first_s < budget_s + 1
     assert second_s < budget_s / 2, "a node that is known to be silent is not waited for"
     assert count == 2
+
+
+def test_a_master_that_is_killed_is_replaced_by_its_replica(tmp_path: Path) -> None:
+    run = secrets.token_hex(4)
+    # Of the first master's slots, whose replica takes over.
+    card = next(f"{run}-{i}" for i in range(1000) if hash_slot(layout.head_key("card", f"{run}-{i}")) < CLUSTER_SLOTS // NODES)
+    jobs = [make_job(make_transaction(f"{card}-{i}", card_id=card), offset=i) for i in range(3)]
+    with running_cluster(tmp_path, replicas=1) as cluster:
+        master, replica = cluster.nodes[0], cluster.nodes[-1]
+
+        async def use(store: Store) -> list[Observation]:
+            first = await observe(store, jobs[0])
+            assert master.ask("WAIT", 1, 5000) == 1
+            master.process.kill()
+            await until(lambda: not store.ready, 10)
+            assert await look(store, jobs[1]) is None
+            await until(lambda: store.ready, 30)
+            return [first, await observe(store, jobs[1]), await observe(store, jobs[2])]
+
+        before = life_of(cluster)
+        found = with_stores(cluster, 1, use)
+        assert [float(f.matrix[0, COUNT]) for f in found] == [0, 1, 2]
+        assert replica.client.info("replication")["role"] == "master"
+        assert life_of(cluster) != before
+
+
+def life_of(cluster: Cluster) -> str:
+    with redis_client.connect(cluster.url) as client:
+        return redis_client.run_id(client)
 
 
 def test_scripts_that_the_nodes_have_forgotten_are_sent_again(cluster: Cluster) -> None:
