@@ -47,12 +47,21 @@ def _pack(arguments: Sequence[Argument]) -> bytes:
     return packed
 
 
+@dataclass(slots=True)
+class _Bundle:
+    """The replies to `count` commands that were written together. An error of Redis' stands among them as a `RedisReplyError`."""
+
+    future: asyncio.Future[list[Any]]
+    count: int
+    replies: list[Any]
+
+
 class _Connection(asyncio.Protocol):
-    """`pending` holds a future for each reply that is due, in order."""
+    """`pending` holds a future for each reply that is due, in order, or a bundle for several."""
 
     def __init__(self, lost: Callable[[], None]) -> None:
         self.transport: asyncio.Transport | None = None
-        self.pending: deque[asyncio.Future[Any]] = deque()
+        self.pending: deque[asyncio.Future[Any] | _Bundle] = deque()
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE)
         self._lost = lost
 
@@ -72,7 +81,11 @@ class _Connection(asyncio.Protocol):
         if not self.pending:
             self.abandon()
             return
-        future = self.pending.popleft()
+        future = self.pending[0]
+        if isinstance(future, _Bundle):
+            self._add(future, reply)
+            return
+        self.pending.popleft()
         if future.done():
             return
         if isinstance(reply, hiredis.ReplyError):
@@ -82,9 +95,18 @@ class _Connection(asyncio.Protocol):
         else:
             future.set_result(reply)
 
+    def _add(self, bundle: _Bundle, reply: Any) -> None:
+        replies = bundle.replies
+        replies.append(RedisReplyError(str(reply)) if isinstance(reply, hiredis.ReplyError) else reply)
+        if len(replies) == bundle.count:
+            self.pending.popleft()
+            if not bundle.future.done():
+                bundle.future.set_result(replies)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        for future in self.pending:
+        for pending in self.pending:
+            future = pending.future if isinstance(pending, _Bundle) else pending
             if not future.done():
                 future.set_exception(RedisUnavailableError("connection lost"))
                 # A future that nobody waits for any more is no error of the loop's.
@@ -114,14 +136,22 @@ class _Connection(asyncio.Protocol):
         self.transport.write(b"".join([_pack(command) for command in commands]))
         return futures
 
+    def send_bundle(self, commands: Sequence[Sequence[Argument]]) -> asyncio.Future[list[Any]]:
+        """Like `send_all`, with one future for the replies to all of `commands`, at least one."""
+        assert self.transport is not None
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self.pending.append(_Bundle(future, len(commands), []))
+        self.transport.write(b"".join([_pack(command) for command in commands]))
+        return future
+
 
 @dataclass(slots=True)
 class Sent:
-    """Commands that were written to a link, and the futures of their replies. There is at least one."""
+    """Commands that were written to a link, and the future of their replies: an error of Redis' among them is a `RedisReplyError`."""
 
     link: RedisLink
     connection: _Connection
-    futures: list[asyncio.Future[Any]]
+    replies: asyncio.Future[list[Any]]
 
 
 class RedisLink:
@@ -165,14 +195,18 @@ class RedisLink:
 
     def send_all(self, commands: Sequence[Sequence[Argument]]) -> list[asyncio.Future[Any]]:
         """The futures of some commands' replies, which nobody has to wait for. Raises `RedisUnavailableError`."""
-        return self.send(commands).futures
+        return self._standing().send_all(commands)
 
     def send(self, commands: Sequence[Sequence[Argument]]) -> Sent:
         """Write some commands at once, for `replies_of` to wait for. Raises `RedisUnavailableError`."""
+        connection = self._standing()
+        return Sent(self, connection, connection.send_bundle(commands))
+
+    def _standing(self) -> _Connection:
         connection = self._connection
         if connection is None or connection.transport is None or connection.transport.is_closing():
             raise RedisUnavailableError("no connection")
-        return Sent(self, connection, connection.send_all(commands))
+        return connection
 
     async def call(self, arguments: Sequence[Argument], timeout_s: float) -> Any:
         """One command within `timeout_s`. Raises `RedisUnavailableError` (and abandons the connection) or `RedisReplyError`."""
@@ -266,31 +300,22 @@ class RedisLink:
 
 
 async def replies_of(sent: Sequence[Sent], timeout_s: float) -> list[list[Any]]:
-    """The replies to all that was sent, to several links at once. An error of Redis' stands among them as a `RedisReplyError`.
+    """The replies to all that was sent, to several links at once.
 
     Raises `RedisUnavailableError` when a link hasn't answered all within `timeout_s`: its connection is abandoned.
     """
-    # A connection answers in order: when the last reply is there, all are.
-    await asyncio.wait([each.futures[-1] for each in sent], timeout=max(0.0, timeout_s))
+    futures = [each.replies for each in sent]
+    await asyncio.wait(futures, timeout=max(0.0, timeout_s))
     for _ in range(GRACE_PASSES):
-        if all(each.futures[-1].done() for each in sent):
+        if all(future.done() for future in futures):
             break
         await asyncio.sleep(0)
-    late = [each for each in sent if not each.futures[-1].done()]
+    late = [each for each in sent if not each.replies.done()]
     for each in late:
         each.link.too_late(each.connection)
     if late:
         raise RedisUnavailableError("no reply in time")
-    replies = [[_outcome(future) for future in each.futures] for each in sent]
+    replies = [future.result() for future in futures]
     for each in sent:
         each.link.in_time()
     return replies
-
-
-def _outcome(future: asyncio.Future[Any]) -> Any:
-    error = future.exception()
-    if error is None:
-        return future.result()
-    if isinstance(error, RedisReplyError):
-        return error
-    raise error
