@@ -22,12 +22,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import redis
 from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 
 from deploy.freshness import Freshness, freshness_of, table_freshness
 from deploy.stack import Stack, StackError
+from feature_jobs.redis_client import connect
 from gateway.contracts import tables
 from gateway.contracts.label import Label
 from gateway.contracts.layout import PROGRESS_KEY, Progress
@@ -116,7 +116,7 @@ class RedisWatch:
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        with redis.Redis.from_url(self.settings.redis) as client:
+        with connect(self.settings.redis) as client:
             while not self._ended.wait(0.1):
                 value = client.get(PROGRESS_KEY)
                 if isinstance(value, bytes):

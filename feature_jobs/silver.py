@@ -12,16 +12,15 @@ import time
 from dataclasses import dataclass
 
 import msgspec
-import redis
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.streaming.readwriter import DataStreamWriter
 
-from feature_jobs import lake
+from feature_jobs import lake, redis_client
 from feature_jobs.metrics import Metrics
 from feature_jobs.parse import LABEL_FIELDS, RECEIPT_ENTITY_FIELDS, RECEIPT_FIELDS, parse
 from feature_jobs.schemas import SchemaBook
-from feature_jobs.tiles import SOCKET_TIMEOUT_S, RedisUnavailableError, TileJob, patient, write_tiles
+from feature_jobs.tiles import RedisUnavailableError, TileJob, patient, write_tiles
 from gateway.contracts import layout, tables
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.settings import Settings
@@ -205,28 +204,27 @@ class Silver:
         except RedisUnavailableError:
             log.warning("Redis doesn't answer")
 
-    def _client(self) -> redis.Redis:
-        return redis.Redis.from_url(self.settings.redis, socket_timeout=SOCKET_TIMEOUT_S, socket_connect_timeout=SOCKET_TIMEOUT_S)
+    def _client(self) -> redis_client.Client:
+        return redis_client.connect(self.settings.redis)
 
     def _run_id(self) -> str:
         def ask() -> str:
             with self._client() as client:
-                return str(client.info("server")["run_id"])
+                return redis_client.run_id(client)
 
         return patient(ask, self.settings.redis_retry_s)
 
     def _get_progress(self, retry_s: float | None = None) -> layout.Progress | None:
         def get() -> layout.Progress | None:
             with self._client() as client:
-                held = client.get(layout.PROGRESS_KEY)
-            return None if held is None else msgspec.msgpack.decode(held, type=layout.Progress)
+                return redis_client.get_progress(client)
 
         return patient(get, self.settings.redis_retry_s if retry_s is None else retry_s)
 
     def _set_progress(self, progress: layout.Progress, retry_s: float | None = None) -> None:
         def put() -> None:
             with self._client() as client:
-                client.set(layout.PROGRESS_KEY, msgspec.msgpack.encode(progress))
+                redis_client.set_progress(client, progress)
 
         patient(put, self.settings.redis_retry_s if retry_s is None else retry_s)
 

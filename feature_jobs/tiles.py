@@ -24,6 +24,7 @@ from redis.exceptions import BusyLoadingError, NoScriptError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from feature_jobs.redis_client import Client, cluster_pipelined, connect
 from gateway.contracts import layout, tiles
 from gateway.contracts.features import ENTITIES, ENTITY_INDEX
 from gateway.contracts.windows import HEAD_RETENTION_MS
@@ -36,7 +37,6 @@ OWNERS_MAX = 4096
 HASHES_MAX = layout.EARLY_MAX
 assert HASHES_MAX >= 2 * max(e.head_events_max for e in ENTITIES)
 MERGE_SHA = hashlib.sha1(layout.MERGE_LUA.encode(), usedforsecurity=False).hexdigest()
-SOCKET_TIMEOUT_S = 5.0
 PAIRS = np.array([e.pairs for e in ENTITIES])
 ENTITY_LABELLED = np.array([e.labelled for e in ENTITIES])
 BACKOFF_S_MAX = 2.0
@@ -115,8 +115,7 @@ def merge_into_redis(job: TileJob) -> Callable[[Iterable[pa.RecordBatch]], Itera
         events = _read(list(batches))
         written = 0
         if events.tags:
-            client = redis.Redis.from_url(job.redis_url, socket_timeout=SOCKET_TIMEOUT_S, socket_connect_timeout=SOCKET_TIMEOUT_S)
-            with client:
+            with patient(lambda: connect(job.redis_url), job.retry_s) as client:
                 for first in range(0, len(events.tags), OWNERS_MAX):
                     chunk = _part(events, first, min(first + OWNERS_MAX, len(events.tags)))
                     written += _merge_patiently(client, job, chunk)
@@ -184,7 +183,7 @@ def patient(call: Callable[[], T], retry_s: float) -> T:
             wait_s = min(BACKOFF_S_MAX, wait_s * 2)
 
 
-def _merge_patiently(client: redis.Redis, job: TileJob, events: Events) -> int:
+def _merge_patiently(client: Client, job: TileJob, events: Events) -> int:
     """`merge_events`, again while Redis is down or starting: what the first try wrote, its fence protects. Entities written."""
 
     def merge() -> int:
@@ -197,7 +196,7 @@ def _merge_patiently(client: redis.Redis, job: TileJob, events: Events) -> int:
     return patient(merge, job.retry_s)
 
 
-def merge_events(client: redis.Redis, job: TileJob, events: Events) -> int:
+def merge_events(client: Client, job: TileJob, events: Events) -> int:
     """Read the owners' tiles, add the events, write them back. Entities written, those that had this batch before left out."""
     names = [tag.split(":", 1) for tag in events.tags]
     head_keys = [layout.head_key(*name) for name in names]
@@ -240,8 +239,10 @@ def merge_events(client: redis.Redis, job: TileJob, events: Events) -> int:
     return sum(_pipelined(client, calls))
 
 
-def _pipelined(client: redis.Redis, commands: Sequence[tuple[object, ...]]) -> list:  # type: ignore[type-arg]
+def _pipelined(client: Client, commands: Sequence[tuple[object, ...]]) -> list:  # type: ignore[type-arg]
     """The replies to `commands`, sent a bounded number at a time. Raises the first error among the replies."""
+    if isinstance(client, redis.RedisCluster):
+        return cluster_pipelined(client, commands)
     replies: list[object] = []
     for first in range(0, len(commands), PIPELINE_COMMANDS_MAX):
         pipe = client.pipeline(transaction=False)

@@ -37,7 +37,7 @@ from gateway.model import Model, ModelSlot
 from gateway.policy import load_policy
 from gateway.publisher import Publisher
 from gateway.recent import RecentDecisions
-from gateway.redis_link import RedisLink
+from gateway.redis_cluster import link_to
 from gateway.scorer import Scorer
 from gateway.store import Store
 from gateway.unobserved import Unobserved
@@ -65,7 +65,7 @@ class Gateway:
         claim_ttl_ms = settings.idempotency_window_s * 1000
         # A connection for each door: a chunk from Kafka and a caller's batch don't wait for each other's replies. And one for what was
         # decided without Redis.
-        self.links = [RedisLink(settings.redis, settings.feature_budget_ms / 1000) for _ in range(3)]
+        self.links = [link_to(settings.redis, settings.feature_budget_ms / 1000) for _ in range(3)]
         *door_links, spare_link = self.links
         self.unobserved = Unobserved(Store(spare_link, claim_ttl_ms), self.metrics)
         # Both doors know what either decided lately.

@@ -3,7 +3,8 @@
 Commands are written in order and replies are read in order into a queue of futures. Nobody cancels a reply: a caller that has
 waited long enough abandons the whole connection, which fails every other waiter on it, and a new one is made in the background.
 A connection serves only after it has answered PING within the feature budget (half-open probing), so no batch ever waits for a
-probe: while there is no good connection, `ready` is False and callers go on without. Used by gateway/store.py alone.
+probe: while there is no good connection, `ready` is False and callers go on without. Used by gateway/redis_backend.py, and by
+gateway/redis_cluster.py for each node of a cluster.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import hiredis
+
+from gateway.contracts.redis_address import REDIS_PORT
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +29,6 @@ RECONNECT_MAX_S = 0.5
 STRIKES_COUNTED_MAX = 8
 # uvloop runs timers before it reads sockets: after a busy stretch a reply that has come may still lie in its socket.
 GRACE_PASSES = 4
-REDIS_PORT = 6379
 
 Argument = bytes | str | int
 _INCOMPLETE = object()
@@ -44,12 +47,21 @@ def _pack(arguments: Sequence[Argument]) -> bytes:
     return packed
 
 
+@dataclass(slots=True)
+class _Bundle:
+    """The replies to `count` commands that were written together. An error of Redis' stands among them as a `RedisReplyError`."""
+
+    future: asyncio.Future[list[Any]]
+    count: int
+    replies: list[Any]
+
+
 class _Connection(asyncio.Protocol):
-    """`pending` holds a future for each reply that is due, in order."""
+    """`pending` holds a future for each reply that is due, in order, or a bundle for several."""
 
     def __init__(self, lost: Callable[[], None]) -> None:
         self.transport: asyncio.Transport | None = None
-        self.pending: deque[asyncio.Future[Any]] = deque()
+        self.pending: deque[asyncio.Future[Any] | _Bundle] = deque()
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE)
         self._lost = lost
 
@@ -69,17 +81,32 @@ class _Connection(asyncio.Protocol):
         if not self.pending:
             self.abandon()
             return
-        future = self.pending.popleft()
+        future = self.pending[0]
+        if isinstance(future, _Bundle):
+            self._add(future, reply)
+            return
+        self.pending.popleft()
         if future.done():
             return
         if isinstance(reply, hiredis.ReplyError):
             future.set_exception(RedisReplyError(str(reply)))
+            # As in `connection_lost`.
+            future.exception()
         else:
             future.set_result(reply)
 
+    def _add(self, bundle: _Bundle, reply: Any) -> None:
+        replies = bundle.replies
+        replies.append(RedisReplyError(str(reply)) if isinstance(reply, hiredis.ReplyError) else reply)
+        if len(replies) == bundle.count:
+            self.pending.popleft()
+            if not bundle.future.done():
+                bundle.future.set_result(replies)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        for future in self.pending:
+        for pending in self.pending:
+            future = pending.future if isinstance(pending, _Bundle) else pending
             if not future.done():
                 future.set_exception(RedisUnavailableError("connection lost"))
                 # A future that nobody waits for any more is no error of the loop's.
@@ -109,6 +136,23 @@ class _Connection(asyncio.Protocol):
         self.transport.write(b"".join([_pack(command) for command in commands]))
         return futures
 
+    def send_bundle(self, commands: Sequence[Sequence[Argument]]) -> asyncio.Future[list[Any]]:
+        """Like `send_all`, with one future for the replies to all of `commands`, at least one."""
+        assert self.transport is not None
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self.pending.append(_Bundle(future, len(commands), []))
+        self.transport.write(b"".join([_pack(command) for command in commands]))
+        return future
+
+
+@dataclass(slots=True)
+class Sent:
+    """Commands that were written to a link, and the future of their replies: an error of Redis' among them is a `RedisReplyError`."""
+
+    link: RedisLink
+    connection: _Connection
+    replies: asyncio.Future[list[Any]]
+
 
 class RedisLink:
     """Keeps one probed connection to `url` (redis://[[user]:password@]host[:port][/db]) while started.
@@ -121,7 +165,7 @@ class RedisLink:
         parts = urlsplit(url)
         if parts.scheme not in ("redis", "rediss") or not parts.hostname:
             raise ValueError("the Redis URL must look like redis://host:port/db")
-        self._host, self._port, self._tls = parts.hostname, parts.port or REDIS_PORT, parts.scheme == "rediss"
+        self.host, self._port, self._tls = parts.hostname, parts.port or REDIS_PORT, parts.scheme == "rediss"
         self._database = parts.path.strip("/") or "0"
         self._password = None if parts.password is None else unquote(parts.password)
         self._user = None if not parts.username else unquote(parts.username)
@@ -151,15 +195,23 @@ class RedisLink:
 
     def send_all(self, commands: Sequence[Sequence[Argument]]) -> list[asyncio.Future[Any]]:
         """The futures of some commands' replies, which nobody has to wait for. Raises `RedisUnavailableError`."""
+        return self._standing().send_all(commands)
+
+    def send(self, commands: Sequence[Sequence[Argument]]) -> Sent:
+        """Write some commands at once, for `replies_of` to wait for. Raises `RedisUnavailableError`."""
+        connection = self._standing()
+        return Sent(self, connection, connection.send_bundle(commands))
+
+    def _standing(self) -> _Connection:
         connection = self._connection
         if connection is None or connection.transport is None or connection.transport.is_closing():
             raise RedisUnavailableError("no connection")
-        return connection.send_all(commands)
+        return connection
 
     async def call(self, arguments: Sequence[Argument], timeout_s: float) -> Any:
         """One command within `timeout_s`. Raises `RedisUnavailableError` (and abandons the connection) or `RedisReplyError`."""
         reply = await self._call(self._connection, arguments, timeout_s)
-        self._strikes = 0
+        self.in_time()
         return reply
 
     async def _call(self, connection: _Connection | None, arguments: Sequence[Argument], timeout_s: float) -> Any:
@@ -173,11 +225,19 @@ class RedisLink:
                 break
             await asyncio.sleep(0)
         if not future.done():
-            self._strikes += 1
-            connection.abandon()
-            self._drop(connection)
+            self.too_late(connection)
             raise RedisUnavailableError("no reply in time")
         return future.result()
+
+    def too_late(self, connection: _Connection) -> None:
+        """A reply on `connection` was waited for in vain: give it up."""
+        self._strikes += 1
+        connection.abandon()
+        self._drop(connection)
+
+    def in_time(self) -> None:
+        """Replies came in time: the next connection, if one is needed, is made without a pause."""
+        self._strikes = 0
 
     def abandon(self) -> None:
         """Give the connection up; a new one is made in the background."""
@@ -220,7 +280,7 @@ class RedisLink:
             return holder[0]
 
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await loop.create_connection(make, self._host, self._port, ssl=True if self._tls else None)
+            await loop.create_connection(make, self.host, self._port, ssl=True if self._tls else None)
         connection = holder[0]
         try:
             if self._password is not None:
@@ -237,3 +297,25 @@ class RedisLink:
             raise RedisUnavailableError("connection lost")
         self._connection = connection
         self._wanted.clear()
+
+
+async def replies_of(sent: Sequence[Sent], timeout_s: float) -> list[list[Any]]:
+    """The replies to all that was sent, to several links at once.
+
+    Raises `RedisUnavailableError` when a link hasn't answered all within `timeout_s`: its connection is abandoned.
+    """
+    futures = [each.replies for each in sent]
+    await asyncio.wait(futures, timeout=max(0.0, timeout_s))
+    for _ in range(GRACE_PASSES):
+        if all(future.done() for future in futures):
+            break
+        await asyncio.sleep(0)
+    late = [each for each in sent if not each.replies.done()]
+    for each in late:
+        each.link.too_late(each.connection)
+    if late:
+        raise RedisUnavailableError("no reply in time")
+    replies = [future.result() for future in futures]
+    for each in sent:
+        each.link.in_time()
+    return replies

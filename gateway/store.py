@@ -1,12 +1,11 @@
-"""Features from Redis: one script call a batch that claims, observes and reads, and its decoding into the model's input.
+"""Features from Redis: one step a batch that claims, observes and reads, and its decoding into the model's input.
 
-Called by the scorer. Redis may be silent or dead: then `observe` says None within the given time and the batch goes on without.
+How the step is done on one Redis or on a cluster is gateway/redis_backend.py's. Called by the scorer. Redis may be silent or dead:
+then `observe` says None within the given time and the batch goes on without.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,6 @@ from gateway.contracts.layout import (
     HEAD_TTL_MS,
     LABELS_HEADER,
     LAYOUT_VERSION,
-    OBSERVE_LUA,
     PROGRESS_KEY,
     TILES_HEADER,
     Progress,
@@ -49,7 +47,9 @@ from gateway.contracts.layout import (
 from gateway.contracts.transaction import Transaction
 from gateway.contracts.windows import SETTLE_MS, Asked, Held, aggregate, nothing_held
 from gateway.job import Job
-from gateway.redis_link import RedisLink, RedisReplyError, RedisUnavailableError
+from gateway.redis_backend import Answered, Call, backend_of, settles
+from gateway.redis_cluster import ClusterLink
+from gateway.redis_link import Argument, RedisLink, RedisReplyError, RedisUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +84,9 @@ class Observation:
 
 @dataclass(slots=True)
 class _Plan:
-    """One script call and what is needed to read its reply."""
+    """What Redis is asked, and what is needed to read its reply."""
 
-    arguments: list[bytes | str | int]
+    call: Call
     headers: list[list[bytes | None]]
     dim_a: npt.NDArray[np.uint16]
     dim_c: npt.NDArray[np.uint16]
@@ -117,12 +117,15 @@ assert [(e.field, *e.dims) for e in ENTITIES] == [
 class Store:
     """`now_ms` is the wall clock. `claim_ttl_ms` is the idempotency window."""
 
-    def __init__(self, link: RedisLink, claim_ttl_ms: int, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
-        self._link = link
+    def __init__(
+        self,
+        link: RedisLink | ClusterLink,
+        claim_ttl_ms: int,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._redis = backend_of(link)
         self._claim_ttl_ms = claim_ttl_ms
         self._now_ms = now_ms
-        self._sha = hashlib.sha1(OBSERVE_LUA.encode(), usedforsecurity=False).hexdigest()
-        link.greeting.append(("SCRIPT", "LOAD", OBSERVE_LUA))
         self._progress: Progress | None = None
         self._unanswered_since_ms: int | None = None
         self.refused_values = 0
@@ -130,7 +133,7 @@ class Store:
 
     @property
     def ready(self) -> bool:
-        return self._link.ready
+        return self._redis.ready
 
     @property
     def progress(self) -> Progress | None:
@@ -140,21 +143,16 @@ class Store:
     async def observe(
         self, batch: Sequence[Job], request: RequestColumns, timeout_s: float, update: bool = True
     ) -> Observation | None:
-        """One round trip for `batch`. None when Redis can't be used within `timeout_s` seconds.
+        """One step for `batch`. None when Redis can't be used within `timeout_s` seconds.
 
         With `update` each transaction is claimed and appended to its entities; without, nothing is changed (what-if reads).
         """
         deadline_s = time.monotonic() + timeout_s
         try:
             if self._progress is None:
-                self._note_progress(await self._link.call(("GET", PROGRESS_KEY), timeout_s))
+                self._note_progress(await self._redis.progress(deadline_s))
             plan = self._plan(batch, update)
-            try:
-                reply = await self._link.call(("EVALSHA", self._sha, *plan.arguments), deadline_s - time.monotonic())
-            except RedisReplyError as exc:
-                if not str(exc).startswith("NOSCRIPT"):
-                    raise
-                reply = await self._link.call(("EVAL", OBSERVE_LUA, *plan.arguments), deadline_s - time.monotonic())
+            reply = await self._redis.observe(plan.call, deadline_s)
         except RedisUnavailableError:
             return None
         except RedisReplyError as exc:
@@ -167,21 +165,17 @@ class Store:
 
         A later `observe` on this connection comes after it.
         """
-        commands = [
-            ("SET", idempotency_key(job.transaction.transaction_id), job.claim + answer, "PX", self._claim_ttl_ms)
+        records = [
+            Answered(idempotency_key(job.transaction.transaction_id), job.claim + answer, self._claim_ttl_ms)
             for job, answer in answers
         ]
         try:
-            futures = self._link.send_all(commands)
+            self._redis.record(records, self._count_failed)
         except RedisUnavailableError:
-            self.failed_records += len(answers)
-            return
-        for future in futures:
-            future.add_done_callback(self._recorded)
+            self._count_failed(len(records))
 
-    def _recorded(self, future: asyncio.Future[Any]) -> None:
-        if future.cancelled() or future.exception() is not None:
-            self.failed_records += 1
+    def _count_failed(self, records: int) -> None:
+        self.failed_records += records
 
     def _plan(self, batch: Sequence[Job], update: bool) -> _Plan:
         now_ms = self._now_ms()
@@ -191,7 +185,7 @@ class Store:
         dim_a, dim_c = np.zeros((2, len(batch) * ENTITY_COUNT), np.uint16)
         through_ms = None if self._progress is None else self._progress.arrived_through_ms
         keys: list[str] = [PROGRESS_KEY]
-        values: list[bytes | str | int] = ["1" if update else "0", self._claim_ttl_ms, HEAD_TTL_MS, EARLY_MAX]
+        values: list[Argument] = ["1" if update else "0", self._claim_ttl_ms, HEAD_TTL_MS, EARLY_MAX]
         headers: list[list[bytes | None]] = []
         for row, job in enumerate(batch):
             t = job.transaction
@@ -220,7 +214,7 @@ class Store:
                 of_row.append(header[:HEADER_TELLS_BYTES])
             values[at + 1] = sum(header is not None for header in of_row)
             headers.append(of_row)
-        return _Plan([len(keys), *keys, *values], headers, dim_a, dim_c, base_us)
+        return _Plan(Call(keys, values), headers, dim_a, dim_c, base_us)
 
     def _note_progress(self, value: bytes | None) -> None:
         if value is None:
@@ -259,7 +253,7 @@ class Store:
         for row, (job, of_row) in enumerate(zip(batch, plan.headers, strict=True)):
             before = reply[at]
             at += 1
-            if before is not None and settles(before, job):
+            if before is not None and settles(before, job.claim):
                 settled.append(before)
                 continue
             settled.append(None)
@@ -361,12 +355,6 @@ def request_only_matrix(request: RequestColumns) -> npt.NDArray[np.float32]:
     none, no_dim = np.zeros(owners, np.int64), np.zeros(owners, np.uint16)
     asked = Asked(np.repeat(request.t_ms, ENTITY_COUNT), none, none, no_dim, no_dim)
     return feature_matrix(request, aggregate(asked, nothing_held(owners)), np.zeros((rows, ENTITY_COUNT), bool))
-
-
-def settles(before: bytes, job: Job) -> bool:
-    """True when the record that stood there settles `job` without a new decision: the same rule as in lua/observe.lua."""
-    claim = job.claim
-    return before[: len(claim)] != claim or (len(before) > len(claim) and job.position[:1] == b"h")
 
 
 def _sound(head: bytes, tiles: bytes, frauds: bytes, header: bytes) -> bool:

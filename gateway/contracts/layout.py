@@ -11,6 +11,7 @@ tiled in the head: so each event is counted from exactly one of the two, however
     fg2:{merchant:m}:l LABELS_HEADER (24 bytes), then FRAUD_DAY records (4 bytes each): frauds by day of payment, where labels count
     fg2:i:{<transaction_id>}   idempotency record: fingerprint (16), position (16), answer (empty until decided)
     fg2:progress       how far the Spark job has got: PROGRESS, msgpack
+    fg2:progress:{n}   on a cluster, copies of it in many slots, which tell the Spark job that no master has lost what it held
 
 All numbers are little-endian. The order of observation is absolute: a head is born with a `base` in microseconds of wall-clock time,
 rounded down to BASE_STEP, and each event gets the next number after it. So a head that was lost and born anew continues behind the old
@@ -32,6 +33,8 @@ import numpy.typing as npt
 LAYOUT_VERSION = 2
 PREFIX = f"fg{LAYOUT_VERSION}"
 PROGRESS_KEY = f"{PREFIX}:progress"
+# So many that a master with a few hundred of the 16,384 slots or more has one of them.
+PROGRESS_COPY_KEYS = tuple(f"{PREFIX}:progress:{{{n}}}" for n in range(512))
 
 # version, entity, flags, check, base of the order of observation, next number after it, events evicted before they were tiled
 HEAD_HEADER = struct.Struct("<BBHIQII")

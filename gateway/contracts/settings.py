@@ -53,7 +53,9 @@ class Settings:
     )
 
     kafka_bootstrap: str = _setting("", "Kafka brokers, host:port separated by commas; empty: the local broker")
-    redis_url: str = _setting("", "Redis, redis://host:port/db; empty: the local one")
+    redis_url: str = _setting(
+        "", "Redis, redis://host:port/db, or a Redis Cluster, redis+cluster://host:port,host:port,...; empty: the local one"
+    )
     registry_url: str = _setting("", "root of the Confluent-compatible registry; empty: the local one")
     mlflow_url: str = _setting("", "MLflow tracking and registry; empty: the local server")
 
