@@ -73,12 +73,13 @@ class Cluster:
         )
 
     def owner(self, slot: int) -> Node:
-        """The node that serves `slot`, as all nodes see it."""
-        for node in self.nodes:
-            for first, last, (_, port, *_), *_ in node.ask("CLUSTER", "SLOTS"):
-                if first <= slot <= last and port == node.port:
-                    return node
-        raise AssertionError(f"nobody serves slot {slot}")
+        """The node that says of itself that it serves `slot`."""
+        return next(node for node in self.nodes if self._served_by(node, slot) == node.port)
+
+    @staticmethod
+    def _served_by(node: Node, slot: int) -> int:
+        """The port of the node that serves `slot`, as `node` sees it."""
+        return next(int(port) for first, last, (_, port, *_), *_ in node.ask("CLUSTER", "SLOTS") if first <= slot <= last)
 
     def replicate(self, replica: Node, master: Node) -> None:
         """Make an empty node the replica of a master, and wait until it has all of its data."""
@@ -108,9 +109,15 @@ class Cluster:
             source.ask("MIGRATE", HOST, target.port, "", 0, 5000, "KEYS", *keys)
 
     def close_slot(self, slot: int, target: Node) -> None:
-        """The slot is the target's, which all nodes are told."""
+        """The slot is the target's, which all nodes are told. Returns when they agree, for the next move needs them to."""
         for node in sorted(self.nodes, key=lambda n: n is not target):
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", target.node_id)
+
+        def agreed() -> bool:
+            epochs = {node.info()["cluster_current_epoch"] for node in self.nodes}
+            return len(epochs) == 1 and all(self._served_by(node, slot) == target.port for node in self.nodes)
+
+        wait_until(agreed, START_WITHIN_S, "the nodes agree on a slot's new owner")
 
     def move_slot(self, slot: int, target: Node) -> None:
         source = self.owner(slot)
