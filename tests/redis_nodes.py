@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import redis
 
@@ -61,10 +62,12 @@ class Cluster:
     """`nodes` are the masters, and then the replica if there is one."""
 
     nodes: list[Node]
+    password: str = ""
 
     @property
     def url(self) -> str:
-        return "redis+cluster://" + ",".join(f"{HOST}:{node.port}" for node in self.nodes)
+        user = f":{quote(self.password, safe='')}@" if self.password else ""
+        return f"redis+cluster://{user}" + ",".join(f"{HOST}:{node.port}" for node in self.nodes)
 
     def well(self) -> bool:
         return all(
@@ -129,7 +132,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(folder: Path, replicas: int = 0) -> Iterator[Cluster]:
+def running_cluster(folder: Path, replicas: int = 0, password: str = "") -> Iterator[Cluster]:
     """Three masters that share the slots evenly, and replicas of the first. At the end they are gone whatever happened."""
     count = NODES + replicas
     ports = free_ports(2 * count)
@@ -147,9 +150,11 @@ def running_cluster(folder: Path, replicas: int = 0) -> Iterator[Cluster]:
                 "cluster-port": bus_port,
                 "cluster-node-timeout": NODE_TIMEOUT_MS,
             }
+            if password:
+                options |= {"requirepass": password, "masterauth": password}
             command = [str(find_redis()), *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            nodes.append(Node(port, bus_port, process, redis.Redis(host=HOST, port=port)))
+            nodes.append(Node(port, bus_port, process, redis.Redis(host=HOST, port=port, password=password or None)))
         for i, node in enumerate(nodes):
             wait_until(node.answers, START_WITHIN_S, "a node of the cluster starts")
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
@@ -157,7 +162,7 @@ def running_cluster(folder: Path, replicas: int = 0) -> Iterator[Cluster]:
                 node.ask("CLUSTER", "ADDSLOTSRANGE", CLUSTER_SLOTS * i // NODES, CLUSTER_SLOTS * (i + 1) // NODES - 1)
         for node in nodes[1:]:
             nodes[0].ask("CLUSTER", "MEET", HOST, node.port, node.bus_port)
-        cluster = Cluster(nodes)
+        cluster = Cluster(nodes, password)
         wait_until(cluster.well, START_WITHIN_S, "the cluster is well")
         for node in nodes[NODES:]:
             cluster.replicate(node, nodes[0])

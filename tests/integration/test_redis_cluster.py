@@ -300,9 +300,34 @@ def test_a_master_that_is_killed_is_replaced_by_its_replica(tmp_path: Path) -> N
         assert life_of(cluster) != before
 
 
+def test_a_password_is_given_to_every_node_by_both_writers(tmp_path: Path) -> None:
+    job = make_job()
+    with running_cluster(tmp_path, password="p@ss,w/rd:1") as cluster:
+        found = with_stores(cluster, 1, lambda store: observe(store, job, make_job(make_transaction("t2"))))
+        assert found.matrix[:, COUNT].tolist() == [0, 1]
+        [written] = merge_into_redis(TileJob(cluster.url, EPOCH, 1, NOW_MS, retry_s=1))([arrow_of([job.transaction])])
+        assert written.to_pydict()["written"] == [3]
+
+
 def life_of(cluster: Cluster) -> str:
     with redis_client.connect(cluster.url) as client:
         return redis_client.run_id(client)
+
+
+def test_answers_that_a_silent_node_can_not_store_are_counted(cluster: Cluster) -> None:
+    run = secrets.token_hex(4)
+    jobs = [card_job(run, i) for i in range(30)]
+
+    async def use(store: Store) -> int:
+        await observe(store, *jobs)
+        with cluster.nodes[0].silent():
+            store.record([(job, b"answer") for job in jobs])
+            await until(lambda: store.failed_records, 10)
+            failed = store.failed_records
+        await until(lambda: store.ready, 30)
+        return failed
+
+    assert with_stores(cluster, 1, use) == len(jobs)
 
 
 def test_scripts_that_the_nodes_have_forgotten_are_sent_again(cluster: Cluster) -> None:
