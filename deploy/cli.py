@@ -51,6 +51,13 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "write features and labels of the past as a Delta version",
             spark=True,
         ),
+        Command("backfill", "feature_jobs.commands", "backfill", "compute features of any past period from silver", spark=True),
+        Command(
+            "parity",
+            "feature_jobs.parity_commands",
+            "parity",
+            "recompute the features of logged receipts and compare them, to the bit",
+        ),
     ),
     "Models": (
         Command(

@@ -1,4 +1,4 @@
-"""`fraudgate jobs` and `fraudgate training-set`."""
+"""`fraudgate jobs`, `fraudgate backfill` and `fraudgate training-set`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from types import FrameType
 
 from prometheus_client import start_http_server
 
+from feature_jobs.backfill import OtherFeaturesError
+from feature_jobs.backfill import backfill as backfill_features
 from feature_jobs.metrics import Metrics
 from feature_jobs.session import MissingJarError, build_session
 from feature_jobs.silver import CheckpointLostError
@@ -103,6 +105,25 @@ def training_set(argv: list[str]) -> int:
         return 1
     days = f"{_day(written.from_ms)} to {_day(written.to_ms)}, labels as of {_day(written.as_of_ms)}"
     print(f"training set version {written.version}: {written.rows} rows, {written.frauds} frauds, {days}")
+    return 0
+
+
+def backfill(argv: list[str]) -> int:
+    """Write features of a past period to the table `features`. Exit status 1 when there is nothing to compute."""
+    parser = argparse.ArgumentParser(
+        "fraudgate backfill",
+        description="Compute the features of past transactions from silver and write them to the table features.",
+    )
+    parser.add_argument("--from", dest="from_ms", type=instant_ms, metavar="MS|DATE", help="oldest transaction (default: all)")
+    parser.add_argument("--to", dest="to_ms", type=instant_ms, metavar="MS|DATE", help="end, not in it (default: all)")
+    options = parser.parse_args(argv)
+    try:
+        written = backfill_features(load_settings(), from_ms=options.from_ms, to_ms=options.to_ms)
+    except (NoHistoryError, OtherFeaturesError) as exc:
+        print(f"fraudgate backfill: {exc}", file=sys.stderr)
+        return 1
+    days = f"{_day(written.from_ms)} to {_day(written.to_ms)}"
+    print(f"features of {written.rows} transactions, {days}: version {written.version} of {written.uri}")
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from gateway.contracts.features import (
 )
 from gateway.contracts.windows import (
     LABEL_WINDOWS,
+    LAST_MS_MAX,
     NEVER,
     PAIR_WINDOW,
     SEEN_HASH_MASK,
@@ -100,11 +102,11 @@ class Definition:
 PRODUCT = Definition()
 
 
-def offline_features(history: History, definition: Definition = PRODUCT) -> npt.NDArray[np.float32]:
-    """The feature matrix, (rows, len(definition.features)), in the order of `history`."""
+def offline_features(history: History, definition: Definition = PRODUCT, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+    """The feature matrix, (rows, len(definition.features)), in the order of `history`; in single precision, as the model sees it."""
     rows = len(history.request.t_ms)
     aggregates = dict(definition.aggregates)
-    out = np.full((rows, len(definition.features)), np.nan, np.float32)
+    out = np.full((rows, len(definition.features)), np.nan, dtype)
     for i, f in enumerate(definition.features):
         if f.entity is None:
             out[:, i] = REQUEST_FEATURES[f.aggregate](history.request)
@@ -209,6 +211,7 @@ class _Chunk:
                 for bitmaps, sketch in zip((result.distinct_a, result.distinct_b, result.distinct_c), sketches, strict=True):
                     bitmaps[i] |= sketch.over(a, b)
         has = self.here > self.group
+        has[has] = self.t_ms[self.here[has] - 1] >= self.t_ms[has] - LAST_MS_MAX
         before = self.here[has] - 1
         result.last_event_time_ms[has] = self.t_ms[before]
         # A head holds single precision.

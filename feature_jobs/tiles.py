@@ -33,8 +33,9 @@ from gateway.contracts.windows import HEAD_RETENTION_MS
 PIPELINE_COMMANDS_MAX = 256
 # Entities merged at once: bounds a worker's memory at about 50 MB of tiles.
 OWNERS_MAX = 4096
-# Of the events that one batch adds to one entity, only the newest that a head can hold need to be looked for there.
-HASHES_MAX = 2 * max(e.head_events_max for e in ENTITIES)
+# Of the events that one batch adds to one entity, only the newest that a head or the early list can hold need to be looked for.
+HASHES_MAX = layout.EARLY_MAX
+assert HASHES_MAX >= 2 * max(e.head_events_max for e in ENTITIES)
 MERGE_SHA = hashlib.sha1(layout.MERGE_LUA.encode(), usedforsecurity=False).hexdigest()
 PAIRS = np.array([e.pairs for e in ENTITIES])
 ENTITY_LABELLED = np.array([e.labelled for e in ENTITIES])
@@ -233,7 +234,7 @@ def merge_events(client: Client, job: TileJob, events: Events) -> int:
             ("EVALSHA", MERGE_SHA, 3, head_keys[i], tiles_keys[i], layout.early_key(entity, entity_id), packed[i])
             + (hashes[from_kafka].tobytes(), hashes[~from_kafka].tobytes(), end - first, layout.TILES_TTL_MS)
             + (layout.HEAD_COMPACT_ABOVE, layout.HEAD_KEPT_MIN, layout.HEAD_GUARD_S, HEAD_RETENTION_MS)
-            + (layout.EARLY_TTL_MS, HASHES_MAX)
+            + (layout.EARLY_TTL_MS, layout.EARLY_MAX)
         )
     return sum(_pipelined(client, calls))
 

@@ -57,7 +57,7 @@ def write_training_set(
     Features see all of silver before each transaction, however old. Of a transaction's labels the newest known at `as_of_ms`
     counts; without one it is genuine. `as_of_ms` is by default the newest event time in silver. Raises `NoHistoryError`.
     """
-    silver = _read(settings, tables.SILVER, list(FIELDS))
+    silver = read_table(settings, tables.SILVER, list(FIELDS))
     if silver is None or silver.num_rows == 0:
         raise NoHistoryError("silver holds no transactions: send some (fraudgate simulate --history) while fraudgate jobs runs")
     silver = silver.sort_by([("event_time_ms", "ascending"), ("transaction_id", "ascending")])
@@ -69,27 +69,53 @@ def write_training_set(
     chosen = (t_ms >= first_ms) & (t_ms < end_ms)
     if not chosen.any():
         raise NoHistoryError(f"no transaction in silver is at least {label_delay_days} days older than the labels' as-of time")
-    known = silver.filter(pa.array(t_ms < end_ms))
-    labels = _read(settings, tables.LABELS, ["transaction_id", "is_fraud", "reported_at_ms"])
-    features = offline_features(history_of(known, labels))[chosen[: known.num_rows]]
-    rows = silver.filter(pa.array(chosen))
+    labels = read_table(settings, tables.LABELS, ["transaction_id", "is_fraud", "reported_at_ms"])
+    rows = features_between(silver, labels, first_ms, end_ms)
     is_fraud = _labels(labels, rows["transaction_id"], as_of_ms)
-    columns: dict[str, pa.Array | pa.ChunkedArray] = {
-        "transaction_id": rows["transaction_id"],
-        "event_time_ms": rows["event_time_ms"],
-    }
-    columns |= {name: pa.array(features[:, i], pa.float32()) for i, name in enumerate(FEATURE_NAMES)}
-    columns["is_fraud"] = pa.array(is_fraud)
+    rows = rows.append_column("is_fraud", pa.array(is_fraud))
     uri = tables.table_uri(settings.tables, tables.TRAINING_SET)
     write_deltalake(
-        _local(uri),
-        pa.table(columns),
-        mode="overwrite",
-        schema_mode="overwrite",
-        commit_properties=CommitProperties(custom_metadata={"userMetadata": f"{FINGERPRINT_KEY}={FINGERPRINT}"}),
+        local(uri), rows, mode="overwrite", schema_mode="overwrite", commit_properties=commit_note(settings, as_of_ms=as_of_ms)
     )
-    version = DeltaTable(_local(uri)).version()
+    version = DeltaTable(local(uri)).version()
     return TrainingSet(uri, version, rows.num_rows, int(is_fraud.sum()), first_ms, end_ms, as_of_ms)
+
+
+def features_between(silver: pa.Table, labels: pa.Table | None, first_ms: int, end_ms: int) -> pa.Table:
+    """transaction_id, event_time_ms and a column for each feature of the transactions with event times in [first_ms, end_ms).
+
+    `silver` is sorted by (event_time_ms, transaction_id) and holds all that the windows look back upon.
+    """
+    t_ms = _ints(silver["event_time_ms"])
+    known = silver.filter(pa.array(t_ms < end_ms))
+    chosen = t_ms[: known.num_rows] >= first_ms
+    features = offline_features(history_of(known, labels))[chosen]
+    rows = known.filter(pa.array(chosen))
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {name: rows[name] for name in ("transaction_id", "event_time_ms")}
+    columns |= {name: pa.array(features[:, i], pa.float32()) for i, name in enumerate(FEATURE_NAMES)}
+    return pa.table(columns)
+
+
+def commit_note(settings: Settings, **values: int) -> CommitProperties:
+    """What a commit says of the features it holds: their fingerprint, and what they were made from.
+
+    model_export reads the fingerprint alone; it is the whole of userMetadata.
+    """
+    made_from = {
+        f"fraudgate.{name}_version": str(version)
+        for name in (tables.SILVER, tables.LABELS)
+        if (version := table_version(settings, name)) is not None
+    }
+    made_from |= {f"fraudgate.{name}": str(value) for name, value in values.items()}
+    return CommitProperties(custom_metadata={"userMetadata": f"{FINGERPRINT_KEY}={FINGERPRINT}", **made_from})
+
+
+def table_version(settings: Settings, name: str) -> int | None:
+    """The newest version of a table, None when it doesn't exist."""
+    try:
+        return int(DeltaTable(local(tables.table_uri(settings.tables, name))).version())
+    except TableNotFoundError:
+        return None
 
 
 def history_of(silver: pa.Table, labels: pa.Table | None = None) -> History:
@@ -133,10 +159,10 @@ def label_changes(ids: pa.ChunkedArray, labels: pa.Table) -> LabelChanges:
     return LabelChanges(row[changed], (is_fraud - before)[changed], reported_ms[changed])
 
 
-def _read(settings: Settings, name: str, columns: list[str]) -> pa.Table | None:
-    """Columns of a table, None when it doesn't exist."""
+def read_table(settings: Settings, name: str, columns: list[str]) -> pa.Table | None:
+    """Columns of a table as it is now, None when it doesn't exist."""
     try:
-        return DeltaTable(_local(tables.table_uri(settings.tables, name))).to_pyarrow_table(columns=columns)
+        return DeltaTable(local(tables.table_uri(settings.tables, name))).to_pyarrow_table(columns=columns)
     except TableNotFoundError:
         return None
 
@@ -150,8 +176,8 @@ def _labels(labels: pa.Table | None, ids: pa.ChunkedArray, as_of_ms: int) -> npt
     return np.array([newest.get(i, False) for i in ids.to_pylist()], bool)
 
 
-def _local(uri: str) -> str:
-    # Spark says s3a, delta-rs s3.
+def local(uri: str) -> str:
+    """A table's address as delta-rs spells it: Spark says s3a, delta-rs s3."""
     return uri.replace("s3a://", "s3://", 1)
 
 

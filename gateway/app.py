@@ -40,6 +40,7 @@ from gateway.recent import RecentDecisions
 from gateway.redis_cluster import link_to
 from gateway.scorer import Scorer
 from gateway.store import Store
+from gateway.unobserved import Unobserved
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,11 @@ class Gateway:
         self.schemas = SchemaBook(SchemaRegistry(settings.registry, settings.schemas_path))
         self.models = ModelSlot(settings.models_path, on_change=self._model_changed, on_refused=self.metrics.model_refused.inc)
         claim_ttl_ms = settings.idempotency_window_s * 1000
-        # A connection for each door: a chunk from Kafka and a caller's batch don't wait for each other's replies.
-        self.links = [link_to(settings.redis, settings.feature_budget_ms / 1000) for _ in range(2)]
+        # A connection for each door: a chunk from Kafka and a caller's batch don't wait for each other's replies. And one for what was
+        # decided without Redis.
+        self.links = [link_to(settings.redis, settings.feature_budget_ms / 1000) for _ in range(3)]
+        *door_links, spare_link = self.links
+        self.unobserved = Unobserved(Store(spare_link, claim_ttl_ms), self.metrics)
         # Both doors know what either decided lately.
         recent = RecentDecisions(settings.idempotency_window_s)
         self.scorers = [
@@ -73,10 +77,11 @@ class Gateway:
                 self.policy,
                 self.metrics,
                 recent,
+                self.unobserved,
                 feature_budget_ms=settings.feature_budget_ms,
                 code_version=CODE_VERSION,
             )
-            for link in self.links
+            for link in door_links
         ]
         http_scorer, kafka_scorer = self.scorers
         kafka_scorer.deciding = http_scorer.deciding
@@ -102,7 +107,7 @@ class Gateway:
                 batch_rows_max=settings.batch_rows_max,
             )
         self.ready = False
-        self._watcher: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.metrics.build_info.labels(CODE_VERSION, FINGERPRINT, self.policy.digest).set(1)
         self.api = _make_api(self)
 
@@ -119,7 +124,7 @@ class Gateway:
         await self.models.refresh()
         await self._wait_for_redis()
         self.publisher.start()
-        self._watcher = asyncio.create_task(self.models.watch())
+        self._tasks = [asyncio.create_task(self.models.watch()), asyncio.create_task(self.unobserved.run())]
         if self.kafka is not None:
             self.kafka.start()
         self.ready = True
@@ -138,9 +143,10 @@ class Gateway:
         await self.batcher.drain(DRAIN_S)
         if self.kafka is not None:
             await self.kafka.stop(DRAIN_S)
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.wait({self._watcher})
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         await self.publisher.stop(DRAIN_S)
         for link in self.links:
             await link.stop()

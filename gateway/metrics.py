@@ -99,6 +99,12 @@ class Metrics:
         self.records_failed = Gauge(
             "fraudgate_idempotency_records_failed", "Answers that could not be stored for retries", registry=registry
         )
+        self.unobserved = Gauge(
+            "fraudgate_unobserved", "Transactions decided without Redis that it has not been told of yet", registry=registry
+        )
+        self.unobserved_dropped = Counter(
+            "fraudgate_unobserved_dropped", "Transactions that Redis will not be told of: too many were waiting", registry=registry
+        )
         self.model_refused = Counter("fraudgate_model_refused", "Models that failed a check and don't serve", registry=registry)
         self.model_info = Gauge("fraudgate_model_info", "The model that serves", ["name", "version", "digest"], registry=registry)
         self.build_info = Gauge(

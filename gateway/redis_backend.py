@@ -141,10 +141,10 @@ class ClusterRedis:
     def _split(self, call: Call) -> tuple[list[Keyed], list[list[Keyed]]]:
         """By transaction: the command that claims it, and those that observe its entities."""
         keys, values = call.keys, call.values
-        update, claim_ttl_ms, head_ttl_ms = values[:3]
+        update, claim_ttl_ms, head_ttl_ms, early_max = values[:4]
         claims: list[Keyed] = []
         observations: list[list[Keyed]] = []
-        k, a = 1, 3
+        k, a = 1, 4
         while k < len(keys):
             claims.append((hash_slot(keys[k]), ("SET", keys[k], values[a], "NX", "GET", "PX", claim_ttl_ms)))
             entities = values[a + 1]
@@ -153,7 +153,7 @@ class ClusterRedis:
             of_row: list[Keyed] = []
             for _ in range(entities):
                 head = keys[k]
-                arguments = (update, head_ttl_ms, *values[a : a + 3])
+                arguments = (update, head_ttl_ms, *values[a : a + 3], early_max)
                 of_row.append((hash_slot(head), ("EVALSHA", self._sha, "2", head, keys[k + 1], *arguments)))
                 k, a = k + 2, a + 3
             observations.append(of_row)

@@ -27,6 +27,7 @@ from gateway.model import Model, ModelSlot
 from gateway.policy import Columns, Policy
 from gateway.recent import CLAIM_BYTES, RecentDecisions
 from gateway.store import Observation, Store, request_only_matrix
+from gateway.unobserved import Unobserved
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Scorer:
         policy: Policy,
         metrics: Metrics,
         recent: RecentDecisions,
+        unobserved: Unobserved,
         *,
         feature_budget_ms: int,
         code_version: str,
@@ -75,6 +77,7 @@ class Scorer:
         self._policy = policy
         self._metrics = metrics
         self._recent = recent
+        self._unobserved = unobserved
         self._feature_budget_s = feature_budget_ms / 1000
         self._code_version = code_version
         self._now_ms = now_ms
@@ -228,6 +231,8 @@ class Scorer:
             packed = _answer_encoder.encode(answer)
             self._recent.add(job, packed)
             records.append((job, packed))
+            if observation is None:
+                self._unobserved.add(job, packed)
         self._store.record(records)
         self._count(fresh, decisions.outcome, decisions.rule_hits, degraded, timing)
 

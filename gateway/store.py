@@ -18,8 +18,10 @@ import numpy.typing as npt
 
 from gateway.contracts.features import ENTITIES, LABELLED, RequestColumns, feature_matrix
 from gateway.contracts.layout import (
+    BASE_STEP,
     DAY_TILE,
     DAY_TILE_BYTES,
+    EARLY_MAX,
     FINE_TILE,
     FINE_TILE_BYTES,
     FLAG_LABELLED,
@@ -54,6 +56,7 @@ log = logging.getLogger(__name__)
 # The Spark job may have counted a record that arrived up to this much before its newest one.
 TILES_AHEAD_MARGIN_MS = 1000
 ENTITY_COUNT = len(ENTITIES)
+NONE = bytes(4)
 # version, entity, flags and key check begin every value; the flags are a head's own
 HEADER_TELLS_BYTES = 8
 FLAGS = [FLAG_LABELLED if e.labelled else 0 for e in ENTITIES]
@@ -178,11 +181,11 @@ class Store:
         now_ms = self._now_ms()
         observed_s = now_ms // 1000 % 65_536
         # A head that is born now numbers its events from here: later than any that the entity had before.
-        base_us = now_ms * 1000
+        base_us = now_ms * 1000 // BASE_STEP * BASE_STEP
         dim_a, dim_c = np.zeros((2, len(batch) * ENTITY_COUNT), np.uint16)
         through_ms = None if self._progress is None else self._progress.arrived_through_ms
         keys: list[str] = [PROGRESS_KEY]
-        values: list[Argument] = ["1" if update else "0", self._claim_ttl_ms, HEAD_TTL_MS]
+        values: list[Argument] = ["1" if update else "0", self._claim_ttl_ms, HEAD_TTL_MS, EARLY_MAX]
         headers: list[list[bytes | None]] = []
         for row, job in enumerate(batch):
             t = job.transaction
@@ -192,8 +195,8 @@ class Store:
             hashed = txn_hash(t.transaction_id)
             latitude = np.nan if t.latitude is None else t.latitude
             longitude = np.nan if t.longitude is None else t.longitude
-            # What the Spark job has counted before it is observed here (after a restart) must not count from the head as well.
-            tiled = through_ms is not None and job.arrived_ms < through_ms - TILES_AHEAD_MARGIN_MS
+            # The Spark job has counted what arrived later: where the early list can't tell, it has counted this one too.
+            counted = through_ms is not None and job.arrived_ms < through_ms - TILES_AHEAD_MARGIN_MS
             of_row: list[bytes | None] = []
             for e, (entity_id, a, b, c) in enumerate(_dims(t)):
                 if entity_id is None:
@@ -205,7 +208,7 @@ class Store:
                 header = HEAD_HEADER.pack(LAYOUT_VERSION, e, FLAGS[e], key_check(name, entity_id), base_us, 0, 0)
                 keys += (head_key(name, entity_id), tiles_key(name, entity_id))
                 event = HEAD_EVENT_PACK.pack(
-                    hashed, t.event_time_ms, t.amount_minor, 0, observed_s, tiled, latitude, longitude, a, b, c
+                    hashed, t.event_time_ms, t.amount_minor, 0, observed_s, 0, counted, latitude, longitude, a, b, c
                 )
                 values += (CAPACITY_TEXT[e], header, event)
                 of_row.append(header[:HEADER_TELLS_BYTES])
@@ -242,10 +245,8 @@ class Store:
         rows = len(batch)
         stale = np.full(rows, self._behind(now_ms, update))
         progress = self._progress
-        if progress is not None:
-            arrived = np.array([job.arrived_ms for job in batch], np.int64)
-            stale |= arrived < progress.arrived_through_ms - TILES_AHEAD_MARGIN_MS
-            stale |= progress.lost_at_ms != 0
+        if progress is not None and progress.lost_at_ms:
+            stale[:] = True
         settled: list[bytes | None] = []
         values = _Values(rows * ENTITY_COUNT)
         at = 1
@@ -268,7 +269,8 @@ class Store:
                     stale[row] = True
                     continue
                 values.add(owner, head, tiles, frauds)
-                if head and head[20:24] != b"\0\0\0\0":
+                # Events are missing that were never tiled, or counted that nobody has observed yet.
+                if (head and head[20:24] != NONE) or (tiles and tiles[20:24] != NONE):
                     stale[row] = True
         assert at == len(reply)
         asked = Asked(

@@ -85,7 +85,7 @@ class Entities:
         """The features of one transaction, which is then part of the past."""
         return [float(x) for x in self.look([t]).matrix[0]]
 
-    def tile(self, batch: Sequence[Transaction], batch_id: int | None = None) -> int:
+    def tile(self, batch: Sequence[Transaction], batch_id: int | None = None, from_kafka: bool = True) -> int:
         """Add a batch to the tiles with the Spark job's own code; how many entities were written."""
         if batch_id is None:
             self.batch_id += 1
@@ -93,7 +93,7 @@ class Entities:
             self.hour += self._hours_a_batch
         self.client.script_load(layout.MERGE_LUA)
         job = TileJob("", EPOCH, batch_id, self.now_ms, retry_s=0)
-        return merge_events(self.client, job, events_of(batch))
+        return merge_events(self.client, job, events_of(batch, from_kafka))
 
     def label(self, t: Transaction, change: int) -> None:
         """It becomes known that `t` was fraud (1), or that it was not after all (-1)."""
@@ -111,7 +111,7 @@ class Entities:
             self.client.set(layout.labels_key(*name), layout.pack_frauds(i, check, changes, EPOCH, changes, records))
 
 
-def events_of(batch: Sequence[Transaction]) -> Events:
+def events_of(batch: Sequence[Transaction], from_kafka: bool = True) -> Events:
     """The events of every entity of `batch`, as a worker of the Spark job gets them: by entity, then by time."""
     rows = [
         (f"{e.name}:{entity_id}", t.event_time_ms, t, e.dims)
@@ -129,5 +129,5 @@ def events_of(batch: Sequence[Transaction]) -> Events:
         event_time_ms=np.array([t.event_time_ms for _, _, t, _ in rows], np.int64),
         amount_minor=np.array([t.amount_minor for _, _, t, _ in rows], np.int64),
         dims=tuple(np.array([layout.dim_hash(getattr(t, dims[i])) for _, _, t, dims in rows], np.uint32) for i in range(3)),
-        from_kafka=np.ones(len(rows), bool),
+        from_kafka=np.full(len(rows), from_kafka),
     )

@@ -28,6 +28,7 @@ WINDOWS_MS = {
 }
 
 LABEL_DELAY_MS = 7 * DAY_MS
+LAST_MS_MAX = 31 * DAY_MS
 LABEL_WINDOWS_MS = {"1d": DAY_MS, "7d": 7 * DAY_MS, "30d": 30 * DAY_MS}
 
 
@@ -74,7 +75,8 @@ class Past:
 
     def last(self, entity: Entity, t_ms: int) -> Transaction | None:
         before = [e for e in self.events[-entity.head_events_max :] if e.event_time_ms <= t_ms]
-        return _newest(before) if before else None
+        last = _newest(before) if before else None
+        return last if last is not None and last.event_time_ms >= t_ms - LAST_MS_MAX else None
 
 
 def _newest(events: Sequence[Transaction]) -> Transaction:

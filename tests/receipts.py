@@ -76,11 +76,11 @@ class Recount:
             past.sort(key=lambda event: event[0])
 
     def gaps(self) -> list[str]:
-        """Entities whose order of observation is not 0, 1, 2 ...: something was lost or counted twice there."""
+        """Entities whose order of observation is not n, n + 1, n + 2 ...: something was lost or counted twice there."""
         return [
             f"{entity} {entity_id}: {[seq for seq, _ in past][:10]}"
             for (entity, entity_id), past in self._pasts.items()
-            if [seq for seq, _ in past] != list(range(len(past)))
+            if [seq for seq, _ in past] != list(range(past[0][0], past[0][0] + len(past)))
         ]
 
     def differences(self, sample: int, seed: int) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from deploy import features_page
 from deploy.settings_page import PAGE_PATH, page
 from gateway.contracts.decision import Receipt
 from gateway.contracts.label import Label
@@ -184,6 +185,11 @@ def test_a_leftover_is_seen() -> None:
 
 def test_every_setting_stands_on_its_page() -> None:
     assert PAGE_PATH.read_text() == page(), "run make docs"
+
+
+def test_every_feature_is_documented() -> None:
+    text = features_page.PAGE_PATH.read_text()
+    assert text == features_page.page(text), "run make docs"
 
 
 def test_every_setting_says_what_it_is() -> None:

@@ -25,6 +25,7 @@ from gateway.contracts.windows import (
     HOUR_MS,
     LABEL_WINDOW_INDEX,
     LABEL_WINDOWS,
+    LAST_MS_MAX,
     NEVER,
     PAIR_WINDOW,
     SEEN_HASH_MASK,
@@ -162,6 +163,12 @@ def _label_rate(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
     return _divide(a.label_frauds[w].astype(np.float64), a.label_count[w].astype(np.float64))
 
 
+def _label_count(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
+    """Payments old enough to be labelled."""
+    out: Floats = a.label_count[w].astype(np.float64)
+    return out
+
+
 def _frauds(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
     out: Floats = a.label_frauds[w].astype(np.float64)
     return out
@@ -221,6 +228,7 @@ AGGREGATES: dict[str, Callable[[Aggregates, int | slice, RequestColumns], Floats
     "distinct_b": _distinct_b,
     "distinct_c": _distinct_c,
     "label_rate": _label_rate,
+    "label_count": _label_count,
     "frauds": _frauds,
     "new_a": _new_a,
     "new_c": _new_c,
@@ -228,7 +236,7 @@ AGGREGATES: dict[str, Callable[[Aggregates, int | slice, RequestColumns], Floats
     "since_last": _since_last,
     "speed": _speed,
 }
-LABEL_AGGREGATES = frozenset({"label_rate", "frauds"})
+LABEL_AGGREGATES = frozenset({"label_rate", "label_count", "frauds"})
 SKETCH_AGGREGATES = frozenset({"distinct_a", "distinct_b", "distinct_c"})
 PAIR_AGGREGATES = frozenset({"new_a", "new_c"})
 REQUEST_FEATURES: dict[str, Callable[[RequestColumns], Floats]] = {
@@ -344,6 +352,7 @@ def _fingerprint() -> str:
         "features": [(f.name, f.entity, f.aggregate, f.window) for f in FEATURES],
         "entities": [(e.name, e.field, *e.dims, e.head_events_max, e.pairs, e.labelled) for e in ENTITIES],
         "windows": [(w.name, w.length_ms, w.tail_ms, w.delay_ms) for w in (*WINDOWS, *LABEL_WINDOWS)],
+        "last_ms": LAST_MS_MAX,
         "pairs": [PAIR_WINDOW.name, SEEN_HASH_MASK],
         "settle_ms": SETTLE_MS,
         "tiles_ms": TILE_RESOLUTIONS_MS,

@@ -14,7 +14,8 @@ tiled in the head: so each event is counted from exactly one of the two, however
     fg2:progress:{n}   on a cluster, copies of it in many slots, which tell the Spark job that no master has lost what it held
 
 All numbers are little-endian. The order of observation is absolute: a head is born with a `base` in microseconds of wall-clock time,
-and each event gets the next number after it. So a head that was lost and born anew continues behind the old one's numbers.
+rounded down to BASE_STEP, and each event gets the next number after it. So a head that was lost and born anew continues behind the old
+one's numbers, and the first number of a life tells whether something came before it.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ HEAD_EVENT = np.dtype(
         ("seq", "<u4"),  # place in the entity's order of observation, behind the head's base; filled in by the script
         ("observed_s", "<u2"),  # wall clock at observation, seconds since the epoch modulo 65,536
         ("tiled", "u1"),
-        ("reserved", "u1"),
+        ("counted", "u1"),  # what arrived later was in the tiles at observation
         ("latitude", "<f4"),
         ("longitude", "<f4"),
         ("dim_a", "<u2"),  # dim_hash of the entity's dimensions (contracts.features)
@@ -83,7 +84,7 @@ HEAD_EVENT = np.dtype(
         ("reserved2", "<u2"),
     ]
 )
-HEAD_EVENT_PACK = struct.Struct("<QqIIHBxffHHHxx")
+HEAD_EVENT_PACK = struct.Struct("<QqIIHBBffHHHxx")
 # A tile in memory, of any resolution.
 TILE = np.dtype(
     [
@@ -117,8 +118,11 @@ HEAD_KEPT_MIN = 4
 # committed: no Kafka transaction lives longer than a minute.
 HEAD_GUARD_S = 90
 
+BASE_STEP = 65_536
+
 # How long a gateway may be down and still find what the Spark job tiled meanwhile.
 EARLY_TTL_MS = 86_400_000
+EARLY_MAX = 4096
 
 FINGERPRINT_BYTES = 16
 POSITION = struct.Struct("<cxHIq")  # door ("k" or "h"), partition, -, offset

@@ -48,6 +48,7 @@ class Settings:
     mlflow_port: int = _port(15000, "port of the local MLflow server")
     gateway_port: int = _port(18080, "port of the gateway")
     jobs_port: int = _port(18090, "port of the feature jobs' metrics")
+    parity_port: int = _port(18091, "port of the metrics of fraudgate parity --live")
 
     redis_memory_mb: int = _setting(
         1024, "most memory of the local Redis, MiB; writes beyond it are refused, nothing is evicted", least=16, most=1_048_576

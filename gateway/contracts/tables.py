@@ -15,14 +15,30 @@ QUARANTINE = "quarantine"
 DECISIONS = "decisions"
 # The fields of a label, then partition, offset, kafka_timestamp, batch_id.
 LABELS = "labels"
+# transaction_id, event_time_ms, customer_id, merchant_id, is_fraud, source, state, reported_at_ms, change (+1: fraud became known, -1:
+# taken back, 0: nothing new), place, batch_id: each label that was matched with its payment, in the order (batch_id, place) of use.
+LABEL_CHANGES = "label_changes"
 # entity, entity_id, hour, transactions, amount_minor, declined, largest_minor, updated_at: one row an entity and hour.
 GOLD_ENTITY_HOUR = "gold_entity_hour"
 # transaction_id, the transaction's fields, the decision's outcome and score, the newest label: one row a transaction.
 GOLD_DECISIONS = "gold_decisions"
-# transaction_id, event_time_ms, one float column a feature (contracts.features.FEATURE_NAMES), is_fraud.
+# transaction_id, event_time_ms, one float column a feature (contracts.features.FEATURE_NAMES): what fraudgate backfill computed.
+FEATURES = "features"
+# transaction_id, event_time_ms, one float column a feature, is_fraud.
 TRAINING_SET = "training_set"
 
-TABLES: tuple[str, ...] = (BRONZE, SILVER, QUARANTINE, DECISIONS, LABELS, GOLD_ENTITY_HOUR, GOLD_DECISIONS, TRAINING_SET)
+TABLES: tuple[str, ...] = (
+    BRONZE,
+    SILVER,
+    QUARANTINE,
+    DECISIONS,
+    LABELS,
+    LABEL_CHANGES,
+    GOLD_ENTITY_HOUR,
+    GOLD_DECISIONS,
+    FEATURES,
+    TRAINING_SET,
+)
 
 
 def table_uri(tables: str, name: str) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.layout import DAY_MIN, DAY_TILE, FINE_TILE, FRAUD_DAY, HEAD_EVENT, HOUR_MIN
+from gateway.contracts.layout import DAY_MIN, DAY_TILE, FINE_TILE, FRAUD_DAY, HEAD_EVENT, HEAD_TTL_MS, HOUR_MIN
 
 Int64s = npt.NDArray[np.int64]
 
@@ -68,6 +68,10 @@ assert all(w.tail_ms in (0, *TILE_RESOLUTIONS_MS) and w.tail_ms <= w.length_ms f
 SKETCHED_WINDOWS = frozenset(w.name for w in WINDOWS if w.tail_ms < DAY_MS)
 # Over which a card's merchants and devices are remembered.
 PAIR_WINDOW = WINDOWS[WINDOW_INDEX["30d"]]
+
+# An entity's last event is known for so long: less than its head lives in Redis.
+LAST_MS_MAX = 31 * DAY_MS
+assert LAST_MS_MAX < HEAD_TTL_MS
 
 LABEL_DELAY_MS = 7 * DAY_MS
 LABEL_WINDOWS: tuple[Window, ...] = (
@@ -296,7 +300,7 @@ def aggregate(asked: Asked, held: Held) -> Aggregates:
         # The newest event by (event time, order of observation), found by one sort within owners.
         newest = np.lexsort((head["seq"], np.where(recent, when, NEVER), of_head))
         last = newest[np.cumsum(held.heads)[held.heads > 0] - 1]
-        valid = recent[last]
+        valid = recent[last] & (when[last] >= (t_ms - LAST_MS_MAX)[of_head[last]])
         index = np.flatnonzero(held.heads > 0)[valid]
         last = last[valid]
         result.last_event_time_ms[index] = when[last]

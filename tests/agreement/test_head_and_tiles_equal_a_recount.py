@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,10 @@ pytestmark = pytest.mark.integration
 NOON_MS = 1_700_000_000_000 - 1_700_000_000_000 % windows.DAY_MS + 12 * windows.HOUR_MS
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
+@contextmanager
+def redis_server(directory: Path) -> Iterator[redis.Redis]:
+    """A Redis of its own, for a test that may empty it."""
     port = free_ports(1)[0]
-    directory: Path = tmp_path_factory.mktemp("redis")
     command = [str(find_redis()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     client = redis.Redis(port=port)
@@ -48,6 +49,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
         client.close()
         process.terminate()
         process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as client:
+        yield client
 
 
 def make_stream(seed: int, events: int, step_ms: int, disorder_ms: int) -> list[Transaction]:

@@ -40,14 +40,14 @@ class Card:
     def job(self) -> TileJob:
         return TileJob(self.url, epoch=5, batch_id=1, now_ms=NOW_MS, retry_s=1)
 
-    def observe(self, hash_: int, t_ms: int = NOW_MS, observed_s: int = NOW_MS // 1000) -> None:
+    def observe(self, hash_: int, t_ms: int = NOW_MS, observed_s: int = NOW_MS // 1000, counted: bool = False) -> None:
         """As the gateway does for a transaction of the Kafka door."""
         check = layout.key_check(CARD.name, self.card_id)
         header = layout.HEAD_HEADER.pack(layout.LAYOUT_VERSION, 0, 0, check, NOW_MS * 1000, 0, 0)
-        event = layout.HEAD_EVENT_PACK.pack(hash_, t_ms, 100, 0, observed_s % 65_536, 0, 0.0, 0.0, 1, 2, 3)
+        event = layout.HEAD_EVENT_PACK.pack(hash_, t_ms, 100, 0, observed_s % 65_536, 0, counted, 0.0, 0.0, 1, 2, 3)
         claim = secrets.token_bytes(16) + layout.POSITION.pack(b"k", 0, 0, hash_)
         keys = [layout.PROGRESS_KEY, layout.idempotency_key(f"{self.card_id}-{hash_}"), self.head_key, self.tiles_key]
-        arguments: list[bytes | int] = [1, 60_000, layout.HEAD_TTL_MS, claim, 1, CAPACITY, header, event]
+        arguments: list[bytes | int] = [1, 60_000, layout.HEAD_TTL_MS, layout.EARLY_MAX, claim, 1, CAPACITY, header, event]
         self.client.eval(layout.OBSERVE_LUA, len(keys), *keys, *arguments)
 
     def merge(
@@ -80,6 +80,12 @@ class Card:
         value = self.client.get(self.head_key)
         assert isinstance(value, bytes)
         return layout.head_events(value, 0, layout.key_check(CARD.name, self.card_id))
+
+    def early(self) -> int:
+        """How many transactions the tiles are ahead of the gateway by, as their header says."""
+        value = self.client.get(self.tiles_key)
+        assert isinstance(value, bytes)
+        return int(layout.TILES_HEADER.unpack_from(value)[6])
 
     def lost(self) -> int:
         value = self.client.getrange(self.head_key, 20, 23)
@@ -192,10 +198,29 @@ def test_what_spark_tiles_before_the_gateway_observes_it_counts_once(card: Card)
     card.observe(3)
     assert card.head()["transaction"].tolist() == [2, 3]
     assert card.head()["tiled"].tolist() == [1, 0]
+    assert card.early() == 1
     # A later batch doesn't forget what is still to come.
     card.merge([3], job=dataclasses.replace(card.job, batch_id=2))
     card.observe(1)
     assert card.head()["tiled"].tolist() == [1, 1, 1]
+    assert card.early() == 0
+    assert card.client.exists(layout.early_key(CARD.name, card.card_id)) == 0
+
+
+def test_what_a_head_evicted_is_not_waited_for(card: Card) -> None:
+    total = CAPACITY + CAPACITY // 4 + 1
+    for i in range(1, total + 1):
+        card.observe(i)
+    card.merge(list(range(1, total + 3)))
+    assert card.early() == 2, "two that the gateway has not come to yet"
+
+
+def test_what_a_forgotten_early_list_held_counts_once_by_its_arrival(card: Card) -> None:
+    card.merge([1, 2])
+    card.client.delete(layout.early_key(CARD.name, card.card_id))
+    card.observe(1, counted=True)
+    card.observe(3, counted=False)
+    assert card.head()["tiled"].tolist() == [1, 0]
 
 
 def test_history_that_no_gateway_will_observe_leaves_no_early_list(card: Card) -> None:

@@ -2,10 +2,12 @@
 -- Used by observe.lua (a batch at once) and observe_entity.lua (one entity, for a cluster).
 --
 -- header  HEAD_HEADER (24 bytes) for a head that is born now; its flags say whether the entity has label counts
--- event   HEAD_EVENT (44 bytes); its place in the order of observation is filled in here
+-- event   HEAD_EVENT (44 bytes); its place in the order of observation is filled in here; its byte 28 says that the Spark job has
+--         counted what arrived later, which decides where the early list can't
+-- early_max  as many hashes as the early list may have: a full one has forgotten some
 -- Returns head, tiles, frauds (empty where there is none), and the transaction's place behind the head's base.
 -- Idempotent: an event that stands in the head already keeps its place.
-local function observe_entity(head_key, tiles_key, capacity, header, event, update, ttl_ms)
+local function observe_entity(head_key, tiles_key, capacity, header, event, update, ttl_ms, early_max)
   local head = redis.call('GET', head_key) or ''
   local seq = 0
   local own = nil
@@ -31,16 +33,23 @@ local function observe_entity(head_key, tiles_key, capacity, header, event, upda
     -- The Spark job may have come to it first (see merge.lua): then a tile holds it already.
     local early = redis.call('GETRANGE', tiles_key, 20, 23)
     if #early == 4 and early ~= '\0\0\0\0' then
-      local hashes = redis.call('GET', string.sub(tiles_key, 1, -2) .. 'e') or ''
+      local early_key = string.sub(tiles_key, 1, -2) .. 'e'
+      local hashes = redis.call('GET', early_key) or ''
       local txn, at = string.sub(event, 1, 8), 1
       while true do
         at = string.find(hashes, txn, at, true)
-        if not at then break end
-        if (at - 1) % 8 == 0 then
-          stamped = string.sub(stamped, 1, 26) .. '\1' .. string.sub(stamped, 28)
-          break
-        end
+        if not at or (at - 1) % 8 == 0 then break end
         at = at + 1
+      end
+      local forgotten = #hashes / 8 ~= struct.unpack('<I4', early) or #hashes / 8 >= early_max
+      if at or (forgotten and string.byte(event, 28) == 1) then
+        stamped = string.sub(stamped, 1, 26) .. '\1' .. string.sub(stamped, 28)
+      end
+      if at then
+        -- Now it is observed: what is left of the list is what the tiles are ahead by.
+        hashes = string.sub(hashes, 1, at - 1) .. string.sub(hashes, at + 8)
+        if hashes == '' then redis.call('DEL', early_key) else redis.call('SET', early_key, hashes, 'KEEPTTL') end
+        redis.call('SETRANGE', tiles_key, 20, struct.pack('<I4', #hashes / 8))
       end
     end
     if not sound then

@@ -57,6 +57,10 @@ if old_early > 0 then
   end
   early = table.concat(still)
 end
+local seq, lost = 0, 0
+if events > 0 then seq, lost = struct.unpack('<I4I4', string.sub(head, 17, 24)) end
+-- The head has evicted some before they were tiled, and the oldest are taken to be those: the gateway won't come to them again.
+for _ = 1, math.min(lost, #unfound) do table.remove(unfound, 1) end
 if #unfound > 0 or old_early > 0 then
   early = string.sub(early .. table.concat(unfound), -8 * tonumber(ARGV[11]))
   if early == '' then redis.call('DEL', KEYS[3]) else redis.call('SET', KEYS[3], early, 'PX', ARGV[10]) end
@@ -64,7 +68,6 @@ end
 redis.call('SET', KEYS[2], string.sub(ARGV[1], 1, 20) .. struct.pack('<I4', #early / 8) .. string.sub(ARGV[1], 25), 'PX', ARGV[5])
 if events == 0 then return 1 end
 
-local seq, lost = struct.unpack('<I4I4', string.sub(head, 17, 24))
 -- What this batch added and the head no longer holds was evicted before it was tiled: now it is in the tiles after all.
 local less = math.max(0, lost - (tonumber(ARGV[4]) - found))
 local kept = {}

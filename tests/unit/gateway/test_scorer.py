@@ -13,6 +13,7 @@ from gateway.policy import load_policy
 from gateway.recent import RecentDecisions
 from gateway.scorer import Scorer
 from gateway.store import Observation
+from gateway.unobserved import Unobserved
 from tests.unit.gateway.factories import NOW_MS, StubStore, make_answer, make_job, make_observation, make_transaction, write_model
 
 pytestmark = pytest.mark.anyio
@@ -33,13 +34,14 @@ def no_model(tmp_path: Path) -> ModelSlot:
     return ModelSlot(tmp_path)
 
 
-def make_scorer(store: StubStore, models: ModelSlot, clock_s: float = 0.0) -> Scorer:
+def make_scorer(store: StubStore, models: ModelSlot, clock_s: float = 0.0, unobserved: Unobserved | None = None) -> Scorer:
     return Scorer(
         store,  # type: ignore[arg-type]
         models,
         load_policy(""),
         Metrics(),
         RecentDecisions(600, clock_s=lambda: clock_s),
+        Unobserved(store, Metrics()) if unobserved is None else unobserved,  # type: ignore[arg-type]
         feature_budget_ms=40,
         code_version="test",
         now_ms=lambda: NOW_MS,
@@ -166,3 +168,12 @@ async def test_kafka_leaves_to_http_what_it_is_deciding_and_takes_over_what_it_n
     [taken] = await make_scorer(store, slot).decide([make_job(offset=4)])
     assert taken.verdict is Verdict.DECIDED
     assert store.claims == [http.claim]
+
+
+async def test_what_was_decided_without_redis_is_kept_to_be_observed(slot: ModelSlot) -> None:
+    silent = StubStore(None)
+    unobserved = Unobserved(silent, Metrics())  # type: ignore[arg-type]
+    await make_scorer(silent, slot, unobserved=unobserved).decide([make_job()])
+    assert len(unobserved) == 1
+    await make_scorer(StubStore(make_observation(1)), slot, unobserved=unobserved).decide([make_job()])
+    assert len(unobserved) == 1

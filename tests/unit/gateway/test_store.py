@@ -7,6 +7,7 @@ import pytest
 
 from gateway.contracts.features import ENTITIES, FEATURE_INDEX, request_columns
 from gateway.contracts.layout import (
+    BASE_STEP,
     DAY_TILE,
     FRAUD_DAY,
     HEAD_EVENT,
@@ -36,7 +37,7 @@ def head_of(entity: int, name: str, entity_id: str, *events: bytes, lost: int = 
 
 def event(seq: int, when_ms: int, amount: int = 100, merchant: str = "m0") -> bytes:
     dims = (dim_hash(merchant), dim_hash("DE"), dim_hash(None))
-    return HEAD_EVENT_PACK.pack(1000 + seq, when_ms, amount, seq, 0, 0, math.nan, math.nan, *dims)
+    return HEAD_EVENT_PACK.pack(1000 + seq, when_ms, amount, seq, 0, 0, 0, math.nan, math.nan, *dims)
 
 
 def reply_of(*heads: bytes, before: bytes | None = None, progress: bytes | None = None) -> list[Any]:
@@ -79,7 +80,8 @@ async def test_events_of_the_head_become_features() -> None:
     assert feature(found, "merchant_count_5m") == 0
     assert math.isnan(feature(found, "device_count_5m"))
     # What is born now is numbered from the wall clock.
-    assert found.seq.tolist() == [[BASE + 2, NOW_MS * 1000, NOW_MS * 1000, -1, -1]]
+    born = NOW_MS * 1000 // BASE_STEP * BASE_STEP
+    assert found.seq.tolist() == [[BASE + 2, born, born, -1, -1]]
     assert found.label_changes.tolist() == [[0, 0]]
     assert not found.stale.any()
     assert found.tiles_age_ms == 0
@@ -150,13 +152,21 @@ async def test_features_get_stale_when_the_spark_job_leaves_transactions_uncount
     assert (await observed(store, make_job())).stale.all()
 
 
-async def test_what_spark_has_counted_already_is_stale_and_not_counted_from_the_head() -> None:
+async def test_tiles_ahead_of_what_was_observed_are_stale() -> None:
+    header = np.zeros(1, TILES_HEADER_FIELDS)
+    header["version"], header["check"], header["early"] = LAYOUT_VERSION, key_check("card", "card-1"), 1
+    reply = reply_of(progress=FRESH)
+    reply[3] = header.tobytes()
+    assert (await observed(make_store(ScriptedLink(reply)), make_job())).stale.tolist() == [True]
+
+
+async def test_the_script_is_told_what_spark_has_counted_already() -> None:
     ahead = packed_progress(arrived_through_ms=NOW_MS + TILES_AHEAD_MARGIN_MS + 1)
     link = ScriptedLink(reply_of(progress=ahead), progress=ahead)
-    assert (await observed(make_store(link), make_job(offset=5))).stale.all()
+    await observed(make_store(link), make_job(offset=5))
     events = [a for a in link.sent[-1] if isinstance(a, bytes) and len(a) == HEAD_EVENT.itemsize]
     assert len(events) == 3
-    assert all(np.frombuffer(e, HEAD_EVENT)["tiled"][0] == 1 for e in events)
+    assert all(np.frombuffer(e, HEAD_EVENT)["counted"][0] == 1 for e in events)
 
 
 async def test_a_settled_transaction_has_no_features_and_its_neighbour_has() -> None:

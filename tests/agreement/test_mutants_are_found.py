@@ -1,0 +1,191 @@
+"""Would the agreement tests notice? Each small error seeded into the window arithmetic must make the recount differ.
+
+A mutant is the real source with one expression changed, used by the real store and the real tile writer on a real Redis.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import redis
+from msgspec import structs
+
+import gateway.store
+from feature_jobs import tiles as tile_writer
+from gateway.contracts import layout, tiles
+from gateway.contracts.transaction import Transaction
+from tests.agreement.test_head_and_tiles_equal_a_recount import NOON_MS, make_stream, redis_server
+from tests.entities import Entities
+from tests.oracle import Oracle, differences
+
+pytestmark = pytest.mark.integration
+
+LUA = Path(layout.__file__).parent / "lua"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    what: str
+    source: str
+    right: str
+    wrong: str
+
+
+MUTANTS = (
+    Mutant(
+        "an event exactly on the boundary falls between head and tiles", "windows", "when >= edge[of_head]", "when > edge[of_head]"
+    ),
+    Mutant("an event of the same instant is dropped", "windows", "(when <= t_ms[of_head])", "(when < t_ms[of_head])"),
+    Mutant("the tail isn't rounded", "windows", "start if window.tail_ms == 0 else start - start % window.tail_ms", "start"),
+    Mutant("a head's event on the tail is dropped", "windows", "(when >= from_ms[:, of_head])", "(when > from_ms[:, of_head])"),
+    Mutant("a fine tile on the tail is dropped", "windows", "(start >= from_ms[:, of_fine])", "(start > from_ms[:, of_fine])"),
+    Mutant("a day on the tail is dropped", "windows", "(start_day >= from_ms[:, of_day])", "(start_day > from_ms[:, of_day])"),
+    Mutant("the tile before the boundary is dropped", "windows", "<= edge_fine", "< edge_fine"),
+    Mutant("the day before the boundary is dropped", "windows", "DAY_MS <= edge[of_day]", "DAY_MS < edge[of_day]"),
+    Mutant(
+        "5 minutes don't fill the hour",
+        "windows",
+        "(start >= edge_fine - edge_fine % HOUR_MS)",
+        "(start > edge_fine - edge_fine % HOUR_MS)",
+    ),
+    Mutant(
+        "hours don't fill the day",
+        "windows",
+        "(start >= edge_fine - edge_fine % DAY_MS)",
+        "(start > edge_fine - edge_fine % DAY_MS)",
+    ),
+    Mutant("an hour counts beside its 5 minutes", "windows", "(is_hour | fills_hour)", "(is_hour | ~is_hour)"),
+    Mutant("a head counts one too few", "windows", "(age <= asked.capacity[of_head])", "(age < asked.capacity[of_head])"),
+    Mutant("a transaction counts itself", "windows", "(age > 0)", "(age >= 0)"),
+    Mutant(
+        "a late event that no tile holds yet is dropped",
+        "windows",
+        'untiled = seen & (head["tiled"] == 0)',
+        'untiled = seen & (head["tiled"] == 2)',
+    ),
+    Mutant("a tiled event counts from the head as well", "windows", 'untiled = seen & (head["tiled"] == 0)', "untiled = seen"),
+    Mutant(
+        "labels count one day too early",
+        "windows",
+        "before, fraud_before = day_ms < until",
+        "before, fraud_before = day_ms <= until",
+    ),
+    Mutant("labels have no delay", "windows", "stop = t_ms - window.delay_ms", "stop = t_ms"),
+    Mutant(
+        "the last step before the boundary isn't remembered",
+        "windows",
+        "(start + SEEN_STEP_MS <= edge[owner])",
+        "(start + SEEN_STEP_MS < edge[owner])",
+    ),
+    Mutant("the last event may come later", "windows", "np.where(recent, when, NEVER)", "when"),
+    Mutant(
+        "an event on an edge goes to the tile before",
+        "tiles",
+        "(event_time_ms - event_time_ms % resolution_ms)",
+        "(event_time_ms - 1 - (event_time_ms - 1) % resolution_ms)",
+    ),
+    Mutant("the second event of a tile is dropped", "tiles", '("count", np.add)', '("count", np.maximum)'),
+    Mutant(
+        "days go a day too early",
+        "tiles",
+        "retention_ms = np.full(len(tiles), TILE_RETENTION_MS[resolution_ms])",
+        "retention_ms = np.full(len(tiles), TILE_RETENTION_MS[resolution_ms] - DAY_MS)",
+    ),
+    Mutant("a redelivery counts twice", "entity.lua", "  if own then\n", "  if false then\n"),
+    Mutant("what Spark counted first counts twice", "entity.lua", "if at or (forgotten", "if (forgotten"),
+    Mutant("what a tile holds isn't marked", "merge.lua", "      tiled[at] = true\n", ""),
+    Mutant("compaction drops what a window needs", "merge.lua", "times[i + 1] >= keep_from", "times[i + 1] > sorted[events]"),
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as client:
+        yield client
+
+
+def differs(server: redis.Redis, seed: int, step_ms: int, disorder_ms: int) -> bool:
+    """True when some feature of some transaction differs from its recount: late, redelivered, tiled early, tiled late."""
+    entities, oracle, rng = Entities(server), Oracle(), random.Random(seed)
+    pending: list[Transaction] = []
+    stream = make_stream(seed, 100, step_ms, disorder_ms)
+    early = rng.sample(range(20, 100), 8)
+    for n, t in enumerate(stream):
+        if n in early:
+            entities.tile([t])
+        seen = entities.observe(t)
+        if differences(oracle.observe(t), seen):
+            return True
+        if n not in early:
+            pending.append(t)
+        if rng.random() < 0.1:
+            server.delete(layout.idempotency_key(t.transaction_id))
+            if differences(seen, entities.observe(t)):
+                return True
+        if rng.random() < 0.2:
+            about = stream[rng.randrange(n + 1)]
+            entities.label(about, 1)
+            oracle.label(about, 1)
+        if pending and (len(pending) > 30 or rng.random() < 0.2):
+            entities.tile(pending)
+            pending.clear()
+    return False
+
+
+def burst_differs(server: redis.Redis) -> bool:
+    """The same for more events in a minute than a head counts."""
+    entities, oracle = Entities(server), Oracle()
+    stream = [structs.replace(t, event_time_ms=NOON_MS + 100 * n) for n, t in enumerate(make_stream(9, 160, 1, 0))]
+    return any(differences(oracle.observe(t), entities.observe(t)) for t in [structs.replace(t, card_id="c") for t in stream])
+
+
+def found(server: redis.Redis) -> bool:
+    kinds = ((20_000_000, 0), (60_000, 240_000), (1_800_000, 30_000), (1_000, 30_000))
+    return burst_differs(server) or any(differs(server, seed, *kind) for seed in (3, 8) for kind in kinds)
+
+
+def mutated(mutant: Mutant) -> str:
+    path = (
+        LUA / mutant.source
+        if mutant.source.endswith(".lua")
+        else Path(sys.modules[f"gateway.contracts.{mutant.source}"].__file__ or "")
+    )
+    text = path.read_text()
+    assert mutant.right in text, "the mutant's source has changed: change the mutant with it"
+    return text.replace(mutant.right, mutant.wrong)
+
+
+def install(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
+    text = mutated(mutant)
+    if mutant.source == "entity.lua":
+        script = text + (LUA / "observe.lua").read_text()
+        patch.setattr(gateway.store, "OBSERVE_LUA", script)
+    elif mutant.source == "merge.lua":
+        patch.setattr(layout, "MERGE_LUA", text)
+        patch.setattr(tile_writer, "MERGE_SHA", hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+    else:
+        module = ModuleType(f"mutated_{mutant.source}")
+        # Dataclasses look their module up.
+        patch.setitem(sys.modules, module.__name__, module)
+        exec(compile(text, mutant.what, "exec"), module.__dict__)  # noqa: S102
+        if mutant.source == "windows":
+            patch.setattr(gateway.store, "aggregate", module.__dict__["aggregate"])
+        else:
+            patch.setattr(tiles, "add_events", module.__dict__["add_events"])
+
+
+def test_the_unchanged_source_has_nothing_to_find(server: redis.Redis) -> None:
+    assert not found(server)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.what)
+def test_a_mutant_is_found(server: redis.Redis, monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
+    install(mutant, monkeypatch)
+    assert found(server), "nothing noticed"

@@ -1,0 +1,269 @@
+"""The parity check over receipts that the gateway's store really gave, and over receipts that were spoilt afterwards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import redis
+from deltalake import write_deltalake
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from feature_jobs.parity import NoReceiptsError, Report, check_parity
+from gateway.contracts import tables
+from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, FINGERPRINT
+from gateway.contracts.settings import Settings
+from gateway.contracts.topics import SCORED_NEVER
+from gateway.contracts.transaction import FIELDS, Transaction
+from tests.agreement.test_head_and_tiles_equal_a_recount import make_stream, redis_server
+from tests.entities import WALL_MS, Entities
+
+pytestmark = pytest.mark.integration
+
+TEXT = {f: pa.string() for f in FIELDS}
+SILVER = pa.schema(
+    [
+        *(
+            TEXT | {"event_time_ms": pa.int64(), "amount_minor": pa.int64(), "latitude": pa.float64(), "longitude": pa.float64()}
+        ).items(),
+        ("scored_by", pa.string()),
+        ("kafka_timestamp", pa.timestamp("us", "UTC")),
+    ]
+)
+RECEIPT = pa.schema(
+    [
+        ("transaction_id", pa.string()),
+        ("feature_fingerprint", pa.string()),
+        ("features", pa.list_(pa.float32())),
+        ("observed_seq", pa.list_(pa.int64())),
+        ("label_changes", pa.list_(pa.int64())),
+        ("degraded", pa.list_(pa.string())),
+        ("received_at_ms", pa.int64()),
+    ]
+)
+CHANGE = pa.schema([("transaction_id", pa.string()), ("change", pa.int32()), ("batch_id", pa.int64()), ("place", pa.int64())])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as client:
+        yield client
+
+
+@dataclass
+class Log:
+    """What streaming leaves in the tables, written down while the gateway's store is driven."""
+
+    entities: Entities
+    silver: list[dict[str, Any]] = field(default_factory=list)
+    receipts: list[dict[str, Any]] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+
+    def arrive(self, t: Transaction, scored_by: str | None = None, minutes: int = 0) -> None:
+        self.silver.append(structs.asdict(t) | {"scored_by": scored_by, "kafka_timestamp": (WALL_MS + minutes * 60_000) * 1000})
+
+    def score(self, t: Transaction, minutes: int = 0) -> None:
+        found = self.entities.look([t])
+        if found.settled[0] is not None:
+            return
+        self.receipts.append(
+            {
+                "transaction_id": t.transaction_id,
+                "feature_fingerprint": FINGERPRINT,
+                "features": found.matrix[0].tolist(),
+                "observed_seq": found.seq[0].tolist(),
+                "label_changes": found.label_changes[0].tolist(),
+                "degraded": ["stale_features"] if found.stale[0] else [],
+                "received_at_ms": WALL_MS + minutes * 60_000,
+            }
+        )
+
+    def label(self, t: Transaction, change: int) -> None:
+        self.entities.label(t, change)
+        self.changes.append({"transaction_id": t.transaction_id, "change": change, "batch_id": len(self.changes), "place": 0})
+
+    def check(self, home: Path, **options: Any) -> Report:
+        made = Settings(home=str(home))
+        for name, rows, schema in (
+            (tables.SILVER, self.silver, SILVER),
+            (tables.DECISIONS, self.receipts, RECEIPT),
+            (tables.LABEL_CHANGES, self.changes, CHANGE),
+        ):
+            write_deltalake(tables.table_uri(made.tables, name), pa.Table.from_pylist(rows, schema), mode="overwrite")
+        return check_parity(made, **options)
+
+
+def drive(log: Log, stream: list[Transaction], seed: int, tile_chance: float) -> None:
+    """Score a stream with retries, labels and tiles at any time, as streaming would."""
+    rng = random.Random(seed)
+    pending: list[Transaction] = []
+    labelled: set[str] = set()
+    for n, t in enumerate(stream):
+        log.arrive(t)
+        log.score(t)
+        pending.append(t)
+        if rng.random() < 0.1:
+            log.score(stream[rng.randrange(n + 1)])
+        if rng.random() < 0.15:
+            about = stream[rng.randrange(n + 1)]
+            log.label(about, -1 if about.transaction_id in labelled else 1)
+            labelled ^= {about.transaction_id}
+        if len(pending) == min(e.head_events_max for e in ENTITIES) or rng.random() < tile_chance:
+            log.entities.tile(pending)
+            pending.clear()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32),
+    step_ms=st.sampled_from([1, 1_000, 60_000, 1_800_000, 20_000_000]),
+    disorder_ms=st.sampled_from([0, 30_000, 240_000, 3_000_000]),
+    tile_chance=st.sampled_from([0.0, 0.1, 0.5]),
+)
+def test_every_receipt_is_recomputed_to_the_bit(
+    server: redis.Redis, tmp_path: Path, seed: int, step_ms: int, disorder_ms: int, tile_chance: float
+) -> None:
+    log = Log(Entities(server, hours_a_batch=0))
+    stream = make_stream(seed, 150, step_ms, disorder_ms)
+    drive(log, stream, seed, tile_chance)
+    report = log.check(tmp_path)
+    assert report.examples == []
+    assert report.different_values == 0
+    assert report.rows + report.stale_rows == len(stream)
+    assert report.stale_rows == 0
+    assert report.unverifiable_rows == report.missing_rows == 0
+    if disorder_ms == 0:
+        assert report.late_rows == 0
+
+
+def make_log(server: redis.Redis, events: int = 120, disorder_ms: int = 0) -> Log:
+    log = Log(Entities(server, hours_a_batch=0))
+    drive(log, make_stream(4, events, 600_000, disorder_ms), 4, 0.1)
+    return log
+
+
+def shifted(row: dict[str, Any]) -> None:
+    row["features"][FEATURE_NAMES.index("card_count_24h")] += 1
+
+
+def swapped(row: dict[str, Any]) -> None:
+    row["features"][FEATURE_NAMES.index("card_count_24h")] = float("nan")
+
+
+@pytest.mark.parametrize("spoil", [shifted, swapped])
+def test_one_spoilt_value_is_found_and_named(server: redis.Redis, tmp_path: Path, spoil: Callable[[dict[str, Any]], None]) -> None:
+    log = make_log(server)
+    spoil(log.receipts[70])
+    report = log.check(tmp_path)
+    assert report.different_values == report.different["card_count_24h"] == 1
+    assert [(d.transaction_id, d.feature) for d in report.examples] == [(log.receipts[70]["transaction_id"], "card_count_24h")]
+
+
+def test_a_payment_that_was_counted_twice_is_found(server: redis.Redis, tmp_path: Path) -> None:
+    log = Log(Entities(server, hours_a_batch=0))
+    stream = make_stream(4, 60, 600_000, 0)
+    for t in stream[:40]:
+        log.arrive(t)
+        log.score(t)
+    log.entities.tile(stream[:40])
+    # The mutation: a batch is added a second time under another id.
+    log.entities.tile(stream[20:40])
+    for t in stream[40:]:
+        log.arrive(t)
+        log.score(t)
+    assert log.check(tmp_path).different_values > 0
+
+
+def test_a_late_payment_that_its_tile_lacks_is_found(server: redis.Redis, tmp_path: Path) -> None:
+    log = Log(Entities(server, hours_a_batch=0))
+    stream = make_stream(4, 60, 600_000, 0)
+    late = structs.replace(stream[10], transaction_id="late", event_time_ms=stream[10].event_time_ms - 900_000)
+    for t in [*stream[:40], late]:
+        log.arrive(t)
+        log.score(t)
+    log.entities.tile(stream[:40])
+    # The mutation: it is marked as tiled and stands in no tile.
+    for entity in ENTITIES:
+        entity_id = getattr(late, entity.field)
+        if entity_id is not None:
+            key = f"fg2:{{{entity.name}:{entity_id}}}:h"
+            head = server.get(key)
+            assert isinstance(head, bytes)
+            server.setrange(key, len(head) - 44 + 26, b"\1")
+    for t in stream[40:]:
+        log.arrive(t)
+        log.score(t)
+    assert log.check(tmp_path).different_values > 0
+
+
+def test_late_payments_are_counted_as_late_and_recomputed_as_observed(server: redis.Redis, tmp_path: Path) -> None:
+    report = make_log(server, disorder_ms=3_000_000).check(tmp_path)
+    assert report.late_rows > 0
+    assert report.recounted > 0
+    assert report.different_values == 0
+
+
+def test_receipts_without_features_are_missing_and_stale_ones_are_not_compared(server: redis.Redis, tmp_path: Path) -> None:
+    log = make_log(server)
+    log.receipts[-1]["observed_seq"] = [-1] * len(ENTITIES)
+    log.receipts[-2]["degraded"] = ["stale_features"]
+    shifted(log.receipts[-2])
+    report = log.check(tmp_path)
+    assert (report.missing_rows, report.stale_rows, report.different_values) == (1, 1, 0)
+    assert report.to_json()["missing"] == len(FEATURES)
+
+
+def test_what_rests_on_a_receipt_that_was_lost_is_unverifiable_and_not_different(server: redis.Redis, tmp_path: Path) -> None:
+    log = make_log(server)
+    del log.receipts[30]
+    report = log.check(tmp_path)
+    assert report.unverifiable_rows > 0
+    assert report.different_values == 0
+
+
+def test_a_payment_that_was_observed_after_its_decision_has_the_place_that_is_missing(server: redis.Redis, tmp_path: Path) -> None:
+    log = make_log(server)
+    for n, row in enumerate(log.receipts):
+        row["received_at_ms"] += 10_000 * n
+    log.receipts[30]["observed_seq"] = [-1] * len(ENTITIES)
+    report = log.check(tmp_path)
+    assert (report.missing_rows, report.unverifiable_rows, report.different_values) == (1, 0, 0)
+    # The second one of the same card was received before some that have no place for it: those can't be told.
+    again = next(i for i, t in enumerate(log.silver) if i > 35 and t["card_id"] == log.silver[30]["card_id"])
+    late = log.receipts[again]
+    late["observed_seq"], late["received_at_ms"] = [-1] * len(ENTITIES), log.receipts[33]["received_at_ms"]
+    report = log.check(tmp_path)
+    assert report.missing_rows == 2
+    assert report.unverifiable_rows > 0
+    assert report.different_values == 0
+
+
+def test_history_that_nobody_observed_counts_from_tiles_alone(server: redis.Redis, tmp_path: Path) -> None:
+    log = Log(Entities(server, hours_a_batch=0))
+    stream = make_stream(12, 100, 600_000, 0)
+    for t in stream[:60]:
+        log.arrive(t, scored_by=SCORED_NEVER.decode())
+    log.entities.tile(stream[:60], from_kafka=False)
+    for t in stream[60:]:
+        log.arrive(t, minutes=60)
+        log.score(t, minutes=60)
+    report = log.check(tmp_path)
+    assert (report.rows, report.different_values) == (40, 0)
+
+
+def test_a_sample_compares_so_many_and_a_period_only_its_own(server: redis.Redis, tmp_path: Path) -> None:
+    log = make_log(server)
+    assert log.check(tmp_path, sample=10).rows == 10
+    times = sorted(row["event_time_ms"] for row in log.silver)
+    half = log.check(tmp_path, from_ms=times[60])
+    assert half.different_values == 0
+    assert half.rows == sum(ms >= times[60] for ms in times)
+    with pytest.raises(NoReceiptsError):
+        log.check(tmp_path, from_ms=times[-1] + 1)
