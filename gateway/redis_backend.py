@@ -160,6 +160,8 @@ class ClusterRedis:
         return claims, observations
 
     def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
+        """When one can't be stored, all that were written with it count as failed."""
+
         def done(task: asyncio.Task[list[Any]]) -> None:
             if task.cancelled() or task.exception() is not None:
                 failed(len(answers))

@@ -291,9 +291,7 @@ class ClusterLink:
 
 def _address_of(url: str) -> Address:
     parts = urlsplit(url)
-    if not parts.hostname:
-        raise ValueError("a node of the Redis Cluster has no host")
-    return parts.hostname, parts.port or REDIS_PORT
+    return parts.hostname or "", parts.port or REDIS_PORT
 
 
 def link_to(url: str, probe_s: float) -> RedisLink | ClusterLink:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import redis
 
@@ -61,10 +62,12 @@ class Cluster:
     """`nodes` are the masters, and then the replica if there is one."""
 
     nodes: list[Node]
+    password: str = ""
 
     @property
     def url(self) -> str:
-        return "redis+cluster://" + ",".join(f"{HOST}:{node.port}" for node in self.nodes)
+        user = f":{quote(self.password, safe='')}@" if self.password else ""
+        return f"redis+cluster://{user}" + ",".join(f"{HOST}:{node.port}" for node in self.nodes)
 
     def well(self) -> bool:
         return all(
@@ -73,12 +76,13 @@ class Cluster:
         )
 
     def owner(self, slot: int) -> Node:
-        """The node that serves `slot`, as all nodes see it."""
-        for node in self.nodes:
-            for first, last, (_, port, *_), *_ in node.ask("CLUSTER", "SLOTS"):
-                if first <= slot <= last and port == node.port:
-                    return node
-        raise AssertionError(f"nobody serves slot {slot}")
+        """The node that says of itself that it serves `slot`."""
+        return next(node for node in self.nodes if self._served_by(node, slot) == node.port)
+
+    @staticmethod
+    def _served_by(node: Node, slot: int) -> int:
+        """The port of the node that serves `slot`, as `node` sees it."""
+        return next(int(port) for first, last, (_, port, *_), *_ in node.ask("CLUSTER", "SLOTS") if first <= slot <= last)
 
     def replicate(self, replica: Node, master: Node) -> None:
         """Make an empty node the replica of a master, and wait until it has all of its data."""
@@ -108,9 +112,15 @@ class Cluster:
             source.ask("MIGRATE", HOST, target.port, "", 0, 5000, "KEYS", *keys)
 
     def close_slot(self, slot: int, target: Node) -> None:
-        """The slot is the target's, which all nodes are told."""
+        """The slot is the target's, which all nodes are told. Returns when they agree, for the next move needs them to."""
         for node in sorted(self.nodes, key=lambda n: n is not target):
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", target.node_id)
+
+        def agreed() -> bool:
+            epochs = {node.info()["cluster_current_epoch"] for node in self.nodes}
+            return len(epochs) == 1 and all(self._served_by(node, slot) == target.port for node in self.nodes)
+
+        wait_until(agreed, START_WITHIN_S, "the nodes agree on a slot's new owner")
 
     def move_slot(self, slot: int, target: Node) -> None:
         source = self.owner(slot)
@@ -122,7 +132,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(folder: Path, replicas: int = 0) -> Iterator[Cluster]:
+def running_cluster(folder: Path, replicas: int = 0, password: str = "") -> Iterator[Cluster]:
     """Three masters that share the slots evenly, and replicas of the first. At the end they are gone whatever happened."""
     count = NODES + replicas
     ports = free_ports(2 * count)
@@ -140,9 +150,11 @@ def running_cluster(folder: Path, replicas: int = 0) -> Iterator[Cluster]:
                 "cluster-port": bus_port,
                 "cluster-node-timeout": NODE_TIMEOUT_MS,
             }
+            if password:
+                options |= {"requirepass": password, "masterauth": password}
             command = [str(find_redis()), *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            nodes.append(Node(port, bus_port, process, redis.Redis(host=HOST, port=port)))
+            nodes.append(Node(port, bus_port, process, redis.Redis(host=HOST, port=port, password=password or None)))
         for i, node in enumerate(nodes):
             wait_until(node.answers, START_WITHIN_S, "a node of the cluster starts")
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
@@ -150,7 +162,7 @@ def running_cluster(folder: Path, replicas: int = 0) -> Iterator[Cluster]:
                 node.ask("CLUSTER", "ADDSLOTSRANGE", CLUSTER_SLOTS * i // NODES, CLUSTER_SLOTS * (i + 1) // NODES - 1)
         for node in nodes[1:]:
             nodes[0].ask("CLUSTER", "MEET", HOST, node.port, node.bus_port)
-        cluster = Cluster(nodes)
+        cluster = Cluster(nodes, password)
         wait_until(cluster.well, START_WITHIN_S, "the cluster is well")
         for node in nodes[NODES:]:
             cluster.replicate(node, nodes[0])

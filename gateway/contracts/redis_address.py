@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from binascii import crc_hqx
+from urllib.parse import urlsplit
 
 CLUSTER_SLOTS = 16_384
 REDIS_PORT = 6379
@@ -18,10 +19,19 @@ def cluster_seeds(url: str) -> list[str]:
     """The URL of each node named in redis+cluster://[[user]:password@]host[:port][,host[:port]...]. Raises ValueError."""
     scheme, _, rest = url.partition("://")
     before, at, hosts = rest.strip("/").rpartition("@")
-    seeds = [host.strip() for host in hosts.split(",") if host.strip()]
-    if scheme not in CLUSTER_SCHEMES or not seeds or "/" in hosts:
+    seeds = [f"{CLUSTER_SCHEMES.get(scheme, '')}://{before}{at}{host.strip()}" for host in hosts.split(",") if host.strip()]
+    if scheme not in CLUSTER_SCHEMES or not seeds or "/" in hosts or not all(_has_address(seed) for seed in seeds):
         raise ValueError("the URL of a Redis Cluster must look like redis+cluster://host:port,host:port")
-    return [f"{CLUSTER_SCHEMES[scheme]}://{before}{at}{host}" for host in seeds]
+    return seeds
+
+
+def _has_address(seed: str) -> bool:
+    try:
+        parts = urlsplit(seed)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        # No number for a port, or one that is none.
+        return False
 
 
 def hash_slot(key: str) -> int:

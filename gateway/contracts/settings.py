@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gateway.contracts.redis_address import cluster_seeds, is_cluster
+
 ENV_PREFIX = "FRAUDGATE_"
 PORT_MAX = 65_535
 
@@ -185,4 +187,9 @@ def load_settings(env: Mapping[str, str] | None = None) -> Settings:
         raise SettingError("FRAUDGATE_FEATURE_BUDGET_MS must be less than FRAUDGATE_DECISION_BUDGET_MS")
     if settings.dedup_window_s < settings.idempotency_window_s:
         raise SettingError("FRAUDGATE_DEDUP_WINDOW_S must be at least FRAUDGATE_IDEMPOTENCY_WINDOW_S")
+    if is_cluster(settings.redis_url):
+        try:
+            cluster_seeds(settings.redis_url)
+        except ValueError as exc:
+            raise SettingError(f"FRAUDGATE_REDIS_URL: {exc}") from exc
     return settings

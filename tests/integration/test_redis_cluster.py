@@ -221,32 +221,35 @@ def test_a_slot_is_followed_at_each_step_of_its_migration(cluster: Cluster, clie
 def test_a_slot_that_wanders_under_traffic_of_two_gateways_loses_nothing(cluster: Cluster) -> None:
     run = secrets.token_hex(4)
     slot = hash_slot(layout.head_key("card", run))
-    jobs = [card_job(run, i) for i in range(600)]
+    after = 20
 
     def wander() -> None:
         for i in range(9):
             cluster.move_slot(slot, cluster.nodes[i % 3])
 
-    async def serve(store: Store, mine: Sequence[Job], moving: asyncio.Task[None]) -> list[int]:
+    async def serve(store: Store, first: int, moving: asyncio.Task[None]) -> list[int]:
         """The place of each. What isn't observed comes again, as from Kafka; once the slot rests, nothing is missed any more."""
-        places = []
-        for job in mine:
+        places: list[int] = []
+        left = after
+        while left:
+            left -= moving.done()
             found = None
             while found is None:
                 rests = moving.done()
-                found = await look(store, job, timeout_s=1.0)
+                found = await look(store, card_job(run, first + 2 * len(places)), timeout_s=1.0)
                 assert found is not None or not rests
             places.append(int(found.seq[0, 0]))
         return places
 
     async def use(*stores: Store) -> list[int]:
         moving = asyncio.create_task(asyncio.to_thread(wander))
-        served = await asyncio.gather(*(serve(store, jobs[i::2], moving) for i, store in enumerate(stores)))
+        served = await asyncio.gather(*(serve(store, i, moving) for i, store in enumerate(stores)))
         await moving
         return sorted(place for of_store in served for place in of_store)
 
     places = with_stores(cluster, 2, use)
-    assert np.diff(places).tolist() == [1] * (len(jobs) - 1)
+    assert len(places) > 2 * after
+    assert np.diff(places).tolist() == [1] * (len(places) - 1)
 
 
 def test_a_silent_node_costs_the_budget_once_and_comes_back(cluster: Cluster) -> None:
@@ -297,9 +300,34 @@ def test_a_master_that_is_killed_is_replaced_by_its_replica(tmp_path: Path) -> N
         assert life_of(cluster) != before
 
 
+def test_a_password_is_given_to_every_node_by_both_writers(tmp_path: Path) -> None:
+    job = make_job()
+    with running_cluster(tmp_path, password="p@ss,w/rd:1") as cluster:
+        found = with_stores(cluster, 1, lambda store: observe(store, job, make_job(make_transaction("t2"))))
+        assert found.matrix[:, COUNT].tolist() == [0, 1]
+        [written] = merge_into_redis(TileJob(cluster.url, EPOCH, 1, NOW_MS, retry_s=1))([arrow_of([job.transaction])])
+        assert written.to_pydict()["written"] == [3]
+
+
 def life_of(cluster: Cluster) -> str:
     with redis_client.connect(cluster.url) as client:
         return redis_client.run_id(client)
+
+
+def test_answers_that_a_silent_node_can_not_store_are_counted(cluster: Cluster) -> None:
+    run = secrets.token_hex(4)
+    jobs = [card_job(run, i) for i in range(30)]
+
+    async def use(store: Store) -> int:
+        await observe(store, *jobs)
+        with cluster.nodes[0].silent():
+            store.record([(job, b"answer") for job in jobs])
+            await until(lambda: store.failed_records, 10)
+            failed = store.failed_records
+        await until(lambda: store.ready, 30)
+        return failed
+
+    assert with_stores(cluster, 1, use) == len(jobs)
 
 
 def test_scripts_that_the_nodes_have_forgotten_are_sent_again(cluster: Cluster) -> None:

@@ -31,3 +31,9 @@ def test_a_misspelt_setting_is_refused() -> None:
 def test_budgets_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(SettingError, match="FEATURE_BUDGET_MS must be less"):
         load_settings({"FRAUDGATE_FEATURE_BUDGET_MS": "80"})
+
+
+def test_a_cluster_without_a_host_is_refused_at_the_start() -> None:
+    with pytest.raises(SettingError, match="FRAUDGATE_REDIS_URL"):
+        load_settings({"FRAUDGATE_REDIS_URL": "redis+cluster://:6379"})
+    assert load_settings({"FRAUDGATE_REDIS_URL": "redis+cluster://a:1,b:2"}).redis == "redis+cluster://a:1,b:2"

@@ -145,7 +145,16 @@ def test_a_setting_names_one_redis_or_the_seeds_of_a_cluster() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["redis+cluster://", "redis+cluster://u:p@", "redis+cluster://h:1/2", "redis+cluster://:1", "redis://h:1"]
+    "url",
+    [
+        "redis+cluster://",
+        "redis+cluster://u:p@",
+        "redis+cluster://h:1/2",
+        "redis+cluster://:1",
+        "redis+cluster://h:x",
+        "redis+cluster://h:99999",
+        "redis://h:1",
+    ],
 )
 def test_a_url_that_is_no_cluster_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="Cluster"):
