@@ -1,0 +1,149 @@
+"""Frauds by day of payment to Redis: an entity's value is made anew from all its rows of `label_changes`, so the table is the only truth.
+
+Spark adds up the rows by entity and day; Python workers pack a value an entity and write it in one atomic step, fenced by (epoch, batch
+id): a replay of the batch changes nothing. About 20 us of CPU an entity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import redis
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from redis.exceptions import NoScriptError
+
+from feature_jobs.label_changes import LABELLED_ENTITIES
+from feature_jobs.tiles import SOCKET_TIMEOUT_S, patient
+from gateway.contracts import layout
+from gateway.contracts.features import ENTITY_INDEX
+from gateway.contracts.windows import DAY_MS, LABELLED_RETENTION_MS
+
+LABELS_SHA = hashlib.sha1(layout.LABELS_LUA.encode(), usedforsecurity=False).hexdigest()
+# Commands in one pipeline.
+PIPELINE_COMMANDS_MAX = 256
+OUTPUT_DDL = "written bigint, unchanged bigint"
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ValueJob:
+    """What a worker needs to know of the batch."""
+
+    redis_url: str
+    epoch: int
+    batch_id: int
+    retry_s: int
+
+
+@dataclass(frozen=True)
+class Days:
+    """Sums of some entities' label changes by day, sorted by (owner, day); `owner` indexes `tags` ("merchant:x"), (rows,) each."""
+
+    tags: list[str]
+    owner: Int64s
+    day: Int64s
+    frauds: Int64s
+    changes: Int64s
+
+
+def make_client(url: str) -> redis.Redis:
+    return redis.Redis.from_url(url, socket_timeout=SOCKET_TIMEOUT_S, socket_connect_timeout=SOCKET_TIMEOUT_S)
+
+
+def write_values(changes: DataFrame, job: ValueJob, partitions: int, tags: DataFrame | None = None) -> tuple[int, int]:
+    """Write what `changes`, all rows of label_changes up to the job's batch, say of each entity; (entities written, not written).
+
+    `tags` (one column, tag) names the entities to write, all without it. `partitions` bounds a worker's memory.
+    """
+    entities = F.array(*(F.concat(F.lit(f"{e.name}:"), F.col(e.field)) for e in LABELLED_ENTITIES))
+    rows = changes.where("change <> 0").select(
+        F.explode(F.array_compact(entities)).alias("tag"), F.expr(f"event_time_ms div {DAY_MS}").alias("day"), "change"
+    )
+    if tags is not None:
+        rows = rows.join(F.broadcast(tags), "tag", "left_semi")
+    days = rows.groupBy("tag", "day").agg(F.sum("change").alias("frauds"), F.count("*").alias("changes"))
+    results = days.repartition(partitions, "tag").mapInArrow(write_partition(job), OUTPUT_DDL).collect()
+    return sum(r["written"] for r in results), sum(r["unchanged"] for r in results)
+
+
+def write_partition(job: ValueJob) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
+    """The worker's side: all days of an entity are in one partition."""
+
+    def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        days = read_days(list(batches))
+        written = 0
+        if days.tags:
+            calls = [
+                ("EVALSHA", LABELS_SHA, 1, layout.labels_key(*tag.split(":", 1)), value, layout.TILES_TTL_MS)
+                for tag, value in zip(days.tags, values_of(days, job.epoch, job.batch_id), strict=True)
+            ]
+            with make_client(job.redis_url) as client:
+                for first in range(0, len(calls), PIPELINE_COMMANDS_MAX):
+                    written += _run_patiently(client, calls[first : first + PIPELINE_COMMANDS_MAX], job.retry_s)
+        yield pa.RecordBatch.from_pydict(
+            {"written": pa.array([written], pa.int64()), "unchanged": pa.array([len(days.tags) - written], pa.int64())}
+        )
+
+    return write
+
+
+def read_days(batches: list[pa.RecordBatch]) -> Days:
+    batches = [b for b in batches if b.num_rows]
+    if not batches:
+        none = np.zeros(0, np.int64)
+        return Days([], none, none, none, none)
+    table = pa.Table.from_batches(batches).combine_chunks()
+    tags = table["tag"].combine_chunks().dictionary_encode()
+    owner = tags.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    day, frauds, changes = (table[name].to_numpy().astype(np.int64) for name in ("day", "frauds", "changes"))
+    order = np.lexsort((day, owner))
+    return Days(tags.dictionary.to_pylist(), owner[order], day[order], frauds[order], changes[order])
+
+
+def values_of(days: Days, epoch: int, batch_id: int) -> list[bytes]:
+    """The packed value of each of `days.tags`.
+
+    Left out are days without frauds and days that are older than LABELLED_RETENTION_MS behind the entity's newest day. That one stays in
+    any case: so the value follows from the rows alone, not from the order in which days were dropped.
+    """
+    edges = np.searchsorted(days.owner, np.arange(len(days.tags) + 1))
+    newest = np.repeat(days.day[edges[1:] - 1], np.diff(edges))
+    kept = ((newest - days.day) * DAY_MS <= LABELLED_RETENTION_MS) & ((days.frauds != 0) | (days.day == newest))
+    changes = np.add.reduceat(days.changes, edges[:-1]).tolist()
+    records = np.zeros(len(days.day), layout.FRAUD_DAY)
+    records["day"] = days.day
+    records["frauds"] = np.clip(days.frauds, 0, layout.COUNT_MAX)
+    values = []
+    for i, tag in enumerate(days.tags):
+        entity, entity_id = tag.split(":", 1)
+        mine = slice(edges[i], edges[i + 1])
+        check = layout.key_check(entity, entity_id)
+        values.append(layout.pack_frauds(ENTITY_INDEX[entity], check, batch_id, epoch, changes[i], records[mine][kept[mine]]))
+    return values
+
+
+def _run_patiently(client: redis.Redis, calls: Sequence[tuple[object, ...]], retry_s: int) -> int:
+    """The sum of the replies, again while Redis is down or starting: what the first try wrote, its fence protects."""
+
+    def run() -> int:
+        try:
+            return _pipelined(client, calls)
+        except NoScriptError:
+            client.script_load(layout.LABELS_LUA)
+            return _pipelined(client, calls)
+
+    return patient(run, retry_s)
+
+
+def _pipelined(client: redis.Redis, calls: Sequence[tuple[object, ...]]) -> int:
+    pipe = client.pipeline(transaction=False)
+    for call in calls:
+        pipe.execute_command(*call)  # type: ignore[no-untyped-call]
+    return int(sum(pipe.execute()))
