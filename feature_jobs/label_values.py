@@ -68,8 +68,10 @@ def write_values(changes: DataFrame, job: ValueJob, partitions: int, tags: DataF
     )
     if tags is not None:
         rows = rows.join(F.broadcast(tags), "tag", "left_semi")
-    days = rows.groupBy("tag", "day").agg(F.sum("change").alias("frauds"), F.count("*").alias("changes"))
-    results = days.repartition(partitions, "tag").mapInArrow(write_partition(job), OUTPUT_DDL).collect()
+    # One shuffle serves both: the sums by (tag, day), and all days of an entity in one partition.
+    of_tag = rows.repartition(partitions, "tag").groupBy("tag", "day")
+    days = of_tag.agg(F.sum("change").alias("frauds"), F.count("*").alias("changes"))
+    results = days.mapInArrow(write_partition(job), OUTPUT_DDL).collect()
     return sum(r["written"] for r in results), sum(r["unchanged"] for r in results)
 
 

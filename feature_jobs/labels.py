@@ -39,6 +39,8 @@ VALUES = f"{QUERY}/values"
 BATCH_BYTES_MAX = "2m"
 # Most labels that wait for their payment; the newest stay.
 WAITING_MAX = 50_000
+# Entities that one task of a batch writes.
+TAGS_PER_PARTITION = 20_000
 # Label changes that one Python worker holds at a time when values are rebuilt, at most: by entity and day they are fewer.
 REBUILD_ROWS_PER_PARTITION = 500_000
 NO_BATCH = -1
@@ -168,7 +170,7 @@ class Labels:
                 changes = _label_changes(self.spark, self.settings).where(F.col("batch_id") <= batch_id)
                 job = ValueJob(self.settings.redis, self.epoch, batch_id, self.settings.redis_retry_s)
                 frame = self.spark.createDataFrame(pa.table({"tag": tags}))
-                written, _ = write_values(changes, job, self.settings.spark_cores, frame)
+                written, _ = write_values(changes, job, 1 + len(tags) // TAGS_PER_PARTITION, frame)
                 self.metrics.label_values.inc(written)
             if self._run_id() == run:
                 if not self._fits(held, batch_id):
