@@ -82,10 +82,11 @@ class World:
             for i in range(len(values))
         ]
         rows = [msgspec.structs.asdict(value) | place for value, place in zip(values, source, strict=True)]
-        schema = to_arrow_schema(StructType.fromDDL(lake.DDL[table]), timestamp_utc=True)
-        write_deltalake(self._uri(table), pa.Table.from_pylist(rows, schema), mode="append")
+        columns = StructType.fromDDL(lake.DDL[table])
+        assert isinstance(columns, StructType)
+        write_deltalake(self.uri(table), pa.Table.from_pylist(rows, to_arrow_schema(columns, timestamp_utc=True)), mode="append")
 
-    def _uri(self, table: str) -> str:
+    def uri(self, table: str) -> str:
         return tables.table_uri(self.settings.tables, table)
 
     def create(self) -> None:
@@ -107,11 +108,11 @@ class World:
 
     def batch(self, silver_batch: int) -> DataFrame:
         """The labels of a batch of silver, as the stream would hand them over."""
-        return self.spark.read.format("delta").load(self._uri(tables.LABELS)).where(f"batch_id = {silver_batch}")
+        return self.spark.read.format("delta").load(self.uri(tables.LABELS)).where(f"batch_id = {silver_batch}")
 
     def changes(self) -> list[dict[str, Any]]:
         """The rows of label_changes in the order in which they were applied."""
-        rows: list[dict[str, Any]] = DeltaTable(self._uri(tables.LABEL_CHANGES)).to_pyarrow_table().to_pylist()
+        rows: list[dict[str, Any]] = DeltaTable(self.uri(tables.LABEL_CHANGES)).to_pyarrow_table().to_pylist()
         rows.sort(key=lambda r: (r["batch_id"], r["place"]))
         return rows
 
@@ -255,6 +256,10 @@ def test_frauds_by_day_equal_a_recount_however_labels_arrive(world: World) -> No
     rows = world.changes()
     asked = Counter((label.transaction_id, label.is_fraud, label.state, label.reported_at_ms) for label in labels)
     assert Counter((r["transaction_id"], r["is_fraud"], r["state"], r["reported_at_ms"]) for r in rows) == asked
+    source = DeltaTable(world.uri(tables.LABELS)).to_pyarrow_table().to_pylist()
+    assert {(r["partition"], r["offset"], r["kafka_timestamp"]) for r in rows} == {
+        (r["partition"], r["offset"], r["kafka_timestamp"]) for r in source
+    }
     assert all([r["place"] for r in rows if r["batch_id"] == n] == list(range(count)) for n, count in batches(rows).items())
     # What is known of a payment in the end is what its newest report says.
     newest = {label.transaction_id: label.is_fraud for label in sorted(labels, key=lambda label: label.reported_at_ms)}
