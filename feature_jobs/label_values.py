@@ -1,7 +1,7 @@
 """Frauds by day of payment to Redis: an entity's value is made anew from all its rows of `label_changes`, so the table is the only truth.
 
-Spark adds up the rows by entity and day; Python workers pack a value an entity and write it in one atomic step, fenced by (epoch, batch
-id): a replay of the batch changes nothing. About 20 us of CPU an entity.
+Spark adds up the rows by entity and day; then a value an entity is packed and written in one atomic step, fenced by (epoch, batch id): a
+replay of the batch changes nothing. A batch's few entities are written by the driver, a rebuild's many by Python workers.
 """
 
 from __future__ import annotations
@@ -57,43 +57,57 @@ def make_client(url: str) -> redis.Redis:
     return redis.Redis.from_url(url, socket_timeout=SOCKET_TIMEOUT_S, socket_connect_timeout=SOCKET_TIMEOUT_S)
 
 
-def write_values(changes: DataFrame, job: ValueJob, partitions: int, tags: DataFrame | None = None) -> tuple[int, int]:
-    """Write what `changes`, all rows of label_changes up to the job's batch, say of each entity; (entities written, not written).
+def write_values(changes: DataFrame, job: ValueJob, partitions: int) -> int:
+    """Write every entity anew from `changes`, all rows of label_changes up to the job's batch; entities written.
 
-    `tags` (one column, tag) names the entities to write, all without it. `partitions` bounds a worker's memory.
+    In Python workers, one call a partition; `partitions` bounds a worker's memory.
     """
+    # One shuffle serves both: the sums by (tag, day), and all days of an entity in one partition.
+    days = _sums(explode_entities(changes).repartition(partitions, "tag"))
+    return sum(r["written"] for r in days.mapInArrow(write_partition(job), OUTPUT_DDL).collect())
+
+
+def write_some_values(changes: DataFrame, job: ValueJob, tags: DataFrame) -> int:
+    """Like `write_values`, of the entities in `tags` (one column, tag) only: those of one batch, few enough for the driver itself."""
+    days = _sums(explode_entities(changes).join(F.broadcast(tags), "tag", "left_semi"))
+    return write_days(days.toArrow().to_batches(), job)[0]
+
+
+def explode_entities(changes: DataFrame) -> DataFrame:
+    """One row for each labelled entity of a row with a change: tag, day, change."""
     entities = F.array(*(F.concat(F.lit(f"{e.name}:"), F.col(e.field)) for e in LABELLED_ENTITIES))
-    rows = changes.where("change <> 0").select(
+    return changes.where("change <> 0").select(
         F.explode(F.array_compact(entities)).alias("tag"), F.expr(f"event_time_ms div {DAY_MS}").alias("day"), "change"
     )
-    if tags is not None:
-        rows = rows.join(F.broadcast(tags), "tag", "left_semi")
-    # One shuffle serves both: the sums by (tag, day), and all days of an entity in one partition.
-    of_tag = rows.repartition(partitions, "tag").groupBy("tag", "day")
-    days = of_tag.agg(F.sum("change").alias("frauds"), F.count("*").alias("changes"))
-    results = days.mapInArrow(write_partition(job), OUTPUT_DDL).collect()
-    return sum(r["written"] for r in results), sum(r["unchanged"] for r in results)
+
+
+def _sums(rows: DataFrame) -> DataFrame:
+    return rows.groupBy("tag", "day").agg(F.sum("change").alias("frauds"), F.count("*").alias("changes"))
 
 
 def write_partition(job: ValueJob) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
     """The worker's side: all days of an entity are in one partition."""
 
     def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        days = read_days(list(batches))
-        written = 0
-        if days.tags:
-            calls = [
-                ("EVALSHA", LABELS_SHA, 1, layout.labels_key(*tag.split(":", 1)), value, layout.TILES_TTL_MS)
-                for tag, value in zip(days.tags, values_of(days, job.epoch, job.batch_id), strict=True)
-            ]
-            with make_client(job.redis_url) as client:
-                for first in range(0, len(calls), PIPELINE_COMMANDS_MAX):
-                    written += _run_patiently(client, calls[first : first + PIPELINE_COMMANDS_MAX], job.retry_s)
-        yield pa.RecordBatch.from_pydict(
-            {"written": pa.array([written], pa.int64()), "unchanged": pa.array([len(days.tags) - written], pa.int64())}
-        )
+        written, unchanged = write_days(list(batches), job)
+        yield pa.RecordBatch.from_pydict({"written": pa.array([written]), "unchanged": pa.array([unchanged])})
 
     return write
+
+
+def write_days(batches: list[pa.RecordBatch], job: ValueJob) -> tuple[int, int]:
+    """(entities written, entities that had this batch or a later one already). Raises `RedisUnavailableError`."""
+    days = read_days(batches)
+    calls = [
+        ("EVALSHA", LABELS_SHA, 1, layout.labels_key(*tag.split(":", 1)), value, layout.TILES_TTL_MS)
+        for tag, value in zip(days.tags, values_of(days, job.epoch, job.batch_id), strict=True)
+    ]
+    written = 0
+    if calls:
+        with make_client(job.redis_url) as client:
+            for first in range(0, len(calls), PIPELINE_COMMANDS_MAX):
+                written += _run_patiently(client, calls[first : first + PIPELINE_COMMANDS_MAX], job.retry_s)
+    return written, len(calls) - written
 
 
 def read_days(batches: list[pa.RecordBatch]) -> Days:

@@ -23,7 +23,7 @@ from pyspark.sql.streaming.readwriter import DataStreamWriter
 
 from feature_jobs import lake
 from feature_jobs.label_changes import KNOWN_COLUMNS, LABEL_SCHEMA, PAYMENT_COLUMNS, changes_of, places, tags_of
-from feature_jobs.label_values import ValueJob, make_client, write_values
+from feature_jobs.label_values import ValueJob, make_client, write_some_values, write_values
 from feature_jobs.metrics import Metrics
 from feature_jobs.silver import ATTEMPTS_MAX, CheckpointLostError
 from feature_jobs.tiles import RedisUnavailableError, patient
@@ -39,8 +39,6 @@ VALUES = f"{QUERY}/values"
 BATCH_BYTES_MAX = "2m"
 # Most labels that wait for their payment; the newest stay.
 WAITING_MAX = 50_000
-# Entities that one task of a batch writes.
-TAGS_PER_PARTITION = 20_000
 # Label changes that one Python worker holds at a time when values are rebuilt, at most: by entity and day they are fewer.
 REBUILD_ROWS_PER_PARTITION = 500_000
 NO_BATCH = -1
@@ -127,7 +125,8 @@ class Labels:
         if not labels.num_rows:
             return _empty(PAYMENT_COLUMNS), _empty(KNOWN_COLUMNS)
         ids = F.broadcast(self.spark.createDataFrame(pa.table({"transaction_id": pc.unique(labels["transaction_id"])})))
-        first_ms = pc.min(labels["reported_at_ms"]).as_py() - self.settings.labels_payment_days * DAY_MS
+        # Whole days: a number that differs from batch to batch makes each batch compile its own code.
+        first_ms = (pc.min(labels["reported_at_ms"]).as_py() // DAY_MS - self.settings.labels_payment_days) * DAY_MS
         silver = self._read(tables.SILVER).where(F.col("event_time_ms") >= first_ms)
         known = _label_changes(self.spark, self.settings)
         return (
@@ -167,11 +166,11 @@ class Labels:
             if batch_id > 0 and not self._fits(held, batch_id - 1):
                 self._rebuild(batch_id - 1)
             if tags:
-                changes = _label_changes(self.spark, self.settings).where(F.col("batch_id") <= batch_id)
+                changes = _label_changes(self.spark, self.settings)
+                until_now = changes.where(F.col("batch_id") <= lake.per_batch(batch_id, "batch_id"))
                 job = ValueJob(self.settings.redis, self.epoch, batch_id, self.settings.redis_retry_s)
                 frame = self.spark.createDataFrame(pa.table({"tag": tags}))
-                written, _ = write_values(changes, job, 1 + len(tags) // TAGS_PER_PARTITION, frame)
-                self.metrics.label_values.inc(written)
+                self.metrics.label_values.inc(write_some_values(until_now, job, frame))
             if self._run_id() == run:
                 if not self._fits(held, batch_id):
                     _set_progress(self.settings, LabelsProgress(self.epoch, batch_id))
@@ -238,7 +237,7 @@ def rebuild_labels(
     job = ValueJob(settings.redis, epoch, through, settings.redis_retry_s)
     written = 0
     if rows:
-        written, _ = write_values(changes, job, max(1, rows // REBUILD_ROWS_PER_PARTITION))
+        written = write_values(changes, job, max(1, rows // REBUILD_ROWS_PER_PARTITION))
     _set_progress(settings, LabelsProgress(epoch, through))
     return written
 

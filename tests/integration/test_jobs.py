@@ -37,7 +37,7 @@ from gateway.contracts.wire import frame
 from loadtest.encoding import avro_encoder
 from tests.helpers import run_command, running_command
 
-pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(360)]
 
 ROWS = 3_000
 HOUR_MS = 3_600_000

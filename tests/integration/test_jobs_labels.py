@@ -369,11 +369,11 @@ def test_values_as_of_an_earlier_time_are_those_of_that_time(world: World) -> No
     between = dt.datetime.now(dt.UTC)
     number = world.put([], [make_label(t, False, "reversed", 2 * DAY_MS) for t in world.payments[:6]])
     stream.write(world.batch(number), 1)
-    after = world.values()
-    for through, until, values in ((1, between, expected), (0, None, expected), (1, None, after)):
+    assert world.values() != expected
+    for through, until in ((1, between), (0, None)):
         world.client.flushall()
-        assert rebuild_labels(world.spark, world.settings, 99, through, until) == len(values)
-        assert world.values() == values
+        assert rebuild_labels(world.spark, world.settings, 99, through, until) == len(expected)
+        assert world.values() == expected
 
 
 def test_a_lost_checkpoint_is_refused_while_the_table_has_rows(world: World) -> None:
