@@ -46,6 +46,11 @@ DDL: dict[str, str] = {
     tables.QUARANTINE: f"reason string, field string, topic string, value binary, {SOURCE_DDL}",
     tables.DECISIONS: f"{RECEIPT_DDL}, {RECEIPT_ENTITIES_DDL}, {SOURCE_DDL}",
     tables.LABELS: f"{LABEL_DDL}, {SOURCE_DDL}",
+    tables.LABEL_CHANGES: (
+        "transaction_id string, event_time_ms bigint, customer_id string, merchant_id string, is_fraud boolean, source string, "
+        "state string, reported_at_ms bigint, change int, place bigint, partition int, offset bigint, kafka_timestamp timestamp, "
+        "applied_at_ms bigint, batch_id bigint"
+    ),
     tables.GOLD_ENTITY_HOUR: (
         "entity string, entity_id string, hour timestamp, transactions bigint, amount_minor bigint, declined bigint, "
         "largest_minor bigint, updated_at timestamp"
@@ -70,6 +75,7 @@ STATISTICS: dict[str, str] = {
     tables.QUARANTINE: "reason,kafka_timestamp,batch_id",
     tables.DECISIONS: "transaction_id,event_time_ms,kafka_timestamp,batch_id",
     tables.LABELS: "transaction_id,reported_at_ms,kafka_timestamp,batch_id",
+    tables.LABEL_CHANGES: "transaction_id,event_time_ms,kafka_timestamp,applied_at_ms,batch_id",
     tables.GOLD_ENTITY_HOUR: "entity,hour",
     tables.GOLD_DECISIONS: "transaction_id,event_time_ms,kafka_timestamp,batch_id",
 }

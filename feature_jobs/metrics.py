@@ -32,6 +32,14 @@ class Metrics:
         self.late = Counter("fraudgate_jobs_late", "Records dropped behind the watermark: never expected", registry=r)
         self.entities = Counter("fraudgate_jobs_tiles_written", "Entities whose tiles were written to Redis", registry=r)
         self.rebuilds = Counter("fraudgate_jobs_tiles_rebuilt", "Times that tiles were rebuilt from silver", registry=r)
+        self.label_values = Counter("fraudgate_jobs_labels_written", "Entities whose frauds were written to Redis", registry=r)
+        self.label_rebuilds = Counter(
+            "fraudgate_jobs_labels_rebuilt", "Times that frauds were rebuilt from the label changes", registry=r
+        )
+        self.labels_unmatched = Counter(
+            "fraudgate_jobs_labels_unmatched", "Labels whose payment was not there when they came", registry=r
+        )
+        self.labels_waiting = Gauge("fraudgate_jobs_labels_waiting", "Labels that are tried again with each batch", registry=r)
         self.restarts = Counter(
             "fraudgate_jobs_restarts", "Failures of a query that the supervisor restarted", ["query"], registry=r
         )

@@ -82,6 +82,19 @@ def _decoded(value: Any) -> layout.Progress | None:
     return None if value is None else msgspec.msgpack.decode(value, type=layout.Progress)
 
 
+def pipelined(client: Client, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The replies to `commands` (GET, SET or EVALSHA), sent a bounded number at a time. Raises the first error among the replies."""
+    if isinstance(client, redis.RedisCluster):
+        return cluster_pipelined(client, commands)
+    replies: list[Any] = []
+    for first in range(0, len(commands), PIPELINE_COMMANDS_MAX):
+        pipe = client.pipeline(transaction=False)
+        for command in commands[first : first + PIPELINE_COMMANDS_MAX]:
+            pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+        replies += pipe.execute()
+    return replies
+
+
 def cluster_pipelined(client: redis.RedisCluster, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
     """The replies to `commands` (GET, SET or EVALSHA), a pipeline a node, each node's in their order.
 

@@ -1,4 +1,4 @@
-"""One driver process, three queries: starts them, restarts what fails, stops them gracefully, and reports their progress."""
+"""One driver process, four queries: starts them, restarts what fails, stops them gracefully, and reports their progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 from pyspark.sql.streaming.readwriter import DataStreamWriter
 
-from feature_jobs import bronze, gold, lake, silver
+from feature_jobs import bronze, gold, labels, lake, silver
+from feature_jobs.labels import Labels
 from feature_jobs.metrics import Metrics
 from feature_jobs.schemas import SchemaBook, schema_book
 from feature_jobs.silver import CheckpointLostError, SchemasChangedError, Silver
@@ -24,7 +25,7 @@ from gateway.contracts.settings import Settings
 
 log = logging.getLogger(__name__)
 
-QUERIES = (bronze.QUERY, silver.QUERY, gold.QUERY)
+QUERIES = (bronze.QUERY, silver.QUERY, gold.QUERY, labels.QUERY)
 LOOK_S = 0.25
 BACKOFF_S_MIN = 1.0
 BACKOFF_S_MAX = 30.0
@@ -33,6 +34,7 @@ FAILURES_MAX = 20
 # How long a stop waits for running batches. An interrupted batch is replayed at the next start.
 DRAIN_S_MAX = 20.0
 PROGRESS_REFRESH_S = 2.0
+RESTORE_S = 5.0
 
 
 class GaveUpError(RuntimeError):
@@ -62,13 +64,21 @@ class Supervisor:
         self._metrics = metrics
         self._schemas: SchemaBook | None = None
         self._silver: Silver | None = None
+        self._labels: Labels | None = None
         self._refreshed_at = 0.0
+        self._restored_at = 0.0
         self.stop = threading.Event()
-        makers = {bronze.QUERY: self._make_bronze, silver.QUERY: self._make_silver, gold.QUERY: self._make_gold}
+        makers = {
+            bronze.QUERY: self._make_bronze,
+            silver.QUERY: self._make_silver,
+            gold.QUERY: self._make_gold,
+            labels.QUERY: self._make_labels,
+        }
         triggers = {
             bronze.QUERY: settings.bronze_trigger_ms,
             silver.QUERY: settings.silver_trigger_ms,
             gold.QUERY: settings.gold_trigger_ms,
+            labels.QUERY: settings.labels_trigger_ms,
         }
         self._runners = [Runner(name, makers[name], triggers[name]) for name in QUERIES if name in queries]
         lake.create_tables(spark, settings)
@@ -85,6 +95,10 @@ class Supervisor:
     def _make_gold(self) -> DataStreamWriter:
         return gold.Gold(self._spark, self._settings, self._metrics).writer()
 
+    def _make_labels(self) -> DataStreamWriter:
+        self._labels = Labels(self._spark, self._settings, self._metrics)
+        return self._labels.writer()
+
     def run(self) -> None:
         """Until `stop` is set. Raises `GaveUpError`, and `CheckpointLostError`, which no restart repairs."""
         try:
@@ -92,6 +106,7 @@ class Supervisor:
                 for runner in self._runners:
                     self._look_after(runner)
                 self._refresh_progress()
+                self._restore_labels()
         finally:
             self._drain()
 
@@ -193,6 +208,13 @@ class Supervisor:
         if not status["isDataAvailable"] and not status["isTriggerActive"]:
             self._refreshed_at = now
             self._silver.refresh_progress()
+
+    def _restore_labels(self) -> None:
+        """While no labels come, a Redis that was emptied gets their values back."""
+        now = time.monotonic()
+        if self._labels is not None and now - self._restored_at >= RESTORE_S:
+            self._restored_at = now
+            self._labels.restore()
 
     def _drain(self) -> None:
         """Let running batches end, within `DRAIN_S_MAX`, then stop the queries."""

@@ -10,8 +10,9 @@ tiled in the head: so each event is counted from exactly one of the two, however
     fg2:{card:abc}:e   hashes (8 bytes each) of transactions that the Spark job tiled before the gateway had observed them: early
     fg2:{merchant:m}:l LABELS_HEADER (24 bytes), then FRAUD_DAY records (4 bytes each): frauds by day of payment, where labels count
     fg2:i:{<transaction_id>}   idempotency record: fingerprint (16), position (16), answer (empty until decided)
-    fg2:progress       how far the Spark job has got: PROGRESS, msgpack
+    fg2:progress       how far the Spark job has got with tiles: PROGRESS, msgpack
     fg2:progress:{n}   on a cluster, copies of it in many slots, which tell the Spark job that no master has lost what it held
+    fg2:labels         how far it has got with labels: LABELS_PROGRESS, msgpack
 
 All numbers are little-endian. The order of observation is absolute: a head is born with a `base` in microseconds of wall-clock time,
 rounded down to BASE_STEP, and each event gets the next number after it. So a head that was lost and born anew continues behind the old
@@ -35,6 +36,7 @@ PREFIX = f"fg{LAYOUT_VERSION}"
 PROGRESS_KEY = f"{PREFIX}:progress"
 # So many that a master with a few hundred of the 16,384 slots or more has one of them.
 PROGRESS_COPY_KEYS = tuple(f"{PREFIX}:progress:{{{n}}}" for n in range(512))
+LABELS_PROGRESS_KEY = f"{PREFIX}:labels"
 
 # version, entity, flags, check, base of the order of observation, next number after it, events evicted before they were tiled
 HEAD_HEADER = struct.Struct("<BBHIQII")
@@ -137,6 +139,7 @@ def _script(*names: str) -> str:
 OBSERVE_LUA = _script("entity", "observe")
 OBSERVE_ENTITY_LUA = _script("entity", "observe_entity")
 MERGE_LUA = _script("merge")
+LABELS_LUA = _script("labels")
 
 
 class UnknownLayoutError(RuntimeError):
@@ -154,6 +157,13 @@ class Progress(msgspec.Struct, array_like=True, frozen=True):
     written_at_ms: int  # wall clock
     arrived_through_ms: int  # the newest Kafka timestamp whose transaction is in the tiles
     lost_at_ms: int = 0
+
+
+class LabelsProgress(msgspec.Struct, array_like=True, frozen=True):
+    """The newest batch of label changes that Redis holds all of, written after it."""
+
+    epoch: int
+    batch_id: int
 
 
 def entity_tag(entity: str, entity_id: str) -> str:

@@ -86,6 +86,13 @@ class Settings:
         4000, "trigger of the stream from bronze to silver and Redis, milliseconds", least=0, most=600_000
     )
     gold_trigger_ms: int = _setting(20_000, "trigger of the stream from silver to gold, milliseconds", least=0, most=600_000)
+    labels_trigger_ms: int = _setting(30_000, "trigger of the stream from labels to Redis, milliseconds", least=0, most=600_000)
+    labels_retry_days: int = _setting(
+        7, "how long a label whose payment is not there yet is kept to be tried again, days since Kafka took it", least=0, most=365
+    )
+    labels_payment_days: int = _setting(
+        120, "how long before its label was reported a payment is looked for, days", least=1, most=3650
+    )
     bronze_offsets_max: int = _setting(40_000, "most Kafka records in one batch of bronze", least=100, most=10_000_000)
     silver_batch_mb_max: int = _setting(8, "about how much of bronze one batch of silver reads, MiB of Parquet", least=1, most=4096)
     dedup_window_s: int = _setting(

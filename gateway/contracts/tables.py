@@ -15,8 +15,10 @@ QUARANTINE = "quarantine"
 DECISIONS = "decisions"
 # The fields of a label, then partition, offset, kafka_timestamp, batch_id.
 LABELS = "labels"
-# transaction_id, event_time_ms, customer_id, merchant_id, is_fraud, source, state, reported_at_ms, change (+1: fraud became known, -1:
-# taken back, 0: nothing new), place, batch_id: each label that was matched with its payment, in the order (batch_id, place) of use.
+# One row a label that was matched with its payment: transaction_id, event_time_ms, customer_id, merchant_id (of the payment), is_fraud,
+# source, state, reported_at_ms, change (+1 fraud became known, -1 it was taken back, 0 nothing new), place (order within the batch), then
+# partition, offset, kafka_timestamp of the label, applied_at_ms (wall clock), batch_id of the stream of labels. An entity's frauds and
+# the counter of its label changes (receipts: label_changes) are made of the rows with a change, in order of (batch_id, place).
 LABEL_CHANGES = "label_changes"
 # entity, entity_id, hour, transactions, amount_minor, declined, largest_minor, updated_at: one row an entity and hour.
 GOLD_ENTITY_HOUR = "gold_entity_hour"
@@ -28,16 +30,8 @@ FEATURES = "features"
 TRAINING_SET = "training_set"
 
 TABLES: tuple[str, ...] = (
-    BRONZE,
-    SILVER,
-    QUARANTINE,
-    DECISIONS,
-    LABELS,
-    LABEL_CHANGES,
-    GOLD_ENTITY_HOUR,
-    GOLD_DECISIONS,
-    FEATURES,
-    TRAINING_SET,
+    *(BRONZE, SILVER, QUARANTINE, DECISIONS, LABELS, LABEL_CHANGES),
+    *(GOLD_ENTITY_HOUR, GOLD_DECISIONS, FEATURES, TRAINING_SET),
 )
 
 

@@ -1,4 +1,4 @@
-"""The three streams on real Kafka, Redis and registry, with the driver killed twice on the way. One pass serves all tests here."""
+"""The four streams on real Kafka, Redis and registry, with the driver killed twice on the way. One pass serves all tests here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from deploy.stack import Stack
 from gateway.avro import encode_receipt
 from gateway.contracts import layout, tables
 from gateway.contracts.decision import Door, Outcome, Receipt
-from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, LABELLED
+from gateway.contracts.features import ENTITIES, ENTITY_INDEX, FEATURE_NAMES, FINGERPRINT, LABELLED
 from gateway.contracts.label import Label
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
@@ -37,7 +37,7 @@ from gateway.contracts.wire import frame
 from loadtest.encoding import avro_encoder
 from tests.helpers import run_command, running_command
 
-pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(360)]
 
 ROWS = 3_000
 HOUR_MS = 3_600_000
@@ -194,6 +194,7 @@ def streamed(stack: Stack, settings: Settings, tmp_path_factory: pytest.TempPath
         bronze_trigger_ms=200,
         silver_trigger_ms=200,
         gold_trigger_ms=500,
+        labels_trigger_ms=500,
     )
     sent = make_sent(f"jobs{secrets.token_hex(3)}")
     third = ROWS // 3
@@ -266,6 +267,29 @@ def test_tiles_in_redis_equal_a_recount(streamed: Streamed) -> None:
                     np.zeros(len(events), np.int64),
                 )
                 assert held.tiles.tolist() == expected.tolist(), (entity.name, entity_id)
+
+
+def test_labels_change_what_is_known_once_and_redis_has_their_sums(streamed: Streamed) -> None:
+    rows = streamed.own(tables.LABEL_CHANGES)
+    # One that came before its payment may still wait for the next batch of labels.
+    assert 0 < len(rows) <= len(streamed.sent.labels)
+    assert max(Counter((row["transaction_id"], row["reported_at_ms"]) for row in rows).values()) == 1
+    frauds: Counter[tuple[str, str, int]] = Counter()
+    changes: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        for i in LABELLED:
+            name = (ENTITIES[i].name, row[ENTITIES[i].field])
+            frauds[*name, row["event_time_ms"] // (24 * HOUR_MS)] += row["change"]
+            changes[name] += row["change"] != 0
+    with redis.Redis.from_url(streamed.settings.redis) as client:
+        for (entity, entity_id), count in changes.items():
+            value = client.get(layout.labels_key(entity, entity_id))
+            assert isinstance(value, bytes) == (count > 0)
+            if isinstance(value, bytes):
+                days = layout.fraud_days(value, ENTITY_INDEX[entity], layout.key_check(entity, entity_id))
+                found = {(entity, entity_id, int(r["day"])): int(r["frauds"]) for r in days if r["frauds"]}
+                assert found == {key: n for key, n in frauds.items() if key[:2] == (entity, entity_id) and n}
+                assert layout.LABELS_HEADER.unpack_from(value)[6] == count
 
 
 def test_gold_sums_equal_a_recount(streamed: Streamed) -> None:
