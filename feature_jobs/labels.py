@@ -83,13 +83,11 @@ class Labels:
 
     def _write(self, batch: DataFrame, batch_id: int) -> None:
         came = batch.select(*LABEL_SCHEMA.names, "batch_id").toArrow()
-        rows = None
-        if batch_id <= self.newest_batch_id:
-            rows = self._applied_before(batch_id)
-        if rows is None:
+        rows = self._applied_before(batch_id) if batch_id <= self.newest_batch_id else None
+        if rows is None and came.num_rows:
             rows = self._apply(came, batch_id)
         self.newest_batch_id = max(self.newest_batch_id, batch_id)
-        self._write_values(tags_of(rows), batch_id)
+        self._write_values([] if rows is None else tags_of(rows), batch_id)
         self.written_batch_id = max(self.written_batch_id, batch_id)
         if came.num_rows:
             oldest: dt.datetime = pc.min(came["kafka_timestamp"]).as_py()
@@ -123,8 +121,6 @@ class Labels:
 
     def _lookup(self, labels: pa.Table) -> tuple[pa.Table, pa.Table]:
         """Payments of the labels in silver, and what label_changes knows of them."""
-        if not labels.num_rows:
-            return _empty(PAYMENT_COLUMNS), _empty(KNOWN_COLUMNS)
         ids = F.broadcast(self.spark.createDataFrame(pa.table({"transaction_id": pc.unique(labels["transaction_id"])})))
         # Whole days: a number that differs from batch to batch makes each batch compile its own code.
         first_ms = (pc.min(labels["reported_at_ms"]).as_py() // DAY_MS - self.settings.labels_payment_days) * DAY_MS
@@ -138,8 +134,6 @@ class Labels:
     def _find_waiting(self, came: pa.Table) -> pa.Table:
         """Labels of earlier batches that no batch could match, as after a restart. Of what is still to come, none."""
         since = F.lit(self._retried_since())
-        if not came.num_rows:
-            return LABEL_SCHEMA.empty_table()
         earlier = self._read(tables.LABELS).where(
             (F.col("kafka_timestamp") >= since) & (F.col("batch_id") < pc.min(came["batch_id"]).as_py())
         )
@@ -250,10 +244,6 @@ def _label_changes(spark: SparkSession, settings: Settings) -> DataFrame:
 def _newest_batch_id(changes: DataFrame) -> int:
     newest = changes.agg(F.max("batch_id").alias("newest")).collect()[0]["newest"]
     return NO_BATCH if newest is None else int(newest)
-
-
-def _empty(columns: tuple[str, ...]) -> pa.Table:
-    return pa.table({name: pa.array([], pa.null()) for name in columns})
 
 
 def _get_progress(settings: Settings, retry_s: float | None = None) -> LabelsProgress | None:

@@ -285,23 +285,26 @@ def batches(rows: list[dict[str, Any]]) -> Counter[int]:
     return Counter(r["batch_id"] for r in rows)
 
 
-def test_a_label_before_its_payment_waits_for_it_and_counts_once(world: World) -> None:
+def test_a_label_before_its_payment_waits_for_it_also_over_a_restart_and_counts_once(world: World) -> None:
     rnd = random.Random(1)
-    early, other = make_payment(0, rnd), make_payment(1, rnd)
+    first, second, other = (make_payment(n, rnd) for n in range(3))
     world.begin_checkpoint()
     stream = world.stream()
-    stream.write(world.batch(world.put([other], [make_label(early, True, "reported", DAY_MS)])), 0)
+    early = [make_label(t, True, "reported", DAY_MS) for t in (first, second)]
+    stream.write(world.batch(world.put([other], early)), 0)
     assert world.changes() == []
-    stream.write(world.batch(world.put([early], [make_label(other, True, "reported", DAY_MS)])), 1)
-    assert {r["transaction_id"]: r["batch_id"] for r in world.changes()} == {"t0": 1, "t1": 1}
-    third = world.put([], [make_label(other, False, "reversed", 2 * DAY_MS)])
-    # A stream that has just been started looks for what waits in the tables.
-    world.stream().write(world.batch(third), 2)
-    assert [(r["transaction_id"], r["change"]) for r in world.changes() if r["batch_id"] == 2] == [("t1", -1)]
+    stream.write(world.batch(world.put([first], [make_label(other, True, "reported", DAY_MS)])), 1)
+    assert {r["transaction_id"]: r["batch_id"] for r in world.changes()} == {"t0": 1, "t2": 1}
+    assert world.metrics.labels_waiting._value.get() == 1
+    restarted = world.stream()
+    restarted.write(world.batch(world.put([second], [])), 2)
+    restarted.write(world.batch(world.put([], [make_label(other, False, "reversed", 2 * DAY_MS)])), 3)
+    assert [(r["transaction_id"], r["change"]) for r in world.changes() if r["batch_id"] > 1] == [("t1", 1), ("t2", -1)]
+    assert world.metrics.labels_unmatched._value.get() == 2
     assert world.values() == world.recount()
 
 
-def test_a_replayed_batch_changes_nothing(world: World) -> None:
+def test_a_replayed_batch_changes_nothing_and_a_value_that_expired_comes_back_with_its_whole_counter(world: World) -> None:
     stream = labelled(world, 6, seed=4)
     rows, values = world.changes(), {key: world.client.get(key) for key in world.client.keys("*")}
     assert values
@@ -309,6 +312,10 @@ def test_a_replayed_batch_changes_nothing(world: World) -> None:
     world.stream().write(world.batch(1), 0)
     assert world.changes() == rows
     assert {key: world.client.get(key) for key in world.client.keys("*")} == values
+    payment = world.payments[0]
+    world.client.delete(layout.labels_key("merchant", payment.merchant_id))
+    stream.write(world.batch(world.put([], [make_label(payment, False, "reversed", 2 * DAY_MS)])), 1)
+    assert world.values() == world.recount()
 
 
 def test_a_kill_between_table_and_redis_is_repaired_by_the_replay(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,14 +362,6 @@ def test_an_emptied_redis_is_filled_by_the_next_batch_and_also_while_nothing_com
     assert world.metrics.label_rebuilds._value.get() == 2
 
 
-def test_a_value_that_expired_goes_on_with_the_whole_counter(world: World) -> None:
-    stream = labelled(world, 12, seed=8)
-    payment = world.payments[0]
-    world.client.delete(layout.labels_key("merchant", payment.merchant_id))
-    stream.write(world.batch(world.put([], [make_label(payment, False, "reversed", 2 * DAY_MS)])), 1)
-    assert world.values() == world.recount()
-
-
 def test_values_as_of_an_earlier_time_are_those_of_that_time(world: World) -> None:
     stream = labelled(world, 12, seed=9)
     expected = world.values()
@@ -377,10 +376,10 @@ def test_values_as_of_an_earlier_time_are_those_of_that_time(world: World) -> No
 
 
 def test_a_lost_checkpoint_is_refused_while_the_table_has_rows(world: World) -> None:
-    labelled(world, 2, seed=10)
-    moved = dataclasses.replace(world.settings, checkpoints_uri=f"{world.settings.checkpoints}-new")
+    row = pa.Table.from_pylist([{"batch_id": 4}], pa.schema([("batch_id", pa.int64())]))
+    write_deltalake(world.uri(tables.LABEL_CHANGES), row, mode="append", schema_mode="merge")
     with pytest.raises(CheckpointLostError):
-        Labels(world.spark, moved, Metrics()).writer()
+        world.stream().writer()
 
 
 def test_the_gateway_reads_the_rates_that_the_oracle_counts(world: World) -> None:
