@@ -20,7 +20,7 @@ from tests.helpers import run_command
 from tests.integration.test_jobs import make_sent, produce
 from tests.redis_nodes import running_cluster
 
-pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
 
 FIRST, ALL = 400, 600
 
@@ -46,7 +46,7 @@ def test_tiles_are_written_to_every_master_and_again_to_one_that_lost_them(
 
 
 def run_jobs(settings: Settings) -> None:
-    ended = run_command(settings, "jobs", "--once", timeout_s=200)
+    ended = run_command(settings, "jobs", "--once", timeout_s=400)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
