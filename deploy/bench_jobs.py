@@ -49,6 +49,17 @@ EVENTS_MAX = 5_000_000
 PAYMENTS_PER_CARD_AND_DAY = 2
 START_S_MAX = 180.0
 LOOK_S = 0.25
+# What the JVM's threads do, by the start of their names.
+THREADS = {
+    "Executor": "tasks",
+    "stream": "planning and commits",
+    "Thread-": "planning and commits",
+    "C1": "compiler",
+    "C2": "compiler",
+    "VM Thread": "garbage collection",
+    "Write": "Python's input",
+    "stdout": "Python's input",
+}
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -76,6 +87,7 @@ class Usage:
 
     cpu_s: dict[str, float]
     rss_mb_max: dict[str, float]
+    jvm_threads_s: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class Result:
     took_s: float
     transactions_per_s: float
     cpu_us: dict[str, float]
+    jvm_threads_us: dict[str, float]
     rss_mb_max: dict[str, float]
     batches: int
     state_rows: int
@@ -198,7 +211,20 @@ def usage(jobs: JobsUnderTest, stack: Stack) -> Usage:
             peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
             # Workers are forks that share most pages: the largest says more than the sum.
             rss[kind] = max(rss[kind], int(peak[1]) / 1024 if peak else 0.0)
-    return Usage(cpu, rss)
+    jvm = next((pid for pid, kind in kinds.items() if kind == "jvm"), None)
+    return Usage(cpu, rss, {} if jvm is None else threads_s(jvm))
+
+
+def threads_s(jvm: int) -> dict[str, float]:
+    """CPU seconds of the JVM's threads by what they do. The kernel keeps 15 letters of a thread's name."""
+    found: dict[str, float] = {}
+    for task in Path(f"/proc/{jvm}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            head, _, tail = (task / "stat").read_text(errors="replace").rpartition(")")
+            name, columns = head.partition("(")[2], tail.split()
+            does = next((does for prefix, does in THREADS.items() if name.startswith(prefix)), "other")
+            found[does] = found.get(does, 0.0) + sum(map(int, columns[11:13])) / _TICKS_PER_S
+    return found
 
 
 def free_ports(count: int) -> list[int]:
@@ -301,6 +327,9 @@ class Bench:
             took_s=took_s,
             transactions_per_s=plan.events / took_s,
             cpu_us={kind: (cpu_s - before.cpu_s[kind]) / plan.events * 1e6 for kind, cpu_s in after.cpu_s.items()},
+            jvm_threads_us={
+                does: (cpu_s - before.jvm_threads_s.get(does, 0.0)) / plan.events * 1e6 for does, cpu_s in after.jvm_threads_s.items()
+            },
             rss_mb_max=after.rss_mb_max,
             batches=self._silver.commits - commits,
             state_rows=int(self._metric("fraudgate_jobs_state_rows")),
@@ -326,6 +355,7 @@ def report_table(result: Result) -> str:
         ("transactions a second", f"{result.transactions_per_s:,.0f}"),
         ("batches of silver", f"{result.batches}"),
         *((f"CPU us a transaction, {kind}", f"{us:.1f}") for kind, us in result.cpu_us.items()),
+        *((f"  of it in the JVM, {does}", f"{us:.1f}") for does, us in result.jvm_threads_us.items()),
         *((f"most resident memory MiB, {kind}", f"{mb:.0f}") for kind, mb in result.rss_mb_max.items()),
         ("ids in Spark's state", f"{result.state_rows:,}"),
         ("Spark's state in memory, MiB", f"{result.state_memory_mb:.1f}"),

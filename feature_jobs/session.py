@@ -66,6 +66,7 @@ def options(settings: Settings) -> dict[str, str]:
             # Hadoop starts a `chmod` for each local file it creates: vfork instead of a helper program that starts it.
             " -Djdk.lang.Process.launchMechanism=VFORK -Djava.net.preferIPv4Stack=true"
             f" -Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
+            f" {settings.spark_java_options}"
         ),
         "spark.jars": ",".join(str(jar) for jar in jars(settings.jars_path)),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",

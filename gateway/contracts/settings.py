@@ -96,6 +96,9 @@ class Settings:
         most=3600,
     )
     spark_cores: int = _setting(2, "threads of the local Spark driver", least=1, most=256)
+    spark_java_options: str = _setting(
+        "", "more options of the driver's JVM, for instance a flight recording; they override the project's own"
+    )
     spark_memory_mb: int = _setting(1536, "heap of the local Spark driver, MiB", least=512, most=262_144)
 
     @property
