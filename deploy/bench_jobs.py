@@ -328,7 +328,8 @@ class Bench:
             transactions_per_s=plan.events / took_s,
             cpu_us={kind: (cpu_s - before.cpu_s[kind]) / plan.events * 1e6 for kind, cpu_s in after.cpu_s.items()},
             jvm_threads_us={
-                does: (cpu_s - before.jvm_threads_s.get(does, 0.0)) / plan.events * 1e6 for does, cpu_s in after.jvm_threads_s.items()
+                does: (cpu_s - before.jvm_threads_s.get(does, 0.0)) / plan.events * 1e6
+                for does, cpu_s in after.jvm_threads_s.items()
             },
             rss_mb_max=after.rss_mb_max,
             batches=self._silver.commits - commits,

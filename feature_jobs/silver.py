@@ -20,8 +20,9 @@ from pyspark.sql.streaming.readwriter import DataStreamWriter
 from feature_jobs import lake
 from feature_jobs.metrics import Metrics
 from feature_jobs.parse import LABEL_FIELDS, RECEIPT_ENTITY_FIELDS, RECEIPT_FIELDS, parse
+from feature_jobs.redis_wire import SOCKET_TIMEOUT_S
 from feature_jobs.schemas import SchemaBook
-from feature_jobs.tiles import SOCKET_TIMEOUT_S, RedisUnavailableError, TileJob, patient, write_tiles
+from feature_jobs.tiles import RedisUnavailableError, TileJob, patient, write_tiles
 from gateway.contracts import layout, tables
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.settings import Settings

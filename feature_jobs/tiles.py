@@ -1,8 +1,8 @@
 """Windowed sums to Redis: each micro-batch's new transactions are added to the tiles of their entities.
 
-`explode_entities` runs in the JVM; `merge_into_redis` in Python workers, one call a partition, vectorised over its entities: about
-25 us of CPU an entity and batch. Every entity's write is one atomic step (contracts.layout.MERGE_LUA), fenced by (epoch, batch id):
-a replay of the batch, by this driver or by a zombie of it, finds the batch's id in the entity's header and changes nothing.
+`explode_entities` runs in the JVM; `merge_into_redis` in Python workers, one call a partition, vectorised over its entities. Every
+entity's write is one atomic step (contracts.layout.MERGE_LUA), fenced by (epoch, batch id): a replay of the batch, by this driver or
+by a zombie of it, finds the batch's id in the entity's header and changes nothing.
 """
 
 from __future__ import annotations
@@ -10,37 +10,41 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import redis
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from redis.exceptions import BusyLoadingError, NoScriptError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from feature_jobs.redis_wire import Command, Wire, connected
 from gateway.contracts import layout
 from gateway.contracts.features import ENTITIES, ENTITY_INDEX
 from gateway.contracts.windows import HEAD_RETENTION_MS, RETENTION_REAL_S, keep_tiles, merge_tiles, tiles_of
 
-# Commands in one pipeline: more only makes Redis and the worker wait for each other (measured in docs/pipeline.md).
-PIPELINE_COMMANDS_MAX = 256
-# Entities merged at once: bounds a worker's memory at about 50 MB of tiles.
-OWNERS_MAX = 4096
+# Entities merged at once, and how many such groups are under way: bounds a worker's memory at about 50 MB of tiles. With several
+# under way, Redis works on one while the worker adds up another.
+OWNERS_MAX = 2048
+GROUPS_MAX = 3
 # Of the events that one batch adds to one entity, only the newest that a head can hold need to be looked for there.
 HASHES_MAX = 2 * max(e.head_events_max for e in ENTITIES)
 MERGE_SHA = hashlib.sha1(layout.MERGE_LUA.encode(), usedforsecurity=False).hexdigest()
-SOCKET_TIMEOUT_S = 5.0
 BACKOFF_S_MAX = 2.0
 
 OUTPUT_DDL = "written bigint, unchanged bigint"
 
-_RETRIED = (RedisConnectionError, RedisTimeoutError, BusyLoadingError)
+# The script is loaded with each connection, so that one that isn't there any more asks for a new connection.
+_RETRIED = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, NoScriptError)
+
+# Yields commands and is sent their replies, twice; returns how many entities it wrote.
+Steps = Generator[list[Command], list[Any], int]
 
 
 class RedisUnavailableError(RuntimeError):
@@ -111,13 +115,7 @@ def merge_into_redis(job: TileJob) -> Callable[[Iterable[pa.RecordBatch]], Itera
 
     def merge(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         events = _read(list(batches))
-        written = 0
-        if events.tags:
-            client = redis.Redis.from_url(job.redis_url, socket_timeout=SOCKET_TIMEOUT_S, socket_connect_timeout=SOCKET_TIMEOUT_S)
-            with client:
-                for first in range(0, len(events.tags), OWNERS_MAX):
-                    chunk = _part(events, first, min(first + OWNERS_MAX, len(events.tags)))
-                    written += _merge_patiently(client, job, chunk)
+        written = _merge_patiently(job, events)
         unchanged = len(events.tags) - written
         yield pa.RecordBatch.from_pydict(
             {"written": pa.array([written], pa.int64()), "unchanged": pa.array([unchanged], pa.int64())}
@@ -185,25 +183,70 @@ def patient(call: Callable[[], T], retry_s: float) -> T:
             wait_s = min(BACKOFF_S_MAX, wait_s * 2)
 
 
-def _merge_patiently(client: redis.Redis, job: TileJob, events: Events) -> int:
-    """`merge_events`, again while Redis is down or starting: what the first try wrote, its fence protects. Entities written."""
+def _merge_patiently(job: TileJob, events: Events) -> int:
+    """All groups of entities, again while Redis is down or starting: what an earlier try wrote, its fence protects. Entities written."""
+    left = deque(range(0, len(events.tags), OWNERS_MAX))
+    written = 0
 
-    def merge() -> int:
+    def steps(first: int) -> Steps:
+        return merge_steps(job, _part(events, first, min(first + OWNERS_MAX, len(events.tags))))
+
+    def attempt() -> None:
+        nonlocal written
+        groups = len(left)
         try:
-            return merge_events(client, job, events)
-        except NoScriptError:
-            client.script_load(layout.MERGE_LUA)
-            return merge_events(client, job, events)
+            with connected(job.redis_url) as wire:
+                wire.ask([("SCRIPT", "LOAD", layout.MERGE_LUA)])
+                for done in in_turns(wire, (steps(first) for first in tuple(left))):
+                    left.popleft()
+                    written += done
+        except _RETRIED:
+            # As long as it gets on, patience begins anew.
+            if len(left) == groups:
+                raise
 
-    return patient(merge, job.retry_s)
+    while left:
+        patient(attempt, job.retry_s)
+    return written
 
 
-def merge_events(client: redis.Redis, job: TileJob, events: Events) -> int:
+def in_turns(wire: Wire, groups: Iterable[Steps]) -> Iterator[int]:
+    """What each of `groups` returns, in their order, with up to `GROUPS_MAX` of them under way on one connection."""
+    waiting = iter(groups)
+    # In the order of their replies.
+    asked: deque[tuple[Steps, int]] = deque()
+
+    def send(group: Steps, commands: list[Command]) -> None:
+        wire.send(commands)
+        asked.append((group, len(commands)))
+
+    def start() -> None:
+        group = next(waiting, None)
+        if group is not None:
+            send(group, next(group))
+
+    for _ in range(GROUPS_MAX):
+        start()
+    while asked:
+        group, replies = asked.popleft()
+        try:
+            send(group, group.send(wire.read(replies)))
+        except StopIteration as end:
+            start()
+            yield end.value
+
+
+def merge_events(wire: Wire, job: TileJob, events: Events) -> int:
+    """One group alone. Entities written, those that had this batch before left out."""
+    return sum(in_turns(wire, [merge_steps(job, events)]))
+
+
+def merge_steps(job: TileJob, events: Events) -> Steps:
     """Read the owners' tiles, add the events, write them back. Entities written, those that had this batch before left out."""
     names = [tag.split(":", 1) for tag in events.tags]
     head_keys = [layout.head_key(*name) for name in names]
     tiles_keys = [layout.tiles_key(*name) for name in names]
-    values = _pipelined(client, [("GET", key) for key in tiles_keys])
+    values = yield [("GET", key) for key in tiles_keys]
     parts: list[bytes] = []
     lengths = np.zeros(len(names), np.int64)
     done = np.zeros(len(names), bool)
@@ -248,15 +291,4 @@ def merge_events(client: redis.Redis, job: TileJob, events: Events) -> int:
             + (layout.HEAD_COMPACT_ABOVE, layout.HEAD_KEPT_MIN, observed_since_s, HEAD_RETENTION_MS)
             + (layout.EARLY_TTL_MS, HASHES_MAX)
         )
-    return sum(_pipelined(client, calls))
-
-
-def _pipelined(client: redis.Redis, commands: Sequence[tuple[object, ...]]) -> list:  # type: ignore[type-arg]
-    """The replies to `commands`, sent a bounded number at a time. Raises the first error among the replies."""
-    replies: list[object] = []
-    for first in range(0, len(commands), PIPELINE_COMMANDS_MAX):
-        pipe = client.pipeline(transaction=False)
-        for command in commands[first : first + PIPELINE_COMMANDS_MAX]:
-            pipe.execute_command(*command)  # type: ignore[no-untyped-call]
-        replies += pipe.execute()
-    return replies
+    return sum((yield calls))
