@@ -2,7 +2,8 @@
 
 Starts a stack of its own (Kafka, Redis, registry) in a directory of its own and stops it. The streams run on one core, everything else
 on the others. They first take WARM-UP transactions; then they are halted while Kafka is filled, and timed from the moment they
-go on until silver and Redis hold every transaction: catch-up, with nothing left out. Takes two to five minutes.
+go on until silver and Redis hold every transaction: catch-up, with nothing left out. With a rate, transactions are sent at that rate
+instead while the streams run. Takes two to five minutes. FRAUDGATE_ settings other than places and ports hold.
 """
 
 from __future__ import annotations
@@ -69,10 +70,14 @@ class BenchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """`live`: as from payment services, with no gateway there to observe them first; else history, which no gateway observes."""
+    """`rate_per_s`: None for catch-up.
+
+    `live`: as from payment services, with no gateway there to observe them first; else history, which no gateway observes.
+    """
 
     warm_up: int
     events: int
+    rate_per_s: float | None
     cards: int
     avro: bool
     live: bool
@@ -92,10 +97,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class Result:
-    """`cpu_us` and `rss_mb_max` by jvm, workers, driver, redis, kafka. CPU is microseconds a transaction."""
+    """`behind_s`: from the last transaction's sending to its writing. CPU is microseconds a transaction.
+
+    `cpu_us` and `rss_mb_max` are by jvm, workers, driver, redis, kafka; `jvm_threads_us` divides the JVM's.
+    """
 
     events: int
     took_s: float
+    behind_s: float
     transactions_per_s: float
     cpu_us: dict[str, float]
     jvm_threads_us: dict[str, float]
@@ -117,7 +126,7 @@ class JobsUnderTest:
         argv = ["taskset", "-c", str(core), sys.executable, "-m", "deploy.cli", "jobs", "--queries", "bronze,silver"]
         env = {k: v for k, v in os.environ.items() if not k.startswith("FRAUDGATE_")} | settings_env(settings)
         self.record: ProcessRecord = processes.spawn(argv, env | {"PYTHONUNBUFFERED": "1"}, Path.cwd(), self.log_path)
-        # Daemons of Spark's Python workers leave the process group: what was seen once is ended by its pid.
+        # Daemons of Spark's Python workers leave the process group: they are halted and set going by their pids.
         self._seen: dict[int, str] = {}
 
     def pids(self) -> dict[int, str]:
@@ -265,13 +274,13 @@ class Bench:
         per_day = PAYMENTS_PER_CARD_AND_DAY * plan.cards
         self._config = SimulatorConfig(seed=plan.seed, cards=plan.cards, events_per_day=per_day)
 
-    def send(self, count: int, skip: int) -> None:
-        """Put `count` payments on Kafka, as fast as it takes them."""
+    def send(self, count: int, skip: int, rate_per_s: float | None = None) -> None:
+        """Put `count` payments on Kafka, as fast as it takes them or at a rate."""
         registry = SchemaRegistry(self.settings.registry, self.settings.schemas_path)
         encoders = {t: avro_encoder(t, registry) if self.plan.avro else json_encoder() for t in (TRANSACTIONS, LABELS)}
         sender = make_kafka_sender(self.settings.bootstrap, encoders, history=not self.plan.live)
         source = Simulation(self._config, count, skip)
-        sender.run(sequenced(source, "kafka", ("kafka",), lambda _: None), Pace())
+        sender.run(sequenced(source, "kafka", ("kafka",), lambda _: None), Pace(rate_per_s))
         if sender.report.failed:
             raise BenchError(f"Kafka did not take {sender.report.failed} messages: {sender.report.first_failure}")
 
@@ -306,13 +315,17 @@ class Bench:
         plan = self.plan
         jobs.wait(lambda: streams_run(f"{self._metrics_url}"), START_S_MAX, "the streams run")
         jobs.wait(lambda: self.holds(plan.warm_up), START_S_MAX + plan.time_s_max, "the warm-up is in silver and Redis")
-        jobs.halt()
         say(f"bench       {plan.events:,} transactions to Kafka")
-        self.send(plan.events, plan.warm_up)
+        if plan.rate_per_s is None:
+            jobs.halt()
+            self.send(plan.events, plan.warm_up)
         before, commits = usage(jobs, self.stack), self._silver.commits
-        say("bench       the streams go on")
         started = time.monotonic()
-        jobs.go_on()
+        if plan.rate_per_s is None:
+            jobs.go_on()
+        else:
+            self.send(plan.events, plan.warm_up, plan.rate_per_s)
+        sent_s = time.monotonic() - started
         total = plan.warm_up + plan.events
         jobs.wait(lambda: self.holds(total), plan.time_s_max, f"{total:,} transactions are in silver and Redis")
         took_s = time.monotonic() - started
@@ -325,6 +338,7 @@ class Bench:
         return Result(
             events=plan.events,
             took_s=took_s,
+            behind_s=took_s - sent_s,
             transactions_per_s=plan.events / took_s,
             cpu_us={kind: (cpu_s - before.cpu_s[kind]) / plan.events * 1e6 for kind, cpu_s in after.cpu_s.items()},
             jvm_threads_us={
@@ -354,6 +368,7 @@ def report_table(result: Result) -> str:
     rows = [
         ("transactions, after a warm-up of", f"{result.events:,} after {result.plan.warm_up:,}"),
         ("transactions a second", f"{result.transactions_per_s:,.0f}"),
+        ("seconds behind at the end", f"{result.behind_s:.1f}"),
         ("batches of silver", f"{result.batches}"),
         *((f"CPU us a transaction, {kind}", f"{us:.1f}") for kind, us in result.cpu_us.items()),
         *((f"  of it in the JVM, {does}", f"{us:.1f}") for does, us in result.jvm_threads_us.items()),
@@ -374,6 +389,7 @@ def bench(argv: list[str]) -> int:
     jobs = names.add_parser("jobs", help="transactions a second of the Spark streams on one core", description=__doc__)
     jobs.add_argument("--events", type=int, default=400_000, metavar="N", help="transactions to time (default %(default)s)")
     jobs.add_argument("--warm-up", type=int, default=100_000, metavar="N", help="transactions before (default %(default)s)")
+    jobs.add_argument("--rate", type=float, metavar="N", help="send so many a second (default: all before the streams go on)")
     jobs.add_argument("--cards", type=int, default=100_000, metavar="N", help="cards of the simulation (default %(default)s)")
     jobs.add_argument("--format", choices=("avro", "json"), default="avro", help="of the records (default %(default)s)")
     jobs.add_argument("--live", action="store_true", help="as if a gateway were still to observe them (default: history)")
@@ -396,6 +412,7 @@ def bench(argv: list[str]) -> int:
     plan = Plan(
         warm_up=options.warm_up,
         events=options.events,
+        rate_per_s=options.rate,
         cards=options.cards,
         avro=options.format == "avro",
         live=options.live,

@@ -93,12 +93,19 @@ def parse(bronze: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame:
         F.when(~refused, F.col("l")).alias("l"),
         F.when(
             F.col("topic") == TRANSACTIONS,
-            F.expr(f"cast(filter(headers, h -> h.key = '{SCORED_HEADER}')[0].value as string)"),
+            _scored_by(),
         ).alias("scored_by"),
         # What has no transaction_id, and each label, is nobody's duplicate.
         F.when(~refused & own_id.isNotNull(), F.concat_ws("/", "topic", own_id)).otherwise(position).alias("dedup_key"),
         F.when(refused, F.col("value")).alias("value"),
     )
+
+
+def _scored_by() -> Column:
+    """The value of the first header of that name. Nearly always it is the only header, and looking there first spares a search."""
+    first = F.get("headers", F.lit(0))
+    search = F.get(F.expr(f"filter(headers, h -> h.key = '{SCORED_HEADER}')"), F.lit(0))
+    return F.when(first["key"] == SCORED_HEADER, first["value"]).when(F.size("headers") > 1, search["value"]).cast("string")
 
 
 def _framed(bronze: DataFrame) -> DataFrame:

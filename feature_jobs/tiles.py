@@ -139,13 +139,19 @@ def _read(batches: list[pa.RecordBatch]) -> Events:
     return Events(
         tags=tags.dictionary.to_pylist(),
         owner=owner[order],
-        transaction=np.frombuffer(b"".join(table["txn"].to_pylist()), "<u8")[order],
+        transaction=_hashes(table["txn"].combine_chunks())[order],
         event_time_ms=event_time_ms[order],
         amount_minor=table["amount_minor"].to_numpy()[order],
         dim_a=table["dim_a"].to_numpy().astype(np.uint32)[order],
         dim_b=table["dim_b"].to_numpy().astype(np.uint32)[order],
         from_kafka=table["from_kafka"].to_numpy(zero_copy_only=False)[order],
     )
+
+
+def _hashes(column: Any) -> npt.NDArray[np.uint64]:
+    """The numbers in a binary column of 8 bytes each, without an object a row."""
+    fixed = column.cast(pa.binary(8))
+    return np.frombuffer(fixed.buffers()[1], "<u8", count=len(fixed), offset=8 * fixed.offset)
 
 
 def _part(events: Events, first: int, end: int) -> Events:
@@ -269,9 +275,15 @@ def merge_steps(job: TileJob, events: Events) -> Steps:
     keep = keep_tiles(tiles, owner, now_min)
     tiles, owner = tiles[keep], owner[keep]
 
-    tile_edges = np.searchsorted(owner, np.arange(len(names) + 1))
-    event_edges = np.searchsorted(events.owner, np.arange(len(names) + 1))
+    tile_edges = np.searchsorted(owner, np.arange(len(names) + 1)).tolist()
+    event_edges = np.searchsorted(events.owner, np.arange(len(names) + 1)).tolist()
     observed_since_s = job.now_ms // 1000 - RETENTION_REAL_S
+    limits = [
+        str(limit).encode()
+        for limit in (layout.TILES_TTL_MS, layout.HEAD_COMPACT_ABOVE, layout.HEAD_KEPT_MIN, observed_since_s, HEAD_RETENTION_MS)
+        + (layout.EARLY_TTL_MS, HASHES_MAX)
+    ]
+    hashes = hashes_of(events)
     calls = []
     for i in np.flatnonzero(~done).tolist():
         entity, entity_id = names[i]
@@ -282,13 +294,30 @@ def merge_steps(job: TileJob, events: Events) -> Steps:
             job.epoch,
             tiles[tile_edges[i] : tile_edges[i + 1]],
         )
-        first, end = int(event_edges[i]), int(event_edges[i + 1])
-        newest = slice(max(first, end - HASHES_MAX), end)
-        hashes, from_kafka = events.transaction[newest], events.from_kafka[newest]
+        first, end = event_edges[i], event_edges[i + 1]
         calls.append(
-            ("EVALSHA", MERGE_SHA, 3, head_keys[i], tiles_keys[i], layout.early_key(entity, entity_id), packed)
-            + (hashes[from_kafka].tobytes(), hashes[~from_kafka].tobytes(), end - first, layout.TILES_TTL_MS)
-            + (layout.HEAD_COMPACT_ABOVE, layout.HEAD_KEPT_MIN, observed_since_s, HEAD_RETENTION_MS)
-            + (layout.EARLY_TTL_MS, HASHES_MAX)
+            ("EVALSHA", MERGE_SHA, b"3", head_keys[i], tiles_keys[i], layout.early_key(entity, entity_id), packed)
+            + (*hashes(max(first, end - HASHES_MAX), end), end - first, *limits)
         )
     return sum((yield calls))
+
+
+def hashes_of(events: Events) -> Callable[[int, int], tuple[bytes, bytes]]:
+    """Gives the transactions' hashes of a slice of `events`: those that a gateway observes from Kafka, and the others.
+
+    Nearly always they are all of one kind, and a slice of one text.
+    """
+    whole = events.transaction.tobytes()
+    width = events.transaction.itemsize
+    before = np.concatenate([[0], np.cumsum(events.from_kafka)]).tolist()
+
+    def hashes(first: int, end: int) -> tuple[bytes, bytes]:
+        from_kafka = before[end] - before[first]
+        if from_kafka == 0:
+            return b"", whole[width * first : width * end]
+        if from_kafka == end - first:
+            return whole[width * first : width * end], b""
+        part, chosen = events.transaction[first:end], events.from_kafka[first:end]
+        return part[chosen].tobytes(), part[~chosen].tobytes()
+
+    return hashes
