@@ -1,7 +1,7 @@
 """Bronze records become typed transactions, receipts and labels, or refusals with a reason: as JVM expressions, no Python per row.
 
 The verdicts and reasons for transactions are those of `gateway.contracts.transaction.decode_json` (JSON) and `from_fields` (Avro);
-`tests/agreement/test_spark_refuses_as_the_gateway_does.py` holds the two together. About 15 us of CPU a row.
+`tests/agreement/test_spark_refuses_as_the_gateway_does.py` holds the two together. Cost: docs/pipeline.md.
 
 How JSON is read: Spark's VARIANT parser is strict (RFC 8259, duplicate keys refused at any depth) but stops after the first value,
 so the text is wrapped in a list with a random second element, which must be found where it belongs. The variant's schema is then a
