@@ -6,7 +6,7 @@ BIN := .venv/bin
 SETUP_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format docs clean
+.PHONY: help setup demo test test-slow bench check format docs clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -27,6 +27,9 @@ test: setup ## all tests but the slow ones, against the real components
 
 test-slow: setup ## the slow tests too
 	$(BIN)/pytest
+
+bench: setup ## measure on this machine: the Spark streams on one core
+	$(BIN)/fraudgate bench jobs
 
 check: setup ## formatting, lint, types
 	$(BIN)/ruff format --check .

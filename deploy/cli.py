@@ -78,6 +78,15 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         Command("replay", "loadtest.commands", "replay", "send a public data set through Kafka or HTTP at a chosen speed"),
     ),
+    "Benchmarks": (
+        Command(
+            "bench",
+            "deploy.bench_jobs",
+            "bench",
+            "measure a part on this machine: jobs (the Spark streams on one core)",
+            spark=True,
+        ),
+    ),
 }
 
 

@@ -45,6 +45,12 @@ class Metrics:
         )
         self.up = Gauge("fraudgate_jobs_up", "1 while the query runs", ["query"], registry=r)
         self.lag = Gauge("fraudgate_jobs_kafka_lag", "Records in Kafka that bronze doesn't hold yet", registry=r)
+        self.state_rows = Gauge(
+            "fraudgate_jobs_state_rows", "Ids that a query remembers to drop repetitions", ["query"], registry=r
+        )
+        self.state_memory = Gauge(
+            "fraudgate_jobs_state_memory_bytes", "Memory of the store that holds them, bytes", ["query"], registry=r
+        )
 
     def batch(self, query: str, seconds: float) -> None:
         self.batch_seconds.labels(query).observe(seconds)

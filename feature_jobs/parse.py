@@ -1,7 +1,7 @@
 """Bronze records become typed transactions, receipts and labels, or refusals with a reason: as JVM expressions, no Python per row.
 
 The verdicts and reasons for transactions are those of `gateway.contracts.transaction.decode_json` (JSON) and `from_fields` (Avro);
-`tests/agreement/test_spark_refuses_as_the_gateway_does.py` holds the two together. About 15 us of CPU a row.
+`tests/agreement/test_spark_refuses_as_the_gateway_does.py` holds the two together. Cost: docs/pipeline.md.
 
 How JSON is read: Spark's VARIANT parser is strict (RFC 8259, duplicate keys refused at any depth) but stops after the first value,
 so the text is wrapped in a list with a random second element, which must be found where it belongs. The variant's schema is then a
@@ -93,12 +93,19 @@ def parse(bronze: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame:
         F.when(~refused, F.col("l")).alias("l"),
         F.when(
             F.col("topic") == TRANSACTIONS,
-            F.expr(f"cast(filter(headers, h -> h.key = '{SCORED_HEADER}')[0].value as string)"),
+            _scored_by(),
         ).alias("scored_by"),
         # What has no transaction_id, and each label, is nobody's duplicate.
         F.when(~refused & own_id.isNotNull(), F.concat_ws("/", "topic", own_id)).otherwise(position).alias("dedup_key"),
         F.when(refused, F.col("value")).alias("value"),
     )
+
+
+def _scored_by() -> Column:
+    """The value of the first header of that name. Nearly always it is the only header, and looking there first spares a search."""
+    first = F.get("headers", F.lit(0))
+    search = F.get(F.expr(f"filter(headers, h -> h.key = '{SCORED_HEADER}')"), F.lit(0))
+    return F.when(first["key"] == SCORED_HEADER, first["value"]).when(F.size("headers") > 1, search["value"]).cast("string")
 
 
 def _framed(bronze: DataFrame) -> DataFrame:
@@ -140,11 +147,13 @@ def _decoded(framed: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame
         "json_label", F.when(F.col("topic") == LABELS, F.from_json("text", LABEL_DDL, JSON_OPTIONS | {"mode": "PERMISSIVE"}))
     )
     for topic, by_id in schemas.items():
-        reader = TOPICS[topic].schema_text
-        payload = F.substring("value", HEADER.size + 1, tx.MESSAGE_BYTES_MAX * 64)
-        options = {"mode": "PERMISSIVE", "avroSchema": reader}
+        # A projection of their own: each later mention of a record would decode it again.
+        for schema_id, writer in sorted(by_id.items()):
+            right = (F.col("topic") == topic) & (F.col("schema_id") == schema_id)
+            rows = rows.withColumn(_raw(topic, schema_id), F.when(right, from_avro(_payload(), writer, {"mode": "PERMISSIVE"})))
+    for topic, by_id in schemas.items():
         branches = [
-            ((F.col("topic") == topic) & (F.col("schema_id") == schema_id), _whole_record(payload, writer, options))
+            ((F.col("topic") == topic) & (F.col("schema_id") == schema_id), _whole_record(topic, schema_id, writer))
             for schema_id, writer in sorted(by_id.items())
         ]
         known = F.col("schema_id").isin(sorted(by_id)) if by_id else F.lit(False)
@@ -154,20 +163,32 @@ def _decoded(framed: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame
     return rows
 
 
-def _whole_record(payload: Column, writer: str, options: dict[str, str]) -> Column:
-    """The record that is all of `payload`, else null. Spark's reader doesn't mind bytes behind it, so it is written again to compare.
+def _payload() -> Column:
+    return F.substring("value", HEADER.size + 1, tx.MESSAGE_BYTES_MAX * 64)
 
-    A writer's schema with other than plain fields, which Spark might not write the way it was, is spared that check.
+
+def _raw(topic: str, schema_id: int) -> str:
+    """The column with records of that schema as they were written."""
+    return f"raw_{topic}_{schema_id}"
+
+
+def _whole_record(topic: str, schema_id: int, writer: str) -> Column:
+    """The record that is all of the payload, in this code's schema, else null.
+
+    Spark's reader doesn't mind bytes behind a record, so it is written again to compare. A writer's schema with other than plain
+    fields, which Spark might not write the way it was, is spared that check.
     """
-    record = from_avro(payload, writer, options)
-    schema = json.loads(writer)
+    as_read = F.col(_raw(topic, schema_id))
+    schema, reader = json.loads(writer), TOPICS[topic].schema_text
+    # Decoding by the writer's schema into itself is what was done already.
+    own = schema == json.loads(reader)
+    record = as_read if own else from_avro(_payload(), writer, {"mode": "PERMISSIVE", "avroSchema": reader})
     required = [f["name"] for f in schema["fields"] if isinstance(f["type"], str)]
     if not required or not _plain(schema):
         return record
-    as_read = from_avro(payload, writer, {"mode": "PERMISSIVE"})
     # What can't be read is a record of nulls, which can't be written: that would fail the batch, not the row.
     sound = reduce(lambda so_far, name: so_far & as_read[name].isNotNull(), required, F.lit(True))
-    return F.when(sound & (F.length(F.when(sound, to_avro(as_read, writer))) == F.length(payload)), record)
+    return F.when(sound & (F.length(F.when(sound, to_avro(as_read, writer))) == F.length(_payload())), record)
 
 
 def _plain(schema: dict[str, Any]) -> bool:

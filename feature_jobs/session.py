@@ -60,12 +60,12 @@ def options(settings: Settings) -> dict[str, str]:
         "spark.driver.extraJavaOptions": (
             # One simple collector for a small heap: G1's concurrent threads compete with the streams on two cores.
             "-XX:+UseSerialGC"
-            # The quick compiler only: each batch plans anew and runs for a second, and the optimising one took a third of all CPU.
-            # Its default cache of 48 MB is too small for Spark: the JVM then throws code away and interprets what it had compiled.
-            " -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m"
+            # The default cache of 48 MB is too small for Spark: the JVM then throws code away and interprets what it had compiled.
+            f" {compiler_options(settings.spark_optimise_calls)} -XX:ReservedCodeCacheSize=256m"
             # Hadoop starts a `chmod` for each local file it creates: vfork instead of a helper program that starts it.
             " -Djdk.lang.Process.launchMechanism=VFORK -Djava.net.preferIPv4Stack=true"
             f" -Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
+            f" {settings.spark_java_options}"
         ),
         "spark.jars": ",".join(str(jar) for jar in jars(settings.jars_path)),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
@@ -117,6 +117,20 @@ def options(settings: Settings) -> dict[str, str]:
             "spark.hadoop.fs.s3a.directory.marker.retention": "keep",
         }
     return chosen
+
+
+def compiler_options(optimise_calls: int) -> str:
+    """The quick compiler only, or the optimising one too for what is called that often; 0: never.
+
+    Each batch plans anew and runs for a second: with the JVM's own thresholds (5,000 calls) compiling took a third of all CPU. Higher
+    ones, in the JVM's own proportions, leave it to what runs for every row.
+    """
+    if not optimise_calls:
+        return "-XX:TieredStopAtLevel=1"
+    return (
+        f"-XX:Tier4InvocationThreshold={optimise_calls} -XX:Tier4MinInvocationThreshold={optimise_calls // 8}"
+        f" -XX:Tier4CompileThreshold={3 * optimise_calls} -XX:Tier4BackEdgeThreshold={8 * optimise_calls}"
+    )
 
 
 def build_session(settings: Settings) -> SparkSession:

@@ -190,6 +190,8 @@ class Supervisor:
             if behind is not None:
                 self._metrics.lag.set(float(behind))
         for operator in progress["stateOperators"]:
+            self._metrics.state_rows.labels(runner.name).set(operator["numRowsTotal"])
+            self._metrics.state_memory.labels(runner.name).set(operator["memoryUsedBytes"])
             self._metrics.duplicates.inc(operator["customMetrics"].get("numDroppedDuplicateRows", 0))
             late = operator["numRowsDroppedByWatermark"]
             if late:

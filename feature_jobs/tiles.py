@@ -1,8 +1,8 @@
 """Windowed sums to Redis: each micro-batch's new transactions are added to the tiles of their entities.
 
-`explode_entities` runs in the JVM; `merge_into_redis` in Python workers, one call a partition, vectorised over its entities: about
-25 us of CPU an entity and batch. Every entity's write is one atomic step (contracts.layout.MERGE_LUA), fenced by (epoch, batch id):
-a replay of the batch, by this driver or by a zombie of it, finds the batch's id in the entity's header and changes nothing.
+`explode_entities` runs in the JVM; `merge_into_redis` in Python workers, one call a partition, vectorised over its entities. Every
+entity's write is one atomic step (contracts.layout.MERGE_LUA), fenced by (epoch, batch id): a replay of the batch, by this driver or
+by a zombie of it, finds the batch's id in the entity's header and changes nothing.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import redis
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from redis.exceptions import BusyLoadingError, NoScriptError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from feature_jobs.redis_client import Client, cluster_pipelined, connect
+from feature_jobs.redis_wire import Bulk, Command, connected
 from gateway.contracts import layout, tiles
 from gateway.contracts.features import ENTITIES, ENTITY_INDEX
 from gateway.contracts.windows import HEAD_RETENTION_MS
 
-# Commands in one pipeline: more only makes Redis and the worker wait for each other (measured in docs/pipeline.md).
-PIPELINE_COMMANDS_MAX = 256
-# Entities merged at once: bounds a worker's memory at about 50 MB of tiles.
-OWNERS_MAX = 4096
+# Entities merged at once, and how many such groups are under way: bounds a worker's memory at about 50 MB of tiles. With several
+# under way, Redis works on one while the worker adds up another.
+OWNERS_MAX = 2048
+GROUPS_MAX = 3
 # Of the events that one batch adds to one entity, only the newest that a head or the early list can hold need to be looked for.
 HASHES_MAX = layout.EARLY_MAX
 assert HASHES_MAX >= 2 * max(e.head_events_max for e in ENTITIES)
@@ -44,7 +44,11 @@ BACKOFF_S_MAX = 2.0
 DIMS = ("dim_a", "dim_b", "dim_c")
 OUTPUT_DDL = "written bigint, unchanged bigint"
 
-_RETRIED = (RedisConnectionError, RedisTimeoutError, BusyLoadingError)
+# The script is loaded with each connection, so that one that isn't there any more asks for a new connection.
+_RETRIED = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, NoScriptError)
+
+# Yields commands and is sent their replies, twice; returns how many entities it wrote.
+Steps = Generator[list[Command], list[Any], int]
 
 
 class RedisUnavailableError(RuntimeError):
@@ -77,13 +81,16 @@ class Events:
 
 def explode_entities(transactions: DataFrame) -> DataFrame:
     """One row for each entity that a transaction names: tag, txn (8 bytes), event_time_ms, amount_minor, DIMS, from_kafka."""
+    # Hashed once in a projection of its own: several entities have the same dimension.
+    dims = sorted({dim for e in ENTITIES for dim in e.dims})
+    transactions = transactions.select("*", *(F.crc32(F.coalesce(F.col(dim), F.lit(""))).alias(f"crc_{dim}") for dim in dims))
     named = F.array(
         *(
             F.when(
                 F.col(e.field).isNotNull(),
                 F.struct(
                     F.concat(F.lit(f"{e.name}:"), F.col(e.field)).alias("tag"),
-                    *(F.crc32(F.coalesce(F.col(d), F.lit(""))).alias(name) for name, d in zip(DIMS, e.dims, strict=True)),
+                    *(F.col(f"crc_{dim}").alias(name) for name, dim in zip(DIMS, e.dims, strict=True)),
                 ),
             )
             for e in ENTITIES
@@ -113,12 +120,7 @@ def merge_into_redis(job: TileJob) -> Callable[[Iterable[pa.RecordBatch]], Itera
 
     def merge(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         events = _read(list(batches))
-        written = 0
-        if events.tags:
-            with patient(lambda: connect(job.redis_url), job.retry_s) as client:
-                for first in range(0, len(events.tags), OWNERS_MAX):
-                    chunk = _part(events, first, min(first + OWNERS_MAX, len(events.tags)))
-                    written += _merge_patiently(client, job, chunk)
+        written = _merge_patiently(job, events)
         unchanged = len(events.tags) - written
         yield pa.RecordBatch.from_pydict(
             {"written": pa.array([written], pa.int64()), "unchanged": pa.array([unchanged], pa.int64())}
@@ -141,12 +143,18 @@ def _read(batches: list[pa.RecordBatch]) -> Events:
     return Events(
         tags=tags.dictionary.to_pylist(),
         owner=owner[order],
-        transaction=np.frombuffer(b"".join(table["txn"].to_pylist()), "<u8")[order],
+        transaction=_hashes(table["txn"].combine_chunks())[order],
         event_time_ms=event_time_ms[order],
         amount_minor=table["amount_minor"].to_numpy()[order],
         dims=tuple(table[name].to_numpy().astype(np.uint32)[order] for name in DIMS),
         from_kafka=table["from_kafka"].to_numpy(zero_copy_only=False)[order],
     )
+
+
+def _hashes(column: Any) -> npt.NDArray[np.uint64]:
+    """The numbers in a binary column of 8 bytes each, without an object a row."""
+    fixed = column.cast(pa.binary(8))
+    return np.frombuffer(fixed.buffers()[1], "<u8", count=len(fixed), offset=8 * fixed.offset)
 
 
 def _part(events: Events, first: int, end: int) -> Events:
@@ -183,25 +191,70 @@ def patient(call: Callable[[], T], retry_s: float) -> T:
             wait_s = min(BACKOFF_S_MAX, wait_s * 2)
 
 
-def _merge_patiently(client: Client, job: TileJob, events: Events) -> int:
-    """`merge_events`, again while Redis is down or starting: what the first try wrote, its fence protects. Entities written."""
+def _merge_patiently(job: TileJob, events: Events) -> int:
+    """All groups of entities, again while Redis is down or starting: what an earlier try wrote, its fence protects. Entities written."""
+    left = deque(range(0, len(events.tags), OWNERS_MAX))
+    written = 0
 
-    def merge() -> int:
+    def steps(first: int) -> Steps:
+        return merge_steps(job, _part(events, first, min(first + OWNERS_MAX, len(events.tags))))
+
+    def attempt() -> None:
+        nonlocal written
+        groups = len(left)
         try:
-            return merge_events(client, job, events)
-        except NoScriptError:
-            client.script_load(layout.MERGE_LUA)
-            return merge_events(client, job, events)
+            with connected(job.redis_url) as wire:
+                wire.load_script(layout.MERGE_LUA)
+                for done in in_turns(wire, (steps(first) for first in tuple(left))):
+                    left.popleft()
+                    written += done
+        except _RETRIED:
+            # As long as it gets on, patience begins anew.
+            if len(left) == groups:
+                raise
 
-    return patient(merge, job.retry_s)
+    while left:
+        patient(attempt, job.retry_s)
+    return written
 
 
-def merge_events(client: Client, job: TileJob, events: Events) -> int:
+def in_turns(wire: Bulk, groups: Iterable[Steps]) -> Iterator[int]:
+    """What each of `groups` returns, in their order, with up to `GROUPS_MAX` of them under way on one connection."""
+    waiting = iter(groups)
+    # In the order of their replies.
+    asked: deque[tuple[Steps, int]] = deque()
+
+    def send(group: Steps, commands: list[Command]) -> None:
+        wire.send(commands)
+        asked.append((group, len(commands)))
+
+    def start() -> None:
+        group = next(waiting, None)
+        if group is not None:
+            send(group, next(group))
+
+    for _ in range(GROUPS_MAX):
+        start()
+    while asked:
+        group, replies = asked.popleft()
+        try:
+            send(group, group.send(wire.read(replies)))
+        except StopIteration as end:
+            start()
+            yield end.value
+
+
+def merge_events(wire: Bulk, job: TileJob, events: Events) -> int:
+    """One group alone. Entities written, those that had this batch before left out."""
+    return sum(in_turns(wire, [merge_steps(job, events)]))
+
+
+def merge_steps(job: TileJob, events: Events) -> Steps:
     """Read the owners' tiles, add the events, write them back. Entities written, those that had this batch before left out."""
     names = [tag.split(":", 1) for tag in events.tags]
     head_keys = [layout.head_key(*name) for name in names]
     tiles_keys = [layout.tiles_key(*name) for name in names]
-    values = _pipelined(client, [("GET", key) for key in tiles_keys])
+    values = yield [("GET", key) for key in tiles_keys]
     entity_index = [ENTITY_INDEX[entity] for entity, _ in names]
     check = [layout.key_check(*name) for name in names]
     # Raises for a value of another layout or key: that must not be built upon.
@@ -223,30 +276,40 @@ def merge_events(client: Client, job: TileJob, events: Events) -> int:
         added.headers[name] = column
     packed = layout.pack_tiles(added)
 
-    event_edges = np.searchsorted(events.owner, np.arange(len(names) + 1))
+    event_edges = np.searchsorted(events.owner, np.arange(len(names) + 1)).tolist()
+    limits = [
+        str(limit).encode()
+        for limit in (layout.TILES_TTL_MS, layout.HEAD_COMPACT_ABOVE, layout.HEAD_KEPT_MIN, layout.HEAD_GUARD_S, HEAD_RETENTION_MS)
+        + (layout.EARLY_TTL_MS, layout.EARLY_MAX)
+    ]
+    hashes = hashes_of(events)
     calls = []
     for i in np.flatnonzero(~done).tolist():
         entity, entity_id = names[i]
-        first, end = int(event_edges[i]), int(event_edges[i + 1])
-        newest = slice(max(first, end - HASHES_MAX), end)
-        hashes, from_kafka = events.transaction[newest], events.from_kafka[newest]
+        first, end = event_edges[i], event_edges[i + 1]
         calls.append(
-            ("EVALSHA", MERGE_SHA, 3, head_keys[i], tiles_keys[i], layout.early_key(entity, entity_id), packed[i])
-            + (hashes[from_kafka].tobytes(), hashes[~from_kafka].tobytes(), end - first, layout.TILES_TTL_MS)
-            + (layout.HEAD_COMPACT_ABOVE, layout.HEAD_KEPT_MIN, layout.HEAD_GUARD_S, HEAD_RETENTION_MS)
-            + (layout.EARLY_TTL_MS, layout.EARLY_MAX)
+            ("EVALSHA", MERGE_SHA, b"3", head_keys[i], tiles_keys[i], layout.early_key(entity, entity_id), packed[i])
+            + (*hashes(max(first, end - HASHES_MAX), end), end - first, *limits)
         )
-    return sum(_pipelined(client, calls))
+    return sum((yield calls))
 
 
-def _pipelined(client: Client, commands: Sequence[tuple[object, ...]]) -> list:  # type: ignore[type-arg]
-    """The replies to `commands`, sent a bounded number at a time. Raises the first error among the replies."""
-    if isinstance(client, redis.RedisCluster):
-        return cluster_pipelined(client, commands)
-    replies: list[object] = []
-    for first in range(0, len(commands), PIPELINE_COMMANDS_MAX):
-        pipe = client.pipeline(transaction=False)
-        for command in commands[first : first + PIPELINE_COMMANDS_MAX]:
-            pipe.execute_command(*command)  # type: ignore[no-untyped-call]
-        replies += pipe.execute()
-    return replies
+def hashes_of(events: Events) -> Callable[[int, int], tuple[bytes, bytes]]:
+    """Gives the transactions' hashes of a slice of `events`: those that a gateway observes from Kafka, and the others.
+
+    Nearly always they are all of one kind, and a slice of one text.
+    """
+    whole = events.transaction.tobytes()
+    width = events.transaction.itemsize
+    before = np.concatenate([[0], np.cumsum(events.from_kafka)]).tolist()
+
+    def hashes(first: int, end: int) -> tuple[bytes, bytes]:
+        from_kafka = before[end] - before[first]
+        if from_kafka == 0:
+            return b"", whole[width * first : width * end]
+        if from_kafka == end - first:
+            return whole[width * first : width * end], b""
+        part, chosen = events.transaction[first:end], events.from_kafka[first:end]
+        return part[chosen].tobytes(), part[~chosen].tobytes()
+
+    return hashes

@@ -6,12 +6,17 @@ import os
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from deploy.stack import Stack
 from deploy.toolchain import spark_env
 from gateway.contracts.settings import ENV_PREFIX, Settings, settings_env
 from tests.helpers import local_settings
+
+# How long an example takes is the machine's business.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_configure() -> None:

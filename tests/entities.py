@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
 import numpy as np
 import redis
 
+from feature_jobs.redis_wire import Bulk, bulk
 from feature_jobs.tiles import Events, TileJob, merge_events
 from gateway.contracts import layout
 from gateway.contracts.decision import Door
@@ -46,6 +48,7 @@ class Entities:
     def __init__(self, client: redis.Redis, hours_a_batch: int = 1) -> None:
         client.flushall()
         self.client = client
+        self._wire = wire_to(client)
         self.batch_id = 0
         self.hour = 0
         self._hours_a_batch = hours_a_batch
@@ -91,9 +94,9 @@ class Entities:
             self.batch_id += 1
             batch_id = self.batch_id
             self.hour += self._hours_a_batch
-        self.client.script_load(layout.MERGE_LUA)
+        self._wire.load_script(layout.MERGE_LUA)
         job = TileJob("", EPOCH, batch_id, self.now_ms, retry_s=0)
-        return merge_events(self.client, job, events_of(batch, from_kafka))
+        return merge_events(self._wire, job, events_of(batch, from_kafka))
 
     def label(self, t: Transaction, change: int) -> None:
         """It becomes known that `t` was fraud (1), or that it was not after all (-1)."""
@@ -109,6 +112,13 @@ class Entities:
             changes = 1 if held is None else layout.LABELS_HEADER.unpack_from(held)[6] + 1
             records = np.array(sorted(days.items()), layout.FRAUD_DAY)
             self.client.set(layout.labels_key(*name), layout.pack_frauds(i, check, changes, EPOCH, changes, records))
+
+
+@lru_cache(maxsize=4)
+def wire_to(client: redis.Redis) -> Bulk:
+    """The Spark job's kind of connection to the same Redis; one a client."""
+    where = client.connection_pool.connection_kwargs
+    return bulk(f"redis://{where['host']}:{where['port']}/{where.get('db', 0)}")
 
 
 def events_of(batch: Sequence[Transaction], from_kafka: bool = True) -> Events:

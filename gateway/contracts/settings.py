@@ -108,6 +108,16 @@ class Settings:
         most=3600,
     )
     spark_cores: int = _setting(2, "threads of the local Spark driver", least=1, most=256)
+    spark_optimise_calls: int = _setting(
+        0,
+        "calls after which the driver's JVM compiles a method with its optimising compiler; 0: never, the quick compiler only."
+        " Thousands of transactions a second want 50000: tasks take half as much CPU, after half a minute of CPU for compiling",
+        least=0,
+        most=10_000_000,
+    )
+    spark_java_options: str = _setting(
+        "", "more options of the driver's JVM, for instance a flight recording; they override the project's own"
+    )
     spark_memory_mb: int = _setting(1536, "heap of the local Spark driver, MiB", least=512, most=262_144)
 
     @property

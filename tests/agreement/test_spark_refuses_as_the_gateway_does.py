@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fastavro
 import pytest
 from pyspark.sql import Row, SparkSession
 
@@ -20,7 +22,7 @@ from gateway.contracts import tables
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
-from gateway.contracts.topics import DECISIONS, LABELS, TOPICS, TRANSACTIONS
+from gateway.contracts.topics import DECISIONS, LABELS, SCORED_HEADER, SCORED_NEVER, TOPICS, TRANSACTIONS
 from gateway.contracts.transaction import FIELDS, RefusedError, Transaction
 from gateway.contracts.wire import frame
 from loadtest.hostile import hostile_cases
@@ -89,11 +91,21 @@ def values() -> dict[str, bytes | None]:
 
 @pytest.fixture(scope="module")
 def parsed(spark: SparkSession, values: dict[str, bytes | None]) -> dict[str, Row]:
+    found = _parse(spark, [(value, None) for value in values.values()])
+    return dict(zip(values, found, strict=True))
+
+
+Headers = list[tuple[str, bytes]] | None
+
+
+def _parse(
+    spark: SparkSession, records: list[tuple[bytes | None, Headers]], schemas: dict[str, dict[int, str]] = SCHEMAS
+) -> list[Row]:
+    """Values and headers of the transactions topic as the feature jobs read them, in the order given."""
     at = dt.datetime.fromtimestamp(NOW_MS / 1000, dt.UTC)
-    rows = [(TRANSACTIONS, 0, i, None, value, None, at, at, 0) for i, value in enumerate(values.values())]
-    found = parse(spark.createDataFrame(rows, DDL[tables.BRONZE]).coalesce(1), SCHEMAS).collect()
-    names = list(values)
-    return {names[row["offset"]]: row for row in found}
+    rows = [(TRANSACTIONS, 0, i, None, value, headers, at, at, 0) for i, (value, headers) in enumerate(records)]
+    found = parse(spark.createDataFrame(rows, DDL[tables.BRONZE]).coalesce(1), schemas).collect()
+    return sorted(found, key=lambda row: int(row["offset"]))
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +153,25 @@ def test_refused_records_keep_their_bytes_and_are_nobodys_duplicate(
     refused = {name: row for name, row in parsed.items() if row["reason"] is not None}
     assert {name: bytes(row["value"]) for name, row in refused.items()} == {name: values[name] or b"" for name in refused}
     assert len({row["dedup_key"] for row in refused.values()}) == len(refused)
+
+
+def test_the_mark_of_who_scored_is_found_among_other_headers_and_missed_without_harm(spark: SparkSession) -> None:
+    value = json.dumps(VALID).encode()
+    mark, other = (SCORED_HEADER, SCORED_NEVER), ("traceparent", b"00-1-2-01")
+    cases: list[Headers] = [None, [], [other], [mark], [mark, other], [other, mark], [other, other]]
+    found = [row["scored_by"] for row in _parse(spark, [(value, headers) for headers in cases])]
+    history = SCORED_NEVER.decode()
+    assert found == [None, None, None, history, history, history, None]
+
+
+def test_a_record_of_an_older_schema_is_read_into_todays_and_must_be_whole_too(spark: SparkSession) -> None:
+    older = json.loads(TOPICS[TRANSACTIONS].schema_text)
+    older["fields"] = [f for f in older["fields"] if f["name"] not in ("latitude", "longitude", "card_bin")]
+    out = io.BytesIO()
+    optional = dict.fromkeys(FIELDS)
+    fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(json.dumps(older))), optional | VALID)
+    value = frame(SCHEMA_ID + 9, out.getvalue())
+    schemas = SCHEMAS | {TRANSACTIONS: SCHEMAS[TRANSACTIONS] | {SCHEMA_ID + 9: json.dumps(older)}}
+    whole, longer, shorter = _parse(spark, [(value, None), (value + b"\0", None), (value[:-1], None)], schemas)
+    assert _by_spark(whole) == Transaction(**(VALID | {"latitude": None, "longitude": None}))
+    assert longer["reason"] == shorter["reason"] == Refusal.MALFORMED_AVRO

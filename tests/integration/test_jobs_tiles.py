@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from deploy.stack import Stack
+from feature_jobs.redis_wire import connected
 from feature_jobs.tiles import Events, RedisUnavailableError, TileJob, merge_events, merge_into_redis
 from gateway.contracts import layout
 from gateway.contracts.features import ENTITIES
@@ -54,7 +55,8 @@ class Card:
         self, hashes: list[int], times_ms: list[int] | None = None, *, from_kafka: bool = True, job: TileJob | None = None
     ) -> int:
         self.client.script_load(layout.MERGE_LUA)
-        return merge_events(self.client, job or self.job, self.events(hashes, times_ms, from_kafka))
+        with connected(self.url) as wire:
+            return merge_events(wire, job or self.job, self.events(hashes, times_ms, from_kafka))
 
     def events(self, hashes: list[int], times_ms: list[int] | None = None, from_kafka: bool = True) -> Events:
         n = len(hashes)

@@ -20,6 +20,7 @@ from msgspec import structs
 
 from deploy.stack import Stack
 from feature_jobs import redis_client
+from feature_jobs.redis_wire import ClusterWire
 from feature_jobs.tiles import TileJob, merge_events, merge_into_redis
 from gateway.contracts import layout
 from gateway.contracts.features import ENTITIES, FEATURE_INDEX, request_columns
@@ -202,7 +203,7 @@ def test_a_slot_is_followed_at_each_step_of_its_migration(cluster: Cluster, clie
         if tiled:
             client.script_load(layout.MERGE_LUA)
             past = events_of([job.transaction for job in jobs[:2]])
-            merge_events(client, TileJob("", EPOCH, 1, NOW_MS, retry_s=0), past)
+            merge_events(ClusterWire(client), TileJob("", EPOCH, 1, NOW_MS, retry_s=0), past)
         cluster.open_slot(slot, source, target)
         during = [await look(store, jobs[2])]
         cluster.move_keys(slot, source, target)
@@ -380,12 +381,12 @@ def test_the_jobs_follow_a_slot_that_moves(cluster: Cluster, client: redis.Redis
     slot = hash_slot(layout.tiles_key("card", run))
     source = cluster.owner(slot)
     target = cluster.other(source)
-    merge_events(client, job, events_of([card_job(run, 0).transaction]))
+    merge_events(ClusterWire(client), job, events_of([card_job(run, 0).transaction]))
     cluster.open_slot(slot, source, target)
     cluster.move_keys(slot, source, target)
     assert redis_client.cluster_pipelined(client, [("GET", layout.tiles_key("card", run))]) != [None]
     cluster.close_slot(slot, target)
-    merge_events(client, dataclasses.replace(job, batch_id=2), events_of([card_job(run, 1).transaction]))
+    merge_events(ClusterWire(client), dataclasses.replace(job, batch_id=2), events_of([card_job(run, 1).transaction]))
     value = client.get(layout.tiles_key("card", run))
     assert isinstance(value, bytes)
     tiles = layout.unpack_tiles([value], [0], [layout.key_check("card", run)]).tiles
