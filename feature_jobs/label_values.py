@@ -98,7 +98,7 @@ def write_days(batches: list[pa.RecordBatch], job: ValueJob) -> tuple[int, int]:
     ]
     written = 0
     if calls:
-        with connect(job.redis_url) as client:
+        with patient(lambda: connect(job.redis_url), job.retry_s) as client:
             for first in range(0, len(calls), PIPELINE_COMMANDS_MAX):
                 written += _run_patiently(client, calls[first : first + PIPELINE_COMMANDS_MAX], job.retry_s)
     return written, len(calls) - written
