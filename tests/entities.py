@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import redis
 
-from feature_jobs.redis_wire import Bulk, bulk
+from feature_jobs.redis_wire import Bulk, ClusterWire, bulk
 from feature_jobs.tiles import Events, TileJob, merge_events
 from gateway.contracts import layout
 from gateway.contracts.decision import Door
@@ -115,8 +115,10 @@ class Entities:
 
 
 @lru_cache(maxsize=4)
-def wire_to(client: redis.Redis) -> Bulk:
+def wire_to(client: redis.Redis | redis.RedisCluster) -> Bulk:
     """The Spark job's kind of connection to the same Redis; one a client."""
+    if isinstance(client, redis.RedisCluster):
+        return ClusterWire(client)
     where = client.connection_pool.connection_kwargs
     return bulk(f"redis://{where['host']}:{where['port']}/{where.get('db', 0)}")
 
