@@ -194,7 +194,7 @@ def streamed(stack: Stack, settings: Settings, tmp_path_factory: pytest.TempPath
         bronze_trigger_ms=200,
         silver_trigger_ms=200,
         gold_trigger_ms=500,
-        labels_trigger_ms=500,
+        labels_trigger_ms=5_000,
     )
     sent = make_sent(f"jobs{secrets.token_hex(3)}")
     third = ROWS // 3
