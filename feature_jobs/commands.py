@@ -15,7 +15,7 @@ from prometheus_client import start_http_server
 
 from feature_jobs import lake, silver
 from feature_jobs.metrics import Metrics
-from feature_jobs.rebuild import NothingToRebuildError, RedisInUseError, by_hand, next_epoch
+from feature_jobs.rebuild import NothingToRebuildError, RedisInUseError, by_hand
 from feature_jobs.session import MissingJarError, build_session
 from feature_jobs.silver import CheckpointLostError
 from feature_jobs.supervisor import QUERIES, GaveUpError, Supervisor
@@ -100,7 +100,7 @@ def rebuild(argv: list[str]) -> int:
     started = time.monotonic()
     try:
         held = lake.load_epoch(spark, settings, silver.TILES) or lake.load_epoch(spark, settings, silver.QUERY) or 0
-        done, batch_id = by_hand(spark, settings, next_epoch(spark, settings, silver.TILES, held), options.as_of_ms)
+        done, batch_id = by_hand(spark, settings, silver.TILES, held, options.as_of_ms)
     except (NothingToRebuildError, RedisInUseError, RedisUnavailableError) as exc:
         print(f"fraudgate rebuild: {exc}", file=sys.stderr)
         return 1

@@ -180,8 +180,8 @@ def next_epoch(spark: SparkSession, settings: Settings, query: str, held: int) -
     return epoch
 
 
-def by_hand(spark: SparkSession, settings: Settings, epoch: int, as_of_ms: int | None) -> tuple[Rebuilt, int]:
-    """What `fraudgate rebuild` does; the batch up to which it wrote. `epoch` is a new one, and the jobs must not run.
+def by_hand(spark: SparkSession, settings: Settings, query: str, held_epoch: int, as_of_ms: int | None) -> tuple[Rebuilt, int]:
+    """What `fraudgate rebuild` does; the batch up to which it wrote. Under the epoch of `query` after `held_epoch`; no jobs may run.
 
     As of now: as after a loss, that is, answers are stale until the jobs have read every older receipt. As of a time: just what
     silver had written then. Raises `NothingToRebuildError`, `RedisInUseError`, and what Spark makes of a worker's error.
@@ -191,6 +191,7 @@ def by_hand(spark: SparkSession, settings: Settings, epoch: int, as_of_ms: int |
         raise RedisInUseError("Redis holds features already, and the past goes into an empty one only: empty it first")
     batch_id = newest_batch(spark, settings, as_of_ms)
     lost_at_ms = 0 if as_of_ms is not None else now_ms
+    epoch = next_epoch(spark, settings, query, held_epoch)
     job = RestoreJob(settings.redis, epoch, batch_id, as_of_ms or now_ms, lost_at_ms, settings.redis_retry_s)
     started = layout.Progress(epoch, -1, now_ms, 0, lost_at_ms=now_ms, rebuilt_batch_id=batch_id)
     put_progress(settings, started)
