@@ -58,6 +58,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "write features and labels of the past as a Delta version",
             spark=True,
         ),
+        Command("capacity", "deploy.capacity", "capacity", "measure memory and rebuild time of a population of cards", spark=True),
     ),
     "Models": (
         Command(
