@@ -234,6 +234,12 @@ def _keys(owner: Int64s, transaction: npt.NDArray[np.uint64]) -> npt.NDArray[np.
     return mixed
 
 
+def _is_among(keys: npt.NDArray[np.uint64], of: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """np.isin, which sorts both sides even when one is empty: mostly no head is there."""
+    among: npt.NDArray[np.bool_] = np.isin(keys, of) if len(of) else np.zeros(len(keys), bool)
+    return among
+
+
 def restored_heads(
     job: RestoreJob, history: History, existing: Observed, end: Int64s, capacity: Int64s
 ) -> tuple[Heads, dict[int, bytes]]:
@@ -254,7 +260,7 @@ def restored_heads(
         place[told] = history.seq[known][by_key][at[told]]
     records = existing.records.copy()
     records["tiled"] = np.isin(held, mine)
-    from_delta = known & ~np.isin(mine, held)
+    from_delta = known & ~_is_among(mine, held)
     joined = Observed(
         owner=np.concatenate([history.owner[from_delta], existing.owner]),
         place=np.concatenate([history.seq[from_delta], place]),
@@ -268,7 +274,7 @@ def restored_heads(
         history.from_kafka
         & (history.seq == NO_RECEIPT)
         & (history.arrived_ms >= job.now_ms - IN_FLIGHT_S * 1000)
-        & ~np.isin(mine, held)
+        & ~_is_among(mine, held)
     )
     if on_its_way.any():
         index = np.flatnonzero(on_its_way)
