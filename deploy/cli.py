@@ -45,6 +45,13 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Features": (
         Command("jobs", "feature_jobs.commands", "jobs", "run the Spark streams: bronze, silver, Redis, gold", spark=True),
         Command(
+            "rebuild",
+            "feature_jobs.commands",
+            "rebuild",
+            "restore Redis from the Delta tables, as of now or of any time",
+            spark=True,
+        ),
+        Command(
             "training-set",
             "feature_jobs.commands",
             "training_set",
@@ -58,6 +65,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "parity",
             "recompute the features of logged receipts and compare them, to the bit",
         ),
+        Command("capacity", "deploy.capacity", "capacity", "measure memory and rebuild time of a population of cards", spark=True),
     ),
     "Models": (
         Command(

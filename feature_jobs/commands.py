@@ -1,25 +1,32 @@
-"""`fraudgate jobs`, `fraudgate backfill` and `fraudgate training-set`."""
+"""`fraudgate jobs`, `fraudgate rebuild`, `fraudgate backfill` and `fraudgate training-set`."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import signal
+import socket
 import sys
+import time
 from datetime import UTC, datetime
 from types import FrameType
 
 from prometheus_client import start_http_server
 
+from feature_jobs import labels, lake, silver
 from feature_jobs.backfill import OtherFeaturesError
 from feature_jobs.backfill import backfill as backfill_features
 from feature_jobs.metrics import Metrics
+from feature_jobs.rebuild import NothingToRebuildError, RedisInUseError, by_hand
 from feature_jobs.session import MissingJarError, build_session
 from feature_jobs.silver import CheckpointLostError
 from feature_jobs.supervisor import QUERIES, GaveUpError, Supervisor
+from feature_jobs.tiles import RedisUnavailableError
 from feature_jobs.training_set import LABEL_DELAY_DAYS, NoHistoryError, write_training_set
 from gateway.contracts.instants import instant_ms
 from gateway.contracts.settings import load_settings
+
+PROBE_S = 1.0
 
 
 def jobs(argv: list[str]) -> int:
@@ -65,6 +72,47 @@ def jobs(argv: list[str]) -> int:
     finally:
         spark.stop()
         server.shutdown()
+    return 0
+
+
+def rebuild(argv: list[str]) -> int:
+    """Restore Redis from Delta. Exit status 1 when that can't be done now."""
+    parser = argparse.ArgumentParser("fraudgate rebuild", description="Restore the tiles and heads in Redis from the Delta tables.")
+    parser.add_argument(
+        "--as-of",
+        dest="as_of_ms",
+        type=instant_ms,
+        metavar="MS|DATE",
+        help="what silver had written by then, into an empty Redis (default: now, whatever Redis holds)",
+    )
+    options = parser.parse_args(argv)
+    settings = load_settings()
+    # Two writers would only fence each other off: the streams rebuild by themselves what they miss.
+    with socket.socket() as probe:
+        probe.settimeout(PROBE_S)
+        if probe.connect_ex((settings.host, settings.jobs_port)) == 0:
+            where = f"{settings.host}:{settings.jobs_port}"
+            print(f"fraudgate rebuild: the feature jobs run ({where} answers); stop them first", file=sys.stderr)
+            return 1
+    try:
+        spark = build_session(settings)
+    except MissingJarError as exc:
+        print(f"fraudgate rebuild: {exc}", file=sys.stderr)
+        return 1
+    started = time.monotonic()
+    try:
+        held = lake.load_epoch(spark, settings, silver.TILES) or lake.load_epoch(spark, settings, silver.QUERY) or 0
+        done, batch_id = by_hand(spark, settings, silver.TILES, held, options.as_of_ms)
+        labels.rebuild_by_hand(spark, settings, options.as_of_ms)
+    except (NothingToRebuildError, RedisInUseError, RedisUnavailableError) as exc:
+        print(f"fraudgate rebuild: {exc}", file=sys.stderr)
+        return 1
+    finally:
+        spark.stop()
+    print(
+        f"Redis holds {done.entities} entities of {done.transactions} transactions, as of batch {batch_id} of silver, "
+        f"after {time.monotonic() - started:.1f} s"
+    )
     return 0
 
 

@@ -237,6 +237,15 @@ def rebuild_labels(
     return written
 
 
+def rebuild_by_hand(spark: SparkSession, settings: Settings, as_of_ms: int | None) -> int:
+    """What `fraudgate rebuild` does for label features, as of now or of a time; no jobs may run. Entities written."""
+    held = lake.load_epoch(spark, settings, VALUES) or lake.load_epoch(spark, settings, QUERY) or 0
+    epoch = held % 0xFFFFFFFF + 1
+    lake.save_epoch(spark, settings, VALUES, epoch)
+    as_of = None if as_of_ms is None else dt.datetime.fromtimestamp(as_of_ms / 1000, dt.UTC)
+    return rebuild_labels(spark, settings, epoch, _newest_batch_id(_label_changes(spark, settings)), as_of)
+
+
 def _label_changes(spark: SparkSession, settings: Settings) -> DataFrame:
     return spark.read.format("delta").load(tables.table_uri(settings.tables, tables.LABEL_CHANGES))
 

@@ -6,7 +6,6 @@ and the replay of the batch lose nothing and count nothing twice. Tiles never ho
 
 from __future__ import annotations
 
-import datetime as dt
 import logging
 import time
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from pyspark.sql.streaming.readwriter import DataStreamWriter
 from feature_jobs import lake, redis_client
 from feature_jobs.metrics import Metrics
 from feature_jobs.parse import LABEL_FIELDS, RECEIPT_ENTITY_FIELDS, RECEIPT_FIELDS, parse
+from feature_jobs.rebuild import RECEIPTS_WITHIN_MS, next_epoch, rebuild, rebuild_late
+from feature_jobs.restore import RestoreJob
 from feature_jobs.schemas import SchemaBook
 from feature_jobs.tiles import RedisUnavailableError, TileJob, patient, write_tiles
 from gateway.contracts import layout, tables
@@ -32,10 +33,6 @@ QUERY = "silver"
 TILES = f"{QUERY}/tiles"
 # Redis restarts that one batch bears before it is replayed.
 ATTEMPTS_MAX = 5
-# Transactions that one Python worker holds at a time when tiles are rebuilt: five events each, 60 bytes an event.
-REBUILD_ROWS_PER_PARTITION = 100_000
-# Younger than this when tiles are rebuilt, a transaction may still be on its way to the gateway.
-IN_FLIGHT_S = 3600
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +132,8 @@ class Silver:
                 lake.append(frame, self._uri(table), self.checkpoint.app_id(table), batch_id, QUERY)
                 self.metrics.rows.labels(table).inc(rows)
         newest_ms = max((row["newest_ms"] for row in counted if row["topic"] == TRANSACTIONS), default=0)
-        self._write_tiles(transactions if new else None, batch_id, now_ms, newest_ms)
+        ingested_ms = max((row["ingested_ms"] for row in counted), default=0)
+        self._write_tiles(transactions if new else None, batch_id, now_ms, newest_ms, ingested_ms)
         for (_, reason), n in counts.items():
             if reason is not None:
                 self.metrics.quarantined.labels(reason).inc(n)
@@ -150,24 +148,30 @@ class Silver:
     def _tile_job(self, batch_id: int, now_ms: int) -> TileJob:
         return TileJob(self.settings.redis, self.epoch, batch_id, now_ms, self.settings.redis_retry_s)
 
-    def _write_tiles(self, transactions: DataFrame | None, batch_id: int, now_ms: int, newest_ms: int) -> None:
+    def _restore_job(self, batch_id: int, now_ms: int, lost_at_ms: int) -> RestoreJob:
+        return RestoreJob(self.settings.redis, self.epoch, batch_id, now_ms, lost_at_ms, self.settings.redis_retry_s)
+
+    def _write_tiles(
+        self, transactions: DataFrame | None, batch_id: int, now_ms: int, newest_ms: int, ingested_ms: int = 0
+    ) -> None:
         """Add the batch to the tiles and say so, on a Redis that holds every batch before this one and stays up meanwhile.
 
-        A Redis that restarts may have lost its latest writes, so what was written to it in this batch is written again; fences keep
-        what survived. Raises `RedisUnavailableError`.
+        `ingested_ms` is when bronze read the batch's newest record. A Redis that restarts may have lost its latest writes, so what was
+        written to it in this batch is written again; fences keep what survived. Raises `RedisUnavailableError`.
         """
         for _ in range(ATTEMPTS_MAX):
             run = self._verified_run(batch_id, now_ms)
             if transactions is not None:
                 written, _ = write_tiles(transactions, self._tile_job(batch_id, now_ms), self.settings.spark_cores)
                 self.metrics.entities.inc(written)
+            whole = self._heads_made_whole(batch_id, now_ms, ingested_ms)
             if self._run_id() == run:
-                self._write_progress(batch_id, newest_ms)
+                self._write_progress(batch_id, newest_ms, whole)
                 return
         raise RedisUnavailableError(f"Redis restarted {ATTEMPTS_MAX} times during one batch")
 
     def _verified_run(self, batch_id: int, now_ms: int) -> str:
-        """The run id of a Redis that holds every batch before this one; its tiles are rebuilt from silver if it doesn't.
+        """The run id of a Redis that holds every batch before this one; it is rebuilt from Delta if it doesn't.
 
         It may have been emptied, or have come back from a snapshot older than our last batch.
         """
@@ -179,13 +183,16 @@ class Silver:
             self.rebuild(batch_id - 1, now_ms)
         return run
 
-    def _write_progress(self, batch_id: int, newest_ms: int) -> None:
-        before = self.progress.arrived_through_ms if self.progress and self.progress.epoch == self.epoch else 0
+    def _write_progress(self, batch_id: int, newest_ms: int, whole: bool = False) -> None:
+        """`whole`: what was lost with Redis' heads is in them again."""
+        before = self.progress if self.progress and self.progress.epoch == self.epoch else layout.Progress(self.epoch, -1, 0, 0)
         progress = layout.Progress(
             epoch=self.epoch,
             batch_id=batch_id,
             written_at_ms=time.time_ns() // 1_000_000,
-            arrived_through_ms=max(before, newest_ms),
+            arrived_through_ms=max(before.arrived_through_ms, newest_ms),
+            lost_at_ms=0 if whole else before.lost_at_ms,
+            rebuilt_batch_id=-1 if whole else before.rebuilt_batch_id,
         )
         self._set_progress(progress)
         self.progress = progress
@@ -229,18 +236,30 @@ class Silver:
         patient(put, self.settings.redis_retry_s if retry_s is None else retry_s)
 
     def rebuild(self, through_batch_id: int, now_ms: int) -> None:
-        """Write every entity's tiles anew from silver, as of the end of a batch. Under a new epoch, so that no old tile is built upon."""
-        self.epoch = self.epoch % 0xFFFFFFFF + 1
-        lake.save_epoch(self.spark, self.settings, TILES, self.epoch)
-        silver = self.spark.read.format("delta").load(self._uri(tables.SILVER)).where(F.col("batch_id") <= through_batch_id)
-        rows = silver.count()
-        log.warning("Redis doesn't hold the tiles of batch %d: rebuilding them from %d transactions", through_batch_id, rows)
-        recent = F.col("kafka_timestamp") >= F.lit(dt.datetime.fromtimestamp(now_ms / 1000 - IN_FLIGHT_S, tz=dt.UTC))
-        settled = silver.withColumn(
-            "scored_by", F.when(~recent, F.coalesce("scored_by", F.lit("settled"))).otherwise(F.col("scored_by"))
-        )
-        if rows:
-            write_tiles(settled, self._tile_job(through_batch_id, now_ms), max(1, rows // REBUILD_ROWS_PER_PARTITION))
-        newest = silver.agg(F.unix_millis(F.max("kafka_timestamp")).alias("ms")).collect()[0]["ms"]
-        self._write_progress(through_batch_id, newest or 0)
+        """Write every entity anew from Delta, as of the end of a batch. Under a new epoch, so that no old tile is built upon.
+
+        Features are stale from here on, until `_heads_made_whole`. Raises `RedisUnavailableError`.
+        """
+        run = self._run_id()
+        self.epoch = next_epoch(self.spark, self.settings, TILES, self.epoch)
+        lost_at_ms = time.time_ns() // 1_000_000
+        # Belongs to no batch: should this be interrupted, Redis still doesn't hold what it must.
+        self.progress = layout.Progress(self.epoch, -1, lost_at_ms, 0, lost_at_ms, rebuilt_batch_id=through_batch_id)
+        self._set_progress(self.progress)
+        log.warning("Redis doesn't hold the tiles of batch %d: rebuilding it from Delta", through_batch_id)
+        done = rebuild(self.spark, self.settings, self._restore_job(through_batch_id, now_ms, lost_at_ms))
+        if self._run_id() != run:
+            raise RedisUnavailableError("Redis restarted during the rebuild, and may have lost part of it")
+        log.warning("Redis holds %d entities of %d transactions again", done.entities, done.transactions)
+        self._write_progress(through_batch_id, done.newest_ms)
         self.metrics.rebuilds.inc()
+
+    def _heads_made_whole(self, batch_id: int, now_ms: int, ingested_ms: int) -> bool:
+        """After a loss, once every receipt from before it is here: put what the rebuild could not know yet into the heads too."""
+        lost = self.progress
+        if lost is None or lost.lost_at_ms == 0 or ingested_ms < lost.lost_at_ms + RECEIPTS_WITHIN_MS:
+            return False
+        job = self._restore_job(batch_id, now_ms, lost.lost_at_ms)
+        done = rebuild_late(self.spark, self.settings, job, lost.rebuilt_batch_id)
+        log.warning("Redis is whole again: late receipts of %d entities were restored", done.entities)
+        return True

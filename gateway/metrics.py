@@ -96,6 +96,11 @@ class Metrics:
         self.values_refused = Gauge(
             "fraudgate_packed_values_refused", "Packed values of an unknown version or another key, not used", registry=registry
         )
+        self.writes_refused = Gauge(
+            "fraudgate_redis_writes_refused",
+            "Transactions that were not observed because Redis is at its memory limit",
+            registry=registry,
+        )
         self.records_failed = Gauge(
             "fraudgate_idempotency_records_failed", "Answers that could not be stored for retries", registry=registry
         )

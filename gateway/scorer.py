@@ -273,4 +273,5 @@ class Scorer:
         metrics.step_ms.observe("policy", [(timing.decided_s - timing.modelled_s) * 1000])
         metrics.redis_ready.set(self._store.ready)
         metrics.values_refused.set(self._store.refused_values)
+        metrics.writes_refused.set(self._store.refused_writes)
         metrics.records_failed.set(self._store.failed_records)

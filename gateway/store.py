@@ -55,6 +55,8 @@ log = logging.getLogger(__name__)
 
 # The Spark job may have counted a record that arrived up to this much before its newest one.
 TILES_AHEAD_MARGIN_MS = 1000
+# How Redis begins its refusal of a write at its memory limit.
+FULL = "OOM"
 ENTITY_COUNT = len(ENTITIES)
 NONE = bytes(4)
 # version, entity, flags and key check begin every value; the flags are a head's own
@@ -130,6 +132,7 @@ class Store:
         self._unanswered_since_ms: int | None = None
         self.refused_values = 0
         self.failed_records = 0
+        self.refused_writes = 0
 
     @property
     def ready(self) -> bool:
@@ -157,8 +160,19 @@ class Store:
             return None
         except RedisReplyError as exc:
             log.warning("redis: the observe script failed: %s", exc)
+            if update and str(exc).startswith(FULL):
+                return await self._look_only(batch, request, deadline_s - time.monotonic())
             return None
         return self._decode(batch, request, plan, reply, update)
+
+    async def _look_only(self, batch: Sequence[Job], request: RequestColumns, timeout_s: float) -> Observation | None:
+        """What Redis knows when it is at its memory limit and takes no writes: nothing is claimed or observed, all of it is stale."""
+        self.refused_writes += len(batch)
+        found = await self.observe(batch, request, timeout_s, update=False) if timeout_s > 0 else None
+        if found is not None:
+            found.stale[:] = True
+            found.seq[:] = -1
+        return found
 
     def record(self, answers: Sequence[tuple[Job, bytes]]) -> None:
         """Store each answer beside its claim for the idempotency window. Written at once, not waited for.

@@ -140,6 +140,7 @@ OBSERVE_LUA = _script("entity", "observe")
 OBSERVE_ENTITY_LUA = _script("entity", "observe_entity")
 MERGE_LUA = _script("merge")
 LABELS_LUA = _script("labels")
+RESTORE_LUA = _script("restore")
 
 
 class UnknownLayoutError(RuntimeError):
@@ -150,6 +151,7 @@ class Progress(msgspec.Struct, array_like=True, frozen=True):
     """How far the Spark job has got, written after each batch of tiles.
 
     `lost_at_ms` is not 0 from the moment Redis was found to have lost data until its heads are whole again: features are stale.
+    Meanwhile `rebuilt_batch_id` is the last batch of the rebuild: receipts of later batches are not in the heads yet.
     """
 
     epoch: int
@@ -157,6 +159,7 @@ class Progress(msgspec.Struct, array_like=True, frozen=True):
     written_at_ms: int  # wall clock
     arrived_through_ms: int  # the newest Kafka timestamp whose transaction is in the tiles
     lost_at_ms: int = 0
+    rebuilt_batch_id: int = -1
 
 
 class LabelsProgress(msgspec.Struct, array_like=True, frozen=True):

@@ -129,6 +129,7 @@ class StubStore:
         self.observation = observation
         self.ready = ready
         self.refused_values = 0
+        self.refused_writes = 0
         self.failed_records = 0
         self.timeouts_s: list[float] = []
         self.recorded: list[Job] = []
