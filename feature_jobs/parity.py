@@ -8,6 +8,7 @@ the gateway's own arithmetic (contracts.windows.aggregate) over raw events inste
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
@@ -48,6 +49,11 @@ class Difference:
     feature: str
     logged: float
     recomputed: float
+
+    def to_json(self) -> dict[str, object]:
+        """Unknown is null: JSON has no NaN."""
+        logged, recomputed = (None if math.isnan(v) else v for v in (self.logged, self.recomputed))
+        return {"transaction_id": self.transaction_id, "feature": self.feature, "logged": logged, "recomputed": recomputed}
 
 
 @dataclass
@@ -99,7 +105,7 @@ class Report:
                 }
                 for name in FEATURE_NAMES
             },
-            "examples": [vars(d) for d in self.examples],
+            "examples": [d.to_json() for d in self.examples],
         }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from gateway.contracts.topics import SCORED_NEVER
 from gateway.contracts.transaction import FIELDS, Transaction
 from tests.agreement.test_head_and_tiles_equal_a_recount import make_stream, redis_server
 from tests.entities import WALL_MS, Entities
+from tests.helpers import local_settings, run_command, running_command
 
 pytestmark = pytest.mark.integration
 
@@ -90,14 +93,18 @@ class Log:
         self.changes.append({"transaction_id": t.transaction_id, "change": change, "batch_id": len(self.changes), "place": 0})
 
     def check(self, home: Path, **options: Any) -> Report:
-        made = Settings(home=str(home))
+        return check_parity(self.write(home), **options)
+
+    def write(self, home: Path) -> Settings:
+        """The tables, in a home of their own."""
+        made = local_settings(home)
         for name, rows, schema in (
             (tables.SILVER, self.silver, SILVER),
             (tables.DECISIONS, self.receipts, RECEIPT),
             (tables.LABEL_CHANGES, self.changes, CHANGE),
         ):
             write_deltalake(tables.table_uri(made.tables, name), pa.Table.from_pylist(rows, schema), mode="overwrite")
-        return check_parity(made, **options)
+        return made
 
 
 def drive(log: Log, stream: list[Transaction], seed: int, tile_chance: float) -> None:
@@ -267,3 +274,45 @@ def test_a_sample_compares_so_many_and_a_period_only_its_own(server: redis.Redis
     assert half.rows == sum(ms >= times[60] for ms in times)
     with pytest.raises(NoReceiptsError):
         log.check(tmp_path, from_ms=times[-1] + 1)
+
+
+def metrics_of(settings: Settings) -> dict[str, float]:
+    """The live check's metrics by name and labels; nothing while it doesn't answer."""
+    try:
+        with urllib.request.urlopen(f"http://{settings.host}:{settings.parity_port}/metrics", timeout=5) as reply:
+            lines = reply.read().decode().splitlines()
+    except OSError:
+        return {}
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+
+
+def test_the_live_check_counts_samples_as_metrics_and_leaves_on_sigterm(server: redis.Redis, tmp_path: Path) -> None:
+    log = make_log(server)
+    shifted(log.receipts[70])
+    local = log.write(tmp_path)
+    command = ("parity", "--live", "--every", "1", "--sample", "100000")
+    with running_command(local, *command, log_path=tmp_path / "parity.log") as running:
+        checked = "fraudgate_parity_compared_total"
+        rows = len(log.receipts) * len(FEATURES)
+        running.wait_until(lambda: metrics_of(local).get(checked, 0) >= 2 * rows, 60, "two samples were compared")
+        found = metrics_of(local)
+        samples = found[checked] / rows
+        assert found['fraudgate_parity_different_total{feature="card_count_24h"}'] == samples
+        assert found["fraudgate_parity_checked_timestamp_seconds"] > 0
+        assert running.stop()
+
+
+def test_the_command_says_what_differs_and_ends_with_status_1(server: redis.Redis, tmp_path: Path) -> None:
+    log = make_log(server)
+    whole = run_command(log.write(tmp_path / "whole"), "parity")
+    assert whole.returncode == 0, whole.stderr
+    assert "card_count_24h" in whole.stdout
+    shifted(log.receipts[70])
+    spoilt = run_command(log.write(tmp_path / "spoilt"), "parity", "--json")
+    report = json.loads(spoilt.stdout)
+    assert spoilt.returncode == 1
+    assert (report["different"], report["missing"]) == (1, 0)
+    assert report["compared"] == len(log.receipts) * len(FEATURES)
+    nothing = run_command(local_settings(tmp_path / "nothing"), "parity")
+    assert nothing.returncode == 1
+    assert "there are no receipts" in nothing.stderr
