@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from types import FrameType
 
 from prometheus_client import start_http_server
+from pyspark.errors import PySparkException
 
 from feature_jobs import labels, lake, silver
 from feature_jobs.backfill import OtherFeaturesError
@@ -104,7 +105,7 @@ def rebuild(argv: list[str]) -> int:
         held = lake.load_epoch(spark, settings, silver.TILES) or lake.load_epoch(spark, settings, silver.QUERY) or 0
         done, batch_id = by_hand(spark, settings, silver.TILES, held, options.as_of_ms)
         labels.rebuild_by_hand(spark, settings, options.as_of_ms)
-    except (NothingToRebuildError, RedisInUseError, RedisUnavailableError) as exc:
+    except (NothingToRebuildError, RedisInUseError, RedisUnavailableError, PySparkException) as exc:
         print(f"fraudgate rebuild: {exc}", file=sys.stderr)
         return 1
     finally:

@@ -231,7 +231,7 @@ class Scorer:
             packed = _answer_encoder.encode(answer)
             self._recent.add(job, packed)
             records.append((job, packed))
-            if observation is None:
+            if observation is None or not observation.written:
                 self._unobserved.add(job, packed)
         self._store.record(records)
         self._count(fresh, decisions.outcome, decisions.rule_hits, degraded, timing)

@@ -82,6 +82,8 @@ class Observation:
     label_changes: npt.NDArray[np.int64]
     stale: npt.NDArray[np.bool_]
     tiles_age_ms: int | None
+    # False when Redis could only be looked at: nothing was claimed or observed.
+    written: bool = True
 
 
 @dataclass(slots=True)
@@ -172,6 +174,7 @@ class Store:
         if found is not None:
             found.stale[:] = True
             found.seq[:] = -1
+            found.written = False
         return found
 
     def record(self, answers: Sequence[tuple[Job, bytes]]) -> None:

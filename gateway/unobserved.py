@@ -57,7 +57,7 @@ class Unobserved:
         some = [self._jobs[i] for i in range(min(BATCH_ROWS_MAX, len(self._jobs)))]
         batch = [job for job, _ in some]
         found = await self._store.observe(batch, request_columns([job.transaction for job in batch]), OBSERVE_BUDGET_S)
-        if found is None:
+        if found is None or not found.written:
             return False
         self._store.record([pair for pair, settled in zip(some, found.settled, strict=True) if settled is None])
         for pair in some:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from gateway.contracts.layout import TILE, TileValues
 from gateway.contracts.windows import (
+    BOUNDARY_MS,
     DAY_MS,
     LABELLED_RETENTION_MS,
     MINUTE_MS,
@@ -25,7 +26,9 @@ from gateway.contracts.windows import (
     SEEN_RETENTION_MS,
     SEEN_STEP_MS,
     SEEN_STEPS,
+    SETTLE_MS,
     SKETCH_BITS,
+    SLACK_MS,
     SPAN_MS_MAX,
     SQUARED_AMOUNT_MINOR_MAX,
     TILE_RESOLUTIONS_MS,
@@ -144,7 +147,10 @@ def seen_of(
 
 
 def merge_seen(seen: npt.NDArray[np.uint32], owner: Int64s, horizon: Horizon) -> tuple[npt.NDArray[np.uint32], Int64s]:
-    """Each (owner, value) once, sorted by it, without what has left the pair window behind the owner's settled event."""
+    """Each (owner, value) once, sorted by it, without what has left the pair window behind the owner's settled event.
+
+    Of what lies so far back that no reader's window ends before it, the newest step of a value answers for all older ones.
+    """
     if len(seen) == 0:
         return seen, owner
     packed = np.unique(owner.astype(np.uint64) << np.uint64(32) | seen)
@@ -155,6 +161,12 @@ def merge_seen(seen: npt.NDArray[np.uint32], owner: Int64s, horizon: Horizon) ->
     keep = (start_ms + SEEN_STEP_MS > horizon.settled_min[owner] * MINUTE_MS - SEEN_RETENTION_MS) & (
         back * SEEN_STEP_MS <= SPAN_MS_MAX
     )
+    open_ms = horizon.settled_min[owner] * MINUTE_MS - SETTLE_MS - BOUNDARY_MS - SLACK_MS
+    past = np.flatnonzero(keep & (start_ms + SEEN_STEP_MS <= open_ms))
+    if len(past):
+        past = past[np.lexsort((back[past], seen[past] & np.uint32(0xFFFF), owner[past]))]
+        value, whose = seen[past] & np.uint32(0xFFFF), owner[past]
+        keep[past[1:][(value[1:] == value[:-1]) & (whose[1:] == whose[:-1])]] = False
     owner, seen = owner[keep], seen[keep]
     many = np.bincount(owner, minlength=1) > SEEN_MAX
     if many.any():

@@ -92,6 +92,18 @@ def test_retention_counts_from_the_newest_event_of_ten_minutes_ago() -> None:
     assert len(held.seen) == 2 * 4, "one of each partner and dimension in each five minutes, within the pair window"
 
 
+def test_of_what_was_seen_often_the_newest_of_the_past_stands_for_all_before() -> None:
+    times = [NOW - hours * HOUR_MS for hours in range(20)]
+    same = np.zeros(len(times), np.uint16)
+    events = tiles.Events(np.zeros(len(times), np.int64), ints(*times), np.ones(len(times), np.int64), (same, same, same))
+    held = tiles.add_events(held_of_nobody(1), events, np.array([True]), np.array([False]), 0)
+    assert len(held.seen) == 2 * 20, "a reader may lag behind"
+    held = add(held, [NOW + 1], now_min=windows.RETENTION_REAL_MIN)
+    # Its own step, the one an hour before, which is within what a reader may still begin from, and one for all of the past.
+    assert len(held.seen) == 2 * 3
+    assert len(add(held, [NOW + 2], now_min=2 * windows.RETENTION_REAL_MIN).seen) == 2 * 3
+
+
 def test_entities_with_labels_keep_their_days_for_the_label_windows() -> None:
     held = add(held_of_nobody(1), [NOW - age for age in AGES], now_min=0, labelled=True)
     assert counts(add(held, [NOW + 1], now_min=windows.RETENTION_REAL_MIN, labelled=True)) == [3, 4, 6]

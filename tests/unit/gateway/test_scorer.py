@@ -177,3 +177,7 @@ async def test_what_was_decided_without_redis_is_kept_to_be_observed(slot: Model
     assert len(unobserved) == 1
     await make_scorer(StubStore(make_observation(1)), slot, unobserved=unobserved).decide([make_job()])
     assert len(unobserved) == 1
+    full = make_observation(1)
+    full.written = False
+    await make_scorer(StubStore(full), slot, unobserved=unobserved).decide([make_job()])
+    assert len(unobserved) == 2
