@@ -22,15 +22,13 @@ from feature_jobs.recount import Recount
 from feature_jobs.training_set import history_of, read_table
 from gateway.contracts import tables
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, FINGERPRINT, LABELLED
-from gateway.contracts.layout import BASE_STEP
+from gateway.contracts.layout import BASE_STEP, LIFE_GAP
 from gateway.contracts.reasons import Degraded
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import SCORED_NEVER
 from gateway.contracts.transaction import FIELDS
 from gateway.contracts.windows import BOUNDARY_MS, EXACT_WINDOW_MS_MAX, SETTLE_MS, Int64s, boundary
 
-# A head that is born anew numbers its events from the wall clock in microseconds, so a step this wide is no lost receipt.
-NEW_LIFE_STEP = 100_000
 # What one row may need of the past: the label windows and their delay, with room to spare.
 PAST_MS = 46 * 86_400_000
 HISTORY_SETTLED_MS = 120_000
@@ -308,7 +306,7 @@ class _Order:
         group = starts[np.cumsum(first) - 1]
         self.rank[in_order] = np.arange(n) - group
         step = np.diff(seq, prepend=seq[0])
-        born = first | (step >= NEW_LIFE_STEP)
+        born = first | (step > LIFE_GAP)
         gap = np.where(born, self._complete & (seq % BASE_STEP != 0), step != 1)
         # Everything behind a gap of the same id rests on an event that nobody can see.
         self.unverifiable[in_order] |= np.maximum.accumulate(np.where(gap, np.arange(n), -1)) >= group
@@ -386,7 +384,7 @@ def _with_late_observations(code: Int64s, seq: Int64s, received_ms: Int64s, comp
         same = last >= 0 and code[last] == code[row]
         if not same:
             places, arrivals = 0, received_ms[mine]
-        begin = int(seq[last]) + 1 if same and seq[row] - seq[last] < NEW_LIFE_STEP else _life_begins(int(seq[row]), complete)
+        begin = int(seq[last]) + 1 if same and seq[row] - seq[last] <= LIFE_GAP else _life_begins(int(seq[row]), complete)
         for place in range(begin, int(seq[row])):
             if places < len(mine):
                 filled[mine[places]] = place

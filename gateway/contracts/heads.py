@@ -12,12 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.layout import HEAD_COMPACT_ABOVE, HEAD_EVENT, HEAD_GUARD_S, HEAD_KEPT_MIN
+from gateway.contracts.layout import HEAD_COMPACT_ABOVE, HEAD_EVENT, HEAD_GUARD_S, HEAD_KEPT_MIN, LIFE_GAP
 from gateway.contracts.windows import HEAD_RETENTION_MS, Int64s
-
-# Two places further apart than this belong to two lives of a head: none is born within a tenth of a second of the last one's end, and
-# fewer events than this were observed but never published one after the other.
-LIFE_GAP = 100_000
 
 
 @dataclass

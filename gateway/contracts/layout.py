@@ -121,6 +121,9 @@ HEAD_KEPT_MIN = 4
 HEAD_GUARD_S = 90
 
 BASE_STEP = 65_536
+# Two places further apart than this belong to two lives of a head: none is born within a tenth of a second of the last one's end, and
+# fewer events than this were observed but never published one after the other.
+LIFE_GAP = 100_000
 
 # How long a gateway may be down and still find what the Spark job tiled meanwhile.
 EARLY_TTL_MS = 86_400_000
