@@ -89,7 +89,7 @@ def make_stream(seed: int, events: int, step_ms: int, disorder_ms: int) -> list[
     return stream
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(seed=9863, step_ms=20_000_000, disorder_ms=30_000, tile_chance=0.0)
 @given(
     seed=st.integers(0, 2**32),

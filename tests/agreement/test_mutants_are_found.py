@@ -17,6 +17,7 @@ import pytest
 import redis
 from msgspec import structs
 
+import gateway.redis_backend
 import gateway.store
 from feature_jobs import tiles as tile_writer
 from gateway.contracts import layout, tiles
@@ -166,7 +167,7 @@ def install(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
     text = mutated(mutant)
     if mutant.source == "entity.lua":
         script = text + (LUA / "observe.lua").read_text()
-        patch.setattr(gateway.store, "OBSERVE_LUA", script)
+        patch.setattr(gateway.redis_backend, "OBSERVE_LUA", script)
     elif mutant.source == "merge.lua":
         patch.setattr(layout, "MERGE_LUA", text)
         patch.setattr(tile_writer, "MERGE_SHA", hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())

@@ -127,7 +127,7 @@ def drive(log: Log, stream: list[Transaction], seed: int, tile_chance: float) ->
             pending.clear()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32),
     step_ms=st.sampled_from([1, 1_000, 60_000, 1_800_000, 20_000_000]),

@@ -190,7 +190,7 @@ def streamed(stack: Stack, settings: Settings, tmp_path_factory: pytest.TempPath
         settings,
         tables_uri=str(home / "tables"),
         checkpoints_uri=str(home / "checkpoints"),
-        bronze_offsets_max=1_000,
+        bronze_offsets_max=3_000,
         bronze_trigger_ms=200,
         silver_trigger_ms=200,
         gold_trigger_ms=500,

@@ -285,6 +285,7 @@ def batches(rows: list[dict[str, Any]]) -> Counter[int]:
     return Counter(r["batch_id"] for r in rows)
 
 
+@pytest.mark.slow
 def test_a_label_before_its_payment_waits_for_it_also_over_a_restart_and_counts_once(world: World) -> None:
     rnd = random.Random(1)
     first, second, other = (make_payment(n, rnd) for n in range(3))
@@ -304,6 +305,7 @@ def test_a_label_before_its_payment_waits_for_it_also_over_a_restart_and_counts_
     assert world.values() == world.recount()
 
 
+@pytest.mark.slow
 def test_a_replayed_batch_changes_nothing_and_a_value_that_expired_comes_back_with_its_whole_counter(world: World) -> None:
     stream = labelled(world, 6, seed=4)
     rows, values = world.changes(), {key: world.client.get(key) for key in world.client.keys("*")}
@@ -343,6 +345,7 @@ def test_a_kill_between_table_and_redis_is_repaired_by_the_replay(world: World, 
     assert world.values() == world.recount()
 
 
+@pytest.mark.slow
 def test_an_emptied_redis_is_filled_by_the_next_batch_and_also_while_nothing_comes(world: World) -> None:
     stream = labelled(world, 12, seed=7)
     expected, epoch = world.values(), stream.epoch
@@ -362,6 +365,7 @@ def test_an_emptied_redis_is_filled_by_the_next_batch_and_also_while_nothing_com
     assert world.metrics.label_rebuilds._value.get() == 2
 
 
+@pytest.mark.slow
 def test_values_as_of_an_earlier_time_are_those_of_that_time(world: World) -> None:
     stream = labelled(world, 12, seed=9)
     expected = world.values()

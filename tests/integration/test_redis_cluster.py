@@ -277,6 +277,7 @@ def test_a_silent_node_costs_the_budget_once_and_comes_back(cluster: Cluster) ->
     assert count == 2
 
 
+@pytest.mark.slow
 def test_a_master_that_is_killed_is_replaced_by_its_replica(tmp_path: Path) -> None:
     run = secrets.token_hex(4)
     # Of the first master's slots, whose replica takes over.
