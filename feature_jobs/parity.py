@@ -384,7 +384,14 @@ def _with_late_observations(code: Int64s, seq: Int64s, received_ms: Int64s, comp
         same = last >= 0 and code[last] == code[row]
         if not same:
             places, arrivals = 0, received_ms[mine]
-        begin = int(seq[last]) + 1 if same and seq[row] - seq[last] <= LIFE_GAP else _life_begins(int(seq[row]), complete)
+        joined = same and seq[row] - seq[last] <= LIFE_GAP
+        begin = int(seq[last]) + 1 if joined else _life_begins(int(seq[row]), complete)
+        if not joined:
+            # A head is born here. What waited before was observed last in an older life, or stood in the tiles when it was restored.
+            older = int(np.searchsorted(arrivals, begin // 1000 - OVERLAP_MS))
+            for place in range(begin - older + places, begin):
+                filled[mine[places]] = place
+                places += 1
         for place in range(begin, int(seq[row])):
             if places < len(mine):
                 filled[mine[places]] = place
