@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import random
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import redis
 
+from deploy.toolchain import find_redis
 from feature_jobs.redis_wire import Bulk, ClusterWire, bulk
 from feature_jobs.tiles import Events, TileJob, merge_events
-from gateway.contracts import layout
+from gateway.contracts import layout, windows
 from gateway.contracts.decision import Door
 from gateway.contracts.features import ENTITIES, LABELLED, request_columns
 from gateway.contracts.transaction import Transaction
-from gateway.contracts.windows import DAY_MS
 from gateway.job import Job, fingerprint_of, kafka_position
 from gateway.redis_link import RedisReplyError
 from gateway.store import Observation, Store
+from tests.helpers import free_ports, wait_until
 
 EPOCH = 7
+NOON_MS = 1_700_000_000_000 - 1_700_000_000_000 % windows.DAY_MS + 12 * windows.HOUR_MS
 WALL_MS = 1_790_000_000_000
 
 
@@ -107,7 +113,7 @@ class Entities:
             held = self.client.get(layout.labels_key(*name))
             assert held is None or isinstance(held, bytes)
             days = {} if held is None else {int(r["day"]): int(r["frauds"]) for r in layout.fraud_days(held, i, check)}
-            day = t.event_time_ms // DAY_MS
+            day = t.event_time_ms // windows.DAY_MS
             days[day] = days.get(day, 0) + change
             changes = 1 if held is None else layout.LABELS_HEADER.unpack_from(held)[6] + 1
             records = np.array(sorted(days.items()), layout.FRAUD_DAY)
@@ -143,3 +149,58 @@ def events_of(batch: Sequence[Transaction], from_kafka: bool = True) -> Events:
         dims=tuple(np.array([layout.dim_hash(getattr(t, dims[i])) for _, _, t, dims in rows], np.uint32) for i in range(3)),
         from_kafka=np.full(len(rows), from_kafka),
     )
+
+
+@contextmanager
+def redis_server(directory: Path) -> Iterator[redis.Redis]:
+    """A Redis of its own, for a test that may empty it."""
+    port = free_ports(1)[0]
+    command = [str(find_redis()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    client = redis.Redis(port=port)
+
+    def answers() -> bool:
+        try:
+            return bool(client.ping())
+        except redis.ConnectionError:
+            return False
+
+    try:
+        wait_until(answers, 10, "redis-server starts")
+        yield client
+    finally:
+        client.close()
+        process.terminate()
+        process.wait(10)
+
+
+def make_stream(seed: int, events: int, step_ms: int, disorder_ms: int) -> list[Transaction]:
+    """A stream with bursts, ties, tile edges, missing entities and mild disorder, in order of observation."""
+    rng = random.Random(seed)
+    t_ms, stream = NOON_MS, []
+    for n in range(events):
+        t_ms += rng.choice([0, 0, 1, 1000, step_ms, rng.randrange(1, 2 * step_ms + 1)])
+        if rng.random() < 0.1:
+            t_ms += windows.BOUNDARY_MS - t_ms % windows.BOUNDARY_MS  # exactly on an edge
+        here = rng.random() < 0.7
+        stream.append(
+            Transaction(
+                transaction_id=f"t{n}-{rng.randrange(10**6)}",
+                event_time_ms=max(NOON_MS, t_ms - rng.choice([0, 0, 0, rng.randrange(disorder_ms + 1)])),
+                card_id=f"c{rng.randrange(3)}",
+                customer_id=f"u{rng.randrange(2)}",
+                merchant_id=f"m{rng.randrange(4)}",
+                amount_minor=rng.choice([1, 999, 10**9, rng.randrange(1, 100_000)]),
+                currency="EUR",
+                channel=rng.choice(["pos", "ecom"]),
+                mcc="5411",
+                country=rng.choice(["DE", "FR", "BR"]),
+                device_id=f"d{rng.randrange(2)}" if rng.random() < 0.8 else None,
+                ip="10.0.0.1" if rng.random() < 0.5 else None,
+                card_bin="400000",
+                card_country=rng.choice(["DE", None]),
+                latitude=rng.uniform(-80, 80) if here else None,
+                longitude=rng.uniform(-170, 170) if here else None,
+            )
+        )
+    return stream

@@ -4,10 +4,7 @@ written, each event is counted exactly once."""
 from __future__ import annotations
 
 import random
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import redis
@@ -15,78 +12,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from deploy.toolchain import find_redis
-from gateway.contracts import layout, windows
+from gateway.contracts import layout
 from gateway.contracts.features import ENTITIES
 from gateway.contracts.transaction import Transaction
-from tests.entities import Entities, events_of
-from tests.helpers import free_ports, wait_until
+from tests.entities import NOON_MS, Entities, events_of, make_stream, redis_server
 from tests.oracle import Oracle, differences
 
 pytestmark = pytest.mark.integration
-
-NOON_MS = 1_700_000_000_000 - 1_700_000_000_000 % windows.DAY_MS + 12 * windows.HOUR_MS
-
-
-@contextmanager
-def redis_server(directory: Path) -> Iterator[redis.Redis]:
-    """A Redis of its own, for a test that may empty it."""
-    port = free_ports(1)[0]
-    command = [str(find_redis()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    client = redis.Redis(port=port)
-
-    def answers() -> bool:
-        try:
-            return bool(client.ping())
-        except redis.ConnectionError:
-            return False
-
-    try:
-        wait_until(answers, 10, "redis-server starts")
-        yield client
-    finally:
-        client.close()
-        process.terminate()
-        process.wait(10)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
     with redis_server(tmp_path_factory.mktemp("redis")) as client:
         yield client
-
-
-def make_stream(seed: int, events: int, step_ms: int, disorder_ms: int) -> list[Transaction]:
-    """A stream with bursts, ties, tile edges, missing entities and mild disorder, in order of observation."""
-    rng = random.Random(seed)
-    t_ms, stream = NOON_MS, []
-    for n in range(events):
-        t_ms += rng.choice([0, 0, 1, 1000, step_ms, rng.randrange(1, 2 * step_ms + 1)])
-        if rng.random() < 0.1:
-            t_ms += windows.BOUNDARY_MS - t_ms % windows.BOUNDARY_MS  # exactly on an edge
-        here = rng.random() < 0.7
-        stream.append(
-            Transaction(
-                transaction_id=f"t{n}-{rng.randrange(10**6)}",
-                event_time_ms=max(NOON_MS, t_ms - rng.choice([0, 0, 0, rng.randrange(disorder_ms + 1)])),
-                card_id=f"c{rng.randrange(3)}",
-                customer_id=f"u{rng.randrange(2)}",
-                merchant_id=f"m{rng.randrange(4)}",
-                amount_minor=rng.choice([1, 999, 10**9, rng.randrange(1, 100_000)]),
-                currency="EUR",
-                channel=rng.choice(["pos", "ecom"]),
-                mcc="5411",
-                country=rng.choice(["DE", "FR", "BR"]),
-                device_id=f"d{rng.randrange(2)}" if rng.random() < 0.8 else None,
-                ip="10.0.0.1" if rng.random() < 0.5 else None,
-                card_bin="400000",
-                card_country=rng.choice(["DE", None]),
-                latitude=rng.uniform(-80, 80) if here else None,
-                longitude=rng.uniform(-170, 170) if here else None,
-            )
-        )
-    return stream
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -22,8 +22,7 @@ import gateway.store
 from feature_jobs import tiles as tile_writer
 from gateway.contracts import layout, tiles
 from gateway.contracts.transaction import Transaction
-from tests.agreement.test_head_and_tiles_equal_a_recount import NOON_MS, make_stream, redis_server
-from tests.entities import Entities
+from tests.entities import NOON_MS, Entities, make_stream, redis_server
 from tests.oracle import Oracle, differences
 
 pytestmark = pytest.mark.integration

@@ -15,7 +15,7 @@ from feature_jobs import offline
 from feature_jobs.training_set import history_of
 from gateway.contracts import windows
 from gateway.contracts.transaction import Transaction
-from tests.agreement.test_head_and_tiles_equal_a_recount import NOON_MS, make_stream
+from tests.entities import NOON_MS, make_stream
 from tests.oracle import Oracle, differences
 
 NULLABLE = {"device_id", "ip", "card_bin", "card_country"}

@@ -24,8 +24,7 @@ from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, FINGER
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import SCORED_NEVER
 from gateway.contracts.transaction import FIELDS, Transaction
-from tests.agreement.test_head_and_tiles_equal_a_recount import make_stream, redis_server
-from tests.entities import WALL_MS, Entities
+from tests.entities import WALL_MS, Entities, make_stream, redis_server
 from tests.helpers import local_settings, run_command, running_command
 
 pytestmark = pytest.mark.integration

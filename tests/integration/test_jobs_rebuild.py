@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
 
-from deploy.toolchain import find_redis
 from feature_jobs import lake, rebuild, redis_client, restore
 from feature_jobs.metrics import Metrics
 from feature_jobs.rebuild import NothingToRebuildError, RedisInUseError, newest_batch
@@ -36,9 +34,7 @@ from gateway.contracts.heads import kept_events
 from gateway.contracts.settings import Settings
 from gateway.contracts.tiles import Horizon, keep_tiles, merge_seen
 from gateway.contracts.transaction import FIELDS, Transaction
-from tests.agreement.test_head_and_tiles_equal_a_recount import make_stream
-from tests.entities import EPOCH, Entities, events_of, wire_to
-from tests.helpers import free_ports, wait_until
+from tests.entities import EPOCH, Entities, events_of, make_stream, redis_server, wire_to
 from tests.oracle import Oracle, differences
 
 pytestmark = [
@@ -164,25 +160,8 @@ class World:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[redis.Redis, str]]:
-    port = free_ports(1)[0]
-    directory: Path = tmp_path_factory.mktemp("redis")
-    command = [str(find_redis()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    client = redis.Redis(port=port)
-
-    def answers() -> bool:
-        try:
-            return bool(client.ping())
-        except redis.ConnectionError:
-            return False
-
-    try:
-        wait_until(answers, 10, "redis-server starts")
-        yield client, f"redis://127.0.0.1:{port}/0"
-    finally:
-        client.close()
-        process.terminate()
-        process.wait(10)
+    with redis_server(tmp_path_factory.mktemp("redis")) as client:
+        yield client, f"redis://127.0.0.1:{client.connection_pool.connection_kwargs['port']}/0"
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,7 @@ from gateway.contracts.transaction import Transaction
 from gateway.job import Job
 from gateway.redis_cluster import ClusterLink
 from gateway.store import Observation, Store
-from tests.agreement.test_head_and_tiles_equal_a_recount import make_stream
-from tests.entities import EPOCH, Entities, events_of
+from tests.entities import EPOCH, Entities, events_of, make_stream
 from tests.helpers import running_command, until
 from tests.integration.gateway_helpers import Decisions, name, post, ready_without
 from tests.integration.gateway_helpers import make_transaction as make_payment

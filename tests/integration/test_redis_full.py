@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +10,12 @@ import msgspec
 import pytest
 import redis
 
-from deploy.toolchain import find_redis
 from gateway.contracts import layout
 from gateway.contracts.features import request_columns
 from gateway.redis_link import RedisLink
 from gateway.store import Observation, Store
-from tests.agreement.test_head_and_tiles_equal_a_recount import make_stream
-from tests.entities import Entities
-from tests.helpers import free_ports, until, wait_until
+from tests.entities import Entities, make_stream, redis_server
+from tests.helpers import until
 
 pytestmark = pytest.mark.integration
 
@@ -28,24 +25,8 @@ MEMORY_BYTES = 4 * 2**20
 @pytest.fixture
 def full(tmp_path: Path) -> Iterator[redis.Redis]:
     """A Redis with a few megabytes that refuses writes beyond them."""
-    port = free_ports(1)[0]
-    command = [str(find_redis()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    client = redis.Redis(port=port)
-
-    def answers() -> bool:
-        try:
-            return bool(client.ping())
-        except redis.ConnectionError:
-            return False
-
-    try:
-        wait_until(answers, 10, "redis-server starts")
+    with redis_server(tmp_path) as client:
         yield client
-    finally:
-        client.close()
-        process.terminate()
-        process.wait(10)
 
 
 def fill(client: redis.Redis) -> None:

@@ -18,8 +18,8 @@ from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import Transaction
 from gateway.contracts.windows import DAY_MS
-from tests.agreement.test_head_and_tiles_equal_a_recount import make_stream
 from tests.agreement.test_offline_engine_equals_a_recount import in_order, silver_of
+from tests.entities import make_stream
 from tests.oracle import Oracle, differences
 
 LABELS = pa.schema([("transaction_id", pa.string()), ("is_fraud", pa.bool_()), ("reported_at_ms", pa.int64())])
