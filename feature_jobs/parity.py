@@ -173,7 +173,8 @@ def _load(settings: Settings, from_ms: int | None, to_ms: int | None) -> Logged:
 
     def lists(name: str, width: int) -> npt.NDArray[np.generic]:
         column = receipts[name].combine_chunks()
-        assert (pc.list_value_length(column).to_numpy() == width).all(), f"a receipt has not {width} {name}"
+        if not pc.all(pc.equal(pc.fill_null(pc.list_value_length(column), -1), width)).as_py():
+            raise NoReceiptsError(f"a receipt has not {width} {name}: the table decisions is damaged")
         out: npt.NDArray[np.generic] = column.flatten().to_numpy().reshape(-1, width)
         return out
 
