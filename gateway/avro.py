@@ -12,6 +12,7 @@ import json
 import logging
 import struct
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -37,6 +38,11 @@ _double = struct.Struct("<d").pack
 def _long(n: int) -> bytes:
     """Avro's int and long: zigzag, then 7 bits a byte, the lowest first."""
     n = (n << 1) ^ (n >> 63)
+    if _TIME_LEAST <= n < _TIME_MOST:
+        # Times since the epoch in milliseconds, from 1970-07 to 2039: the commonest of the long ones.
+        return bytes(
+            (n & 0x7F | 0x80, n >> 7 & 0x7F | 0x80, n >> 14 & 0x7F | 0x80, n >> 21 & 0x7F | 0x80, n >> 28 & 0x7F | 0x80, n >> 35)
+        )
     out = bytearray()
     while n > 0x7F:
         out.append(n & 0x7F | 0x80)
@@ -45,17 +51,18 @@ def _long(n: int) -> bytes:
     return bytes(out)
 
 
+_TIME_LEAST, _TIME_MOST = 1 << 35, 1 << 42
 _SMALL = [_long(n) for n in range(4096)]
 _NULL, _SECOND, _END = b"\0", b"\2", b"\0"
 
 
-def _text(value: str) -> bytes:
+def encode_text(value: str) -> bytes:
     raw = value.encode()
     return _SMALL[len(raw)] + raw
 
 
-def _text_or_null(value: str | None) -> bytes:
-    return _NULL if value is None else _SECOND + _text(value)
+def encode_text_or_null(value: str | None) -> bytes:
+    return _NULL if value is None else _SECOND + encode_text(value)
 
 
 def _long_or_null(value: int | None) -> bytes:
@@ -66,14 +73,14 @@ def _double_or_null(value: float | None) -> bytes:
     return _NULL if value is None else _SECOND + _double(value)
 
 
-def _texts(values: list[str]) -> bytes:
-    return _END if not values else _SMALL[len(values)] + b"".join([_text(v) for v in values]) + _END
+def encode_texts(values: Sequence[str]) -> bytes:
+    return _END if not values else _SMALL[len(values)] + b"".join([encode_text(v) for v in values]) + _END
 
 
 @lru_cache(maxsize=64)
-def _known_text(value: str) -> bytes:
+def _known(value: str) -> bytes:
     """For texts that repeat in every receipt."""
-    return _text(value)
+    return encode_text(value)
 
 
 @lru_cache(maxsize=8)
@@ -85,20 +92,20 @@ def encode_transaction(t: Transaction) -> bytes:
     """The record of schemas/transaction.avsc, which is also the `transaction` of a receipt."""
     return b"".join(
         (
-            _text(t.transaction_id),
+            encode_text(t.transaction_id),
             _long(t.event_time_ms),
-            _text(t.card_id),
-            _text(t.customer_id),
-            _text(t.merchant_id),
+            encode_text(t.card_id),
+            encode_text(t.customer_id),
+            encode_text(t.merchant_id),
             _long(t.amount_minor),
-            _text(t.currency),
-            _text(t.channel),
-            _text(t.mcc),
-            _text(t.country),
-            _text_or_null(t.device_id),
-            _text_or_null(t.ip),
-            _text_or_null(t.card_bin),
-            _text_or_null(t.card_country),
+            encode_text(t.currency),
+            encode_text(t.channel),
+            encode_text(t.mcc),
+            encode_text(t.country),
+            encode_text_or_null(t.device_id),
+            encode_text_or_null(t.ip),
+            encode_text_or_null(t.card_bin),
+            encode_text_or_null(t.card_country),
             _double_or_null(t.latitude),
             _double_or_null(t.longitude),
         )
@@ -109,24 +116,24 @@ def encode_receipt(r: Receipt) -> bytes:
     """The record of schemas/decision.avsc."""
     return b"".join(
         (
-            _text(r.transaction_id),
+            encode_text(r.transaction_id),
             encode_transaction(r.transaction),
-            _known_text(r.door),
+            _known(r.door),
             _long_or_null(r.source_partition),
             _long_or_null(r.source_offset),
             _long(r.received_at_ms),
             _long(r.decided_at_ms),
-            _known_text(r.decision),
+            _known(r.decision),
             _long(r.risk_score),
             _double_or_null(r.probability),
-            _texts(r.reasons),
-            _texts(r.rule_hits),
-            _texts(r.degraded),
-            _text_or_null(r.model_name),
-            _text_or_null(r.model_version),
-            _text_or_null(r.model_digest),
-            _text_or_null(r.route),
-            _known_text(r.feature_fingerprint),
+            encode_texts(r.reasons),
+            encode_texts(r.rule_hits),
+            encode_texts(r.degraded),
+            encode_text_or_null(r.model_name),
+            encode_text_or_null(r.model_version),
+            encode_text_or_null(r.model_digest),
+            encode_text_or_null(r.route),
+            _known(r.feature_fingerprint),
             _SMALL[len(r.features)],
             _floats(len(r.features)).pack(*r.features),
             _END if r.features else b"",
@@ -137,8 +144,8 @@ def encode_receipt(r: Receipt) -> bytes:
             *[_long(n) for n in r.label_changes],
             _END if r.label_changes else b"",
             _long_or_null(r.tiles_age_ms),
-            _known_text(r.policy_digest),
-            _known_text(r.code_version),
+            _known(r.policy_digest),
+            _known(r.code_version),
             _long(r.admit_us),
             _long(r.features_us),
             _long(r.model_us),

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.avro import encode_transaction
 from gateway.batcher import Batcher
 from gateway.contracts.decision import Answer, Door
 from gateway.contracts.reasons import Refusal
@@ -78,9 +79,11 @@ class ScoreDoor:
         body = await _read(scope, receive)
         now_ms = self._now_ms()
         t = decode_json(body, now_ms)
+        payload = encode_transaction(t)
         job = Job(
             transaction=t,
-            fingerprint=fingerprint_of(t),
+            payload=payload,
+            fingerprint=fingerprint_of(payload),
             position=HTTP_POSITION,
             door=Door.HTTP,
             arrived_ms=now_ms,

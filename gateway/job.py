@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+
 from gateway.contracts.decision import Answer, Door
 from gateway.contracts.layout import POSITION
-from gateway.contracts.transaction import Transaction, encode_json
+from gateway.contracts.transaction import Transaction
+from gateway.kernels.intake import UNREAD
+from gateway.requests import Requests, read_requests
 
 HTTP_POSITION = POSITION.pack(b"h", 0, 0, 0)
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """`arrived_ms` is the wall clock at arrival (HTTP) or the record's timestamp (Kafka); `received_s` is time.monotonic().
+    """`payload` is the transaction as a record of schemas/transaction.avsc in its shortest form, `fingerprint` of it.
+
+    `arrived_ms` is the wall clock at arrival (HTTP) or the record's timestamp (Kafka); `received_s` is time.monotonic().
 
     `deadline_s` (time.monotonic()) is None where nobody waits.
     """
 
     transaction: Transaction
+    payload: bytes
     fingerprint: bytes
     position: bytes
     door: Door
@@ -36,9 +44,16 @@ class Job:
         return self.fingerprint + self.position
 
 
-def fingerprint_of(t: Transaction) -> bytes:
-    """16 bytes that differ when any field does."""
-    return hashlib.md5(encode_json(t), usedforsecurity=False).digest()
+def fingerprint_of(payload: bytes) -> bytes:
+    """16 bytes that differ when any field of the transaction does, whichever door it came through."""
+    return hashlib.md5(payload, usedforsecurity=False).digest()
+
+
+def requests_of(jobs: Sequence[Job]) -> Requests:
+    """The columns of the jobs' transactions, which have been checked before."""
+    requests = read_requests([job.payload for job in jobs], np.full(len(jobs), -1, np.int64))
+    assert UNREAD not in requests.state, "a job's payload is a whole record"
+    return requests
 
 
 def kafka_position(partition: int, offset: int) -> bytes:

@@ -229,9 +229,11 @@ class KafkaDoor:
                     chunk.refusals.append(exc.reason)
                     chunk.quarantined.append(_quarantine(m, exc))
                     continue
+                payload = avro.encode_transaction(t)
                 job = Job(
                     transaction=t,
-                    fingerprint=fingerprint_of(t),
+                    payload=payload,
+                    fingerprint=fingerprint_of(payload),
                     position=kafka_position(m.partition, m.offset),
                     door=Door.KAFKA,
                     arrived_ms=arrived_ms,

@@ -77,21 +77,25 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 @dataclass(frozen=True)
 class Columns:
-    """What the rules see of a batch. `score` is (batch,) float64, NaN where no model scored."""
+    """What the rules see of a batch. `amount_minor` is (batch,), `score` (batch,) float64, NaN where no model scored."""
 
     batch: Sequence[Transaction]
+    amount_minor: npt.NDArray[np.int64]
     matrix: Matrix
     score: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """By row: the outcome, the reasons (most severe first), the ids of the rules that fired, and a stand-in for the risk score."""
+    """By row: the outcome and its place in SEVERITY, the reasons (most severe first), the ids of the rules that fired, and a stand-in
+    for the risk score. Most rows have neither reasons nor hits, and share one empty list.
+    """
 
     outcome: list[Outcome]
+    severity: npt.NDArray[np.int64]
     reasons: list[list[Reason]]
     rule_hits: list[list[str]]
-    fallback_score: list[int]
+    fallback_score: npt.NDArray[np.int64]
 
 
 def _card_distance_km(m: Matrix) -> npt.NDArray[np.float64]:
@@ -112,6 +116,8 @@ _COMPARE: dict[str, np.ufunc] = {
     ">=": np.greater_equal,
 }
 Check = Callable[[Columns], Bools]
+_NOTHING: list[str] = []
+_NO_REASONS: list[Reason] = []
 
 
 def _numbers_of(c: Condition) -> Callable[[Columns], npt.NDArray[np.floating[Any]]]:
@@ -126,6 +132,8 @@ def _numbers_of(c: Condition) -> Callable[[Columns], npt.NDArray[np.floating[Any
         return lambda columns: columns.score
     name = c.field
     assert name is not None
+    if name == "amount_minor":
+        return lambda columns: columns.amount_minor.astype(np.float64)
     return lambda columns: np.array([math.nan if (v := getattr(t, name)) is None else v for t in columns.batch], np.float64)
 
 
@@ -225,8 +233,7 @@ class Policy:
         Where no model scored and there are no features either, the band's `without_model` outcome stands in for the model's.
         """
         rows = len(columns.batch)
-        amount = np.array([t.amount_minor for t in columns.batch], np.int64)
-        band = np.searchsorted(self._edges, amount, side="left")
+        band = np.searchsorted(self._edges, columns.amount_minor, side="left")
         thresholds = self._thresholds[band]
         no_score = np.isnan(columns.score)
         base = (columns.score[:, None] >= thresholds).sum(axis=1)
@@ -243,21 +250,25 @@ class Policy:
             if fired.any():
                 hits.append((rule, np.flatnonzero(fired)))
                 np.maximum(severity, np.where(fired, SEVERITY[rule.outcome], 0), out=severity)
-        found: list[list[tuple[int, Reason]]] = [[] for _ in range(rows)]
-        rule_hits: list[list[str]] = [[] for _ in range(rows)]
-        for row in np.flatnonzero(base > 0):
-            found[row].append((int(base[row]), Reason.NO_MODEL if no_score[row] else Reason.MODEL_SCORE_HIGH))
+        found: dict[int, list[tuple[int, Reason]]] = {}
+        rule_hits: list[list[str]] = [_NOTHING] * rows
+        for row in np.flatnonzero(base > 0).tolist():
+            found[row] = [(int(base[row]), Reason.NO_MODEL if no_score[row] else Reason.MODEL_SCORE_HIGH)]
         for rule, where in hits:
-            for row in where:
-                found[row].append((SEVERITY[rule.outcome], rule.reason))
-                rule_hits[row].append(rule.id)
+            for row in where.tolist():
+                found.setdefault(row, []).append((SEVERITY[rule.outcome], rule.reason))
+                rule_hits[row] = [*rule_hits[row], rule.id]
+        reasons: list[list[Reason]] = [_NO_REASONS] * rows
+        for row, of_row in found.items():
+            reasons[row] = _reasons(of_row)
         # A decision without a score stands where its outcome begins.
         stand_in = np.where(severity > 0, np.take_along_axis(thresholds, np.maximum(severity - 1, 0)[:, None], axis=1)[:, 0], 0)
         return Decisions(
             outcome=[OUTCOMES[s] for s in severity.tolist()],
-            reasons=[_reasons(f) if f else [] for f in found],
+            severity=severity,
+            reasons=reasons,
             rule_hits=rule_hits,
-            fallback_score=[int(s) for s in stand_in.tolist()],
+            fallback_score=stand_in.astype(np.int64),
         )
 
 

@@ -12,12 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from gateway.contracts.decision import Door
-from gateway.contracts.layout import FINGERPRINT_BYTES, POSITION
+from gateway.contracts.layout import CLAIM_BYTES
 from gateway.job import Job
 
 # About half a kilobyte each.
 DECISIONS_MAX = 100_000
-CLAIM_BYTES = FINGERPRINT_BYTES + POSITION.size
 
 
 class RecentDecisions:

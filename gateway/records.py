@@ -97,7 +97,5 @@ def decision_records(results: Sequence[Result]) -> list[Record]:
 def transaction_records(results: Sequence[Result]) -> list[Record]:
     """The transactions decided over HTTP, marked as scored, for the transactions topic."""
     return [
-        Record(TRANSACTIONS, (t := r.job.transaction).card_id.encode(), avro.encode_transaction(t), _SCORED)
-        for r in results
-        if r.receipt is not None
+        Record(TRANSACTIONS, r.job.transaction.card_id.encode(), r.job.payload, _SCORED) for r in results if r.receipt is not None
     ]

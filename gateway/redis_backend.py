@@ -14,21 +14,57 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gateway.contracts.layout import FINGERPRINT_BYTES, OBSERVE_ENTITY_LUA, OBSERVE_LUA, POSITION, PROGRESS_KEY
-from gateway.contracts.redis_address import hash_slot
-from gateway.redis_cluster import ClusterLink, Keyed
-from gateway.redis_link import Argument, RedisLink, RedisReplyError, RedisUnavailableError
+import numpy as np
+import numpy.typing as npt
 
-CLAIM_BYTES = FINGERPRINT_BYTES + POSITION.size
+from gateway.contracts.features import ENTITIES, LABELLED
+from gateway.contracts.layout import (
+    CLAIM_BYTES,
+    EARLY_MAX,
+    FINGERPRINT_BYTES,
+    HEAD_TTL_MS,
+    OBSERVE_ENTITY_LUA,
+    OBSERVE_LUA,
+    PROGRESS_KEY,
+    head_key,
+    idempotency_key,
+)
+from gateway.contracts.redis_address import hash_slot
+from gateway.job import Job
+from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, ROW_BYTES_MAX, script_call
+from gateway.redis_cluster import ClusterLink, Keyed
+from gateway.redis_link import Argument, RedisLink, RedisReplyError, RedisUnavailableError, replies_of
+from gateway.requests import Requests
+
 PROGRESS_SLOT = hash_slot(PROGRESS_KEY)
+_CAPACITIES = np.array([e.head_events_max for e in ENTITIES], "<u2").tobytes()
+_LABELLED_TEXT = [ENTITY_TEXT[i] for i in LABELLED]
 
 
 @dataclass(slots=True)
 class Call:
-    """KEYS and ARGV of lua/observe.lua."""
+    """What lua/observe.lua is asked for `batch`. `claims` is (rows * CLAIM_BYTES,), `records` (rows * ENTITY_COUNT,) ENTITY_RECORD."""
 
-    keys: list[str]
-    values: list[Argument]
+    batch: Sequence[Job]
+    requests: Requests
+    claims: bytes
+    records: npt.NDArray[np.void]
+    update: bool
+    claim_ttl_ms: int
+
+
+@dataclass(slots=True)
+class Found:
+    """What was found: the progress record, each transaction's idempotency record, and the values as `gateway.kernels.features.decode`
+    wants them, `settled` and `places` included. An empty value stands for none.
+    """
+
+    progress: bytes | None
+    before: list[bytes | None]
+    settled: npt.NDArray[np.bool_]
+    heads: list[bytes]
+    places: npt.NDArray[np.uint32]
+    tiles_and_frauds: list[bytes]
 
 
 @dataclass(slots=True)
@@ -49,7 +85,7 @@ class Backend(Protocol):
     async def progress(self, deadline_s: float) -> bytes | None:
         """The progress record of the Spark job."""
 
-    async def observe(self, call: Call, deadline_s: float) -> list[Any]:
+    async def observe(self, call: Call, deadline_s: float) -> Found:
         """The reply of lua/observe.lua."""
 
     def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
@@ -65,7 +101,7 @@ class SingleRedis:
 
     def __init__(self, link: RedisLink) -> None:
         self._link = link
-        self._sha = _sha(OBSERVE_LUA)
+        self._sha = _sha(OBSERVE_LUA).encode()
         link.greeting.append(("SCRIPT", "LOAD", OBSERVE_LUA))
 
     @property
@@ -76,24 +112,81 @@ class SingleRedis:
         value: bytes | None = await self._link.call(("GET", PROGRESS_KEY), deadline_s - time.monotonic())
         return value
 
-    async def observe(self, call: Call, deadline_s: float) -> list[Any]:
-        arguments = [len(call.keys), *call.keys, *call.values]
-        reply: list[Any]
-        try:
-            reply = await self._link.call(("EVALSHA", self._sha, *arguments), deadline_s - time.monotonic())
-        except RedisReplyError as exc:
-            if not str(exc).startswith("NOSCRIPT"):
-                raise
-            reply = await self._link.call(("EVAL", OBSERVE_LUA, *arguments), deadline_s - time.monotonic())
-        return reply
+    async def observe(self, call: Call, deadline_s: float) -> Found:
+        packed = self._pack(call)
+        script, values = await self._transaction(packed, deadline_s)
+        if isinstance(script, Exception) and str(script).startswith("NOSCRIPT"):
+            await self._link.call(("SCRIPT", "LOAD", OBSERVE_LUA), deadline_s - time.monotonic())
+            script, values = await self._transaction(packed, deadline_s)
+        for reply in (script, values):
+            if isinstance(reply, Exception):
+                raise RedisReplyError(str(reply))
+        progress, before, heads, places = script
+        settled = np.zeros(len(call.batch), bool)
+        for row, job in enumerate(call.batch):
+            if before[row] is not None and settles(before[row], job.claim):
+                settled[row] = True
+        return Found(progress, before, settled, heads, np.frombuffer(places, "<u4"), [value or b"" for value in values])
+
+    async def _transaction(self, packed: bytes, deadline_s: float) -> tuple[Any, Any]:
+        """The replies of the script and of MGET: one transaction, so that the Spark job moves nothing between heads and tiles."""
+        [replies] = await replies_of([self._link.send([packed], replies=4)], deadline_s - time.monotonic())
+        *queued, done = replies
+        for reply in (*queued, done):
+            if isinstance(reply, Exception):
+                raise reply
+        script, values = done
+        return script, values
+
+    def _pack(self, call: Call) -> bytes:
+        """The commands as they go over the wire: written by a kernel, for they have thousands of arguments."""
+        requests = call.requests
+        rows = len(requests)
+        named = requests.lengths >= 0
+        owners = int(named[:, ENTITY_TEXT].sum())
+        between = b"".join(
+            [_bulk(b"1" if call.update else b"0")]
+            + [_bulk(b"%d" % n) for n in (call.claim_ttl_ms, HEAD_TTL_MS, EARLY_MAX)]
+            + [_bulk(_CAPACITIES)]
+        )
+        arguments = 3 + (1 + rows + owners) + 5 + 2 * rows
+        before = b"".join(
+            (
+                b"*1\r\n$5\r\nMULTI\r\n",
+                b"*%d\r\n$7\r\nEVALSHA\r\n" % arguments,
+                _bulk(self._sha),
+                _bulk(b"%d" % (1 + rows + owners)),
+                _bulk(PROGRESS_KEY.encode()),
+            )
+        )
+        behind = b"*%d\r\n$4\r\nMGET\r\n" % (1 + owners + int(named[:, _LABELLED_TEXT].sum()))
+        out = np.empty(len(before) + len(between) + len(behind) + rows * ROW_BYTES_MAX, np.uint8)
+        size = script_call(
+            requests.buf,
+            requests.starts,
+            requests.lengths,
+            np.frombuffer(call.claims, np.uint8),
+            call.records.view(np.uint8),
+            np.frombuffer(before, np.uint8),
+            np.frombuffer(between, np.uint8),
+            np.frombuffer(behind, np.uint8),
+            out,
+        )
+        return out[:size].tobytes() + b"*1\r\n$4\r\nEXEC\r\n"
 
     def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
-        def done(future: asyncio.Future[Any]) -> None:
-            if future.cancelled() or future.exception() is not None:
-                failed(1)
+        if not answers:
+            return
 
-        for future in self._link.send_all([_store(answer) for answer in answers]):
-            future.add_done_callback(done)
+        def done(future: asyncio.Future[list[Any]]) -> None:
+            if future.cancelled() or future.exception() is not None:
+                failed(len(answers))
+                return
+            errors = sum(isinstance(reply, RedisReplyError) for reply in future.result())
+            if errors:
+                failed(errors)
+
+        self._link.send([_store_packed(answer) for answer in answers]).replies.add_done_callback(done)
 
 
 class ClusterRedis:
@@ -113,49 +206,51 @@ class ClusterRedis:
         held: bytes | None = value
         return held
 
-    async def observe(self, call: Call, deadline_s: float) -> list[Any]:
+    async def observe(self, call: Call, deadline_s: float) -> Found:
         if not self._link.ready:
             # Nothing is claimed that could then not be observed.
             raise RedisUnavailableError("a part of the cluster is out of reach")
         claims, observations = self._split(call)
         progress: list[Keyed] = [(PROGRESS_SLOT, ("GET", PROGRESS_KEY))]
-        if call.values[0] != "1":
+        if not call.update:
             # A what-if read claims nothing: one round is enough.
             every = [command for of_row in observations for command in of_row]
             replies = await self._link.call_all(progress + every, deadline_s - time.monotonic())
-            return _joined(replies[0], [None] * len(claims), observations, replies[1:])
+            return _found(call, replies[0], [None] * len(claims), replies[1:])
         replies = await self._link.call_all(progress + claims, deadline_s - time.monotonic())
         before = replies[1:]
-        for row, (_, command) in enumerate(claims):
-            claim = command[2]
-            assert isinstance(claim, bytes)
-            if before[row] is not None and settles(before[row], claim):
+        for row, job in enumerate(call.batch):
+            if before[row] is not None and settles(before[row], job.claim):
                 observations[row] = []
         every = [command for of_row in observations for command in of_row]
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             raise RedisUnavailableError("no time left to observe")
         observed = await self._link.call_all(every, left_s) if every else []
-        return _joined(replies[0], before, observations, observed)
+        return _found(call, replies[0], before, observed)
 
     def _split(self, call: Call) -> tuple[list[Keyed], list[list[Keyed]]]:
         """By transaction: the command that claims it, and those that observe its entities."""
-        keys, values = call.keys, call.values
-        update, claim_ttl_ms, head_ttl_ms, early_max = values[:4]
         claims: list[Keyed] = []
         observations: list[list[Keyed]] = []
-        k, a = 1, 4
-        while k < len(keys):
-            claims.append((hash_slot(keys[k]), ("SET", keys[k], values[a], "NX", "GET", "PX", claim_ttl_ms)))
-            entities = values[a + 1]
-            assert isinstance(entities, int)
-            k, a = k + 1, a + 2
+        for row, job in enumerate(call.batch):
+            t = job.transaction
+            key = idempotency_key(t.transaction_id)
+            claims.append((hash_slot(key), ("SET", key, job.claim, "NX", "GET", "PX", call.claim_ttl_ms)))
             of_row: list[Keyed] = []
-            for _ in range(entities):
-                head = keys[k]
-                arguments = (update, head_ttl_ms, *values[a : a + 3], early_max)
-                of_row.append((hash_slot(head), ("EVALSHA", self._sha, "2", head, keys[k + 1], *arguments)))
-                k, a = k + 2, a + 3
+            for e, entity in enumerate(ENTITIES):
+                entity_id = getattr(t, entity.field)
+                if entity_id is None:
+                    continue
+                head = head_key(entity.name, entity_id)
+                arguments = (
+                    "1" if call.update else "0",
+                    HEAD_TTL_MS,
+                    EARLY_MAX,
+                    entity.head_events_max,
+                    call.records[row * ENTITY_COUNT + e].tobytes(),
+                )
+                of_row.append((hash_slot(head), ("EVALSHA", self._sha, "1", head, *arguments)))
             observations.append(of_row)
         return claims, observations
 
@@ -171,16 +266,20 @@ class ClusterRedis:
             self._link.send_all(commands).add_done_callback(done)
 
 
-def _joined(progress: Any, before: list[Any], observations: list[list[Keyed]], observed: list[Any]) -> list[Any]:
-    """The replies of single calls as lua/observe.lua would give them for the batch."""
-    reply: list[Any] = [progress]
-    at = 0
-    for row, of_row in enumerate(observations):
-        reply.append(before[row])
-        for values in observed[at : at + len(of_row)]:
-            reply += values
-        at += len(of_row)
-    return reply
+def _found(call: Call, progress: bytes | None, before: list[bytes | None], observed: list[Any]) -> Found:
+    """The replies of single calls, one for each entity of each transaction that nothing settles."""
+    settled = np.array([record is not None and settles(record, job.claim) for record, job in zip(before, call.batch, strict=True)])
+    named = call.requests.lengths[:, ENTITY_TEXT] >= 0
+    tiles, frauds = [], []
+    replies = iter(observed)
+    for row in range(len(settled)):
+        for e in np.flatnonzero(named[row]).tolist():
+            _, _, of_tiles, of_frauds = (b"", 0, b"", b"") if settled[row] else next(replies)
+            tiles.append(of_tiles)
+            if ENTITIES[e].labelled:
+                frauds.append(of_frauds)
+    heads = [reply[0] for reply in observed]
+    return Found(progress, before, settled, heads, np.array([reply[1] for reply in observed], np.uint32), tiles + frauds)
 
 
 def settles(before: bytes, claim: bytes) -> bool:
@@ -190,6 +289,19 @@ def settles(before: bytes, claim: bytes) -> bool:
 
 def _store(answer: Answered) -> tuple[Argument, ...]:
     return ("SET", answer.key, answer.record, "PX", answer.ttl_ms)
+
+
+def _bulk(argument: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(argument), argument)
+
+
+def _store_packed(answer: Answered) -> bytes:
+    """The command of `_store` as it goes over the wire."""
+    key, ttl_ms = answer.key.encode(), b"%d" % answer.ttl_ms
+    return b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (
+        *(len(key), key, len(answer.record), answer.record),
+        *(len(ttl_ms), ttl_ms),
+    )
 
 
 def _sha(script: str) -> str:

@@ -31,6 +31,8 @@ STRIKES_COUNTED_MAX = 8
 GRACE_PASSES = 4
 
 Argument = bytes | str | int
+# A command's arguments, or the bytes of a whole command as they go over the wire.
+Command = Sequence[Argument] | bytes
 _INCOMPLETE = object()
 
 
@@ -42,8 +44,10 @@ class RedisReplyError(RuntimeError):
     """Redis answered with an error. The message is Redis' own."""
 
 
-def _pack(arguments: Sequence[Argument]) -> bytes:
-    packed: bytes = hiredis.pack_command(tuple(arguments))  # type: ignore[arg-type]
+def _pack(command: Command) -> bytes:
+    if isinstance(command, bytes):
+        return command
+    packed: bytes = hiredis.pack_command(tuple(command))  # type: ignore[arg-type]
     return packed
 
 
@@ -118,16 +122,16 @@ class _Connection(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
 
-    def send(self, arguments: Sequence[Argument]) -> asyncio.Future[Any]:
+    def send(self, command: Command) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self.transport is None or self.transport.is_closing():
             future.set_exception(RedisUnavailableError("connection lost"))
             return future
         self.pending.append(future)
-        self.transport.write(_pack(arguments))
+        self.transport.write(_pack(command))
         return future
 
-    def send_all(self, commands: Sequence[Sequence[Argument]]) -> list[asyncio.Future[Any]]:
+    def send_all(self, commands: Sequence[Command]) -> list[asyncio.Future[Any]]:
         """One write for all of `commands`. The connection must stand."""
         assert self.transport is not None
         loop = asyncio.get_running_loop()
@@ -136,11 +140,11 @@ class _Connection(asyncio.Protocol):
         self.transport.write(b"".join([_pack(command) for command in commands]))
         return futures
 
-    def send_bundle(self, commands: Sequence[Sequence[Argument]]) -> asyncio.Future[list[Any]]:
-        """Like `send_all`, with one future for the replies to all of `commands`, at least one."""
+    def send_bundle(self, commands: Sequence[Command], replies: int) -> asyncio.Future[list[Any]]:
+        """Like `send_all`, with one future for all of the `replies`, at least one."""
         assert self.transport is not None
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self.pending.append(_Bundle(future, len(commands), []))
+        self.pending.append(_Bundle(future, replies, []))
         self.transport.write(b"".join([_pack(command) for command in commands]))
         return future
 
@@ -193,14 +197,14 @@ class RedisLink:
             await asyncio.wait({self._keeper})
         self.abandon()
 
-    def send_all(self, commands: Sequence[Sequence[Argument]]) -> list[asyncio.Future[Any]]:
+    def send_all(self, commands: Sequence[Command]) -> list[asyncio.Future[Any]]:
         """The futures of some commands' replies, which nobody has to wait for. Raises `RedisUnavailableError`."""
         return self._standing().send_all(commands)
 
-    def send(self, commands: Sequence[Sequence[Argument]]) -> Sent:
-        """Write some commands at once, for `replies_of` to wait for. Raises `RedisUnavailableError`."""
+    def send(self, commands: Sequence[Command], replies: int | None = None) -> Sent:
+        """Write some commands at once, for `replies_of` to wait for: one reply each unless told. Raises `RedisUnavailableError`."""
         connection = self._standing()
-        return Sent(self, connection, connection.send_bundle(commands))
+        return Sent(self, connection, connection.send_bundle(commands, len(commands) if replies is None else replies))
 
     def _standing(self) -> _Connection:
         connection = self._connection
@@ -208,16 +212,16 @@ class RedisLink:
             raise RedisUnavailableError("no connection")
         return connection
 
-    async def call(self, arguments: Sequence[Argument], timeout_s: float) -> Any:
+    async def call(self, command: Command, timeout_s: float) -> Any:
         """One command within `timeout_s`. Raises `RedisUnavailableError` (and abandons the connection) or `RedisReplyError`."""
-        reply = await self._call(self._connection, arguments, timeout_s)
+        reply = await self._call(self._connection, command, timeout_s)
         self.in_time()
         return reply
 
-    async def _call(self, connection: _Connection | None, arguments: Sequence[Argument], timeout_s: float) -> Any:
+    async def _call(self, connection: _Connection | None, command: Command, timeout_s: float) -> Any:
         if connection is None:
             raise RedisUnavailableError("no connection")
-        future = connection.send(arguments)
+        future = connection.send(command)
         # asyncio.wait doesn't cancel what it waits for, unlike asyncio.wait_for.
         await asyncio.wait((future,), timeout=timeout_s)
         for _ in range(GRACE_PASSES):

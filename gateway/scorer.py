@@ -16,16 +16,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gateway.avro import encode_receipt
-from gateway.contracts.decision import Answer, Door, Outcome, ReasonText, Receipt, risk_score
-from gateway.contracts.features import ENTITIES, FINGERPRINT, LABELLED, RequestColumns, request_columns
-from gateway.contracts.layout import FINGERPRINT_BYTES
+from gateway.contracts.decision import RISK_SCORE_MAX, Answer, Door, Outcome, ReasonText
+from gateway.contracts.features import ENTITIES, LABELLED
+from gateway.contracts.layout import CLAIM_BYTES, FINGERPRINT_BYTES
 from gateway.contracts.reasons import REASON_TEXT, Degraded, Reason
-from gateway.job import Job, Result, Verdict
+from gateway.job import Job, Result, Verdict, requests_of
 from gateway.metrics import Metrics
 from gateway.model import Model, ModelSlot
 from gateway.policy import Columns, Policy
-from gateway.recent import CLAIM_BYTES, RecentDecisions
+from gateway.receipts import Decided, encode_receipts
+from gateway.recent import RecentDecisions
+from gateway.requests import Requests
 from gateway.store import Observation, Store, request_only_matrix
 from gateway.unobserved import Unobserved
 
@@ -41,8 +42,6 @@ STREAM_FEATURE_BUDGET_MS = 500
 _answer_encoder = msgspec.msgpack.Encoder()
 _answer_decoder = msgspec.msgpack.Decoder(Answer)
 _REASONS: dict[Reason, ReasonText] = {r: ReasonText(code=r.value, text=text) for r, text in REASON_TEXT.items()}
-_NOT_OBSERVED = [-1] * len(ENTITIES)
-_NO_LABELS = [-1] * len(LABELLED)
 
 
 @dataclass(slots=True)
@@ -53,6 +52,12 @@ class _Timing:
     observed_s: float
     modelled_s: float = 0.0
     decided_s: float = 0.0
+
+    @property
+    def steps_us(self) -> list[int]:
+        """Microseconds of features, model and policy."""
+        ends = (self.started_s, self.observed_s, self.modelled_s, self.decided_s)
+        return [round((b - a) * 1e6) for a, b in zip(ends, ends[1:], strict=False)]
 
 
 class Scorer:
@@ -88,17 +93,17 @@ class Scorer:
     async def decide(self, jobs: Sequence[Job]) -> list[Result]:
         """A result for each of `jobs`, in their order. Each job is claimed and counted once; never raises for what Redis does."""
         started_s = self._clock_s()
-        request = request_columns([job.transaction for job in jobs])
+        requests = requests_of(jobs)
         timeout_s = self._feature_timeout_s(jobs, started_s)
         observation = None
         if timeout_s > 0 and self._store.ready:
-            observation = await self._store.observe(jobs, request, timeout_s)
+            observation = await self._store.observe(jobs, requests, timeout_s)
         timing = _Timing(started_s, self._clock_s())
         results, overtaken = self._settle(jobs, observation)
         taken = {id(job) for job in overtaken}
         rows = [i for i, job in enumerate(jobs) if results[i] is None and id(job) not in taken]
         if rows:
-            self._decide_fresh(jobs, rows, results, request, observation, timing)
+            self._decide_fresh(jobs, np.array(rows), results, requests, observation, timing)
         if overtaken:
             # Claimed over HTTP by a gateway that is gone: decided here, under the same claim.
             again = await self.decide(overtaken)
@@ -145,15 +150,15 @@ class Scorer:
     def _decide_fresh(
         self,
         jobs: Sequence[Job],
-        rows: list[int],
+        rows: npt.NDArray[np.int64],
         results: list[Result | None],
-        request: RequestColumns,
+        requests: Requests,
         observation: Observation | None,
         timing: _Timing,
     ) -> None:
         """Fill in the results of `rows`, which nothing settled."""
-        fresh = [jobs[i] for i in rows]
-        matrix = request_only_matrix(request) if observation is None else observation.matrix
+        fresh = [jobs[i] for i in rows.tolist()]
+        matrix = request_only_matrix(requests) if observation is None else observation.matrix
         if len(rows) != len(jobs):
             matrix = matrix[rows]
         model = self._models.model
@@ -161,77 +166,72 @@ class Scorer:
         timing.modelled_s = self._clock_s()
         columns = Columns(
             batch=[job.transaction for job in fresh],
+            amount_minor=requests.amount_minor[rows],
             matrix=matrix,
             score=np.full(len(fresh), np.nan) if probability is None else np.floor(probability * 1000 + 0.5),
         )
         decisions = self._policy.decide(columns, has_features=observation is not None)
         timing.decided_s = self._clock_s()
         degraded = self._degraded(rows, observation, probability is not None)
-        now_ms = self._now_ms()
-        features = matrix.tolist()
-        seq = None if observation is None else observation.seq[rows].tolist()
-        label_changes = None if observation is None else observation.label_changes[rows].tolist()
-        tiles_age_ms = None if observation is None else observation.tiles_age_ms
-        scored_by = None if probability is None or model is None else model
-        features_us, model_us, policy_us = (
-            round((b - a) * 1e6)
-            for a, b in (
-                (timing.started_s, timing.observed_s),
-                (timing.observed_s, timing.modelled_s),
-                (timing.modelled_s, timing.decided_s),
-            )
-        )
-        records: list[tuple[Job, bytes]] = []
-        for k, (i, job) in enumerate(zip(rows, fresh, strict=True)):
-            p = None if probability is None else float(probability[k])
-            score = decisions.fallback_score[k] if p is None else risk_score(p)
-            reasons = decisions.reasons[k]
-            answer = Answer(
-                transaction_id=job.transaction.transaction_id,
-                decision=decisions.outcome[k],
-                risk_score=score,
-                probability=p,
-                reasons=[_REASONS[r] for r in reasons],
-                rule_hits=decisions.rule_hits[k],
-                model=None if scored_by is None else scored_by.ref,
-                degraded=degraded[k],
-                latency_ms=round((timing.decided_s - job.received_s) * 1000, 3),
-            )
-            receipt = Receipt(
-                transaction_id=job.transaction.transaction_id,
-                transaction=job.transaction,
-                door=job.door,
-                source_partition=job.partition,
-                source_offset=job.offset,
-                received_at_ms=job.received_ms,
-                decided_at_ms=now_ms,
-                decision=decisions.outcome[k],
-                risk_score=score,
-                probability=p,
-                reasons=[r.value for r in reasons],
-                rule_hits=decisions.rule_hits[k],
-                degraded=degraded[k],
-                model_name=None if scored_by is None else scored_by.ref.name,
-                model_version=None if scored_by is None else scored_by.ref.version,
-                model_digest=None if scored_by is None else scored_by.digest,
-                route=None if scored_by is None else scored_by.ref.route,
-                feature_fingerprint=FINGERPRINT,
-                features=features[k],
-                observed_seq=_NOT_OBSERVED if seq is None else seq[k],
-                label_changes=_NO_LABELS if label_changes is None else label_changes[k],
-                tiles_age_ms=tiles_age_ms,
+        # contracts.decision.risk_score, for a batch.
+        score = decisions.fallback_score if probability is None else np.minimum(columns.score, RISK_SCORE_MAX).astype(np.int64)
+        received_s = np.fromiter((job.received_s for job in fresh), np.float64, len(fresh))
+        receipts = encode_receipts(
+            Decided(
+                requests=requests,
+                rows=rows,
+                jobs=fresh,
+                decided_at_ms=self._now_ms(),
+                severity=decisions.severity,
+                score=score,
+                probability=np.full(len(fresh), np.nan) if probability is None else probability,
+                notes=[
+                    (tuple([r.value for r in reasons]), tuple(hits), tuple(kinds))
+                    for reasons, hits, kinds in zip(decisions.reasons, decisions.rule_hits, degraded, strict=True)
+                ],
+                model=None if probability is None else model,
+                matrix=matrix,
+                seq=np.full((len(fresh), len(ENTITIES)), -1) if observation is None else observation.seq[rows],
+                label_changes=np.full((len(fresh), len(LABELLED)), -1) if observation is None else observation.label_changes[rows],
+                tiles_age_ms=None if observation is None else observation.tiles_age_ms,
                 policy_digest=self._policy.digest,
                 code_version=self._code_version,
-                admit_us=round((timing.started_s - job.received_s) * 1e6),
-                features_us=features_us,
-                model_us=model_us,
-                policy_us=policy_us,
+                admit_us=np.rint((timing.started_s - received_s) * 1e6).astype(np.int64),
+                steps_us=timing.steps_us,
             )
-            results[i] = Result(job, Verdict.DECIDED, answer=answer, receipt=encode_receipt(receipt))
+        )
+        model_ref = None if probability is None or model is None else model.ref
+        unobserved = observation is None or not observation.written
+        records: list[tuple[Job, bytes]] = []
+        for i, job, outcome, risk, p, reasons, hits, kinds, latency_ms, receipt in zip(
+            rows.tolist(),
+            fresh,
+            decisions.outcome,
+            score.tolist(),
+            [None] * len(fresh) if probability is None else probability.tolist(),
+            decisions.reasons,
+            decisions.rule_hits,
+            degraded,
+            np.round((timing.decided_s - received_s) * 1000, 3).tolist(),
+            receipts,
+            strict=True,
+        ):
+            answer = Answer(
+                transaction_id=job.transaction.transaction_id,
+                decision=outcome,
+                risk_score=risk,
+                probability=p,
+                reasons=[_REASONS[r] for r in reasons],
+                rule_hits=hits,
+                model=model_ref,
+                degraded=kinds,
+                latency_ms=latency_ms,
+            )
+            results[i] = Result(job, Verdict.DECIDED, answer=answer, receipt=receipt)
             packed = _answer_encoder.encode(answer)
             self._recent.add(job, packed)
             records.append((job, packed))
-            if observation is None or not observation.written:
+            if unobserved:
                 self._unobserved.add(job, packed)
         self._store.record(records)
         self._count(fresh, decisions.outcome, decisions.rule_hits, degraded, timing)
@@ -248,7 +248,7 @@ class Scorer:
         return model.probability(matrix)
 
     @staticmethod
-    def _degraded(rows: list[int], observation: Observation | None, scored: bool) -> list[list[str]]:
+    def _degraded(rows: npt.NDArray[np.int64], observation: Observation | None, scored: bool) -> list[list[str]]:
         """By row, the rungs of the ladder that the decision stands on."""
         if observation is None:
             kind = Degraded.REQUEST_ONLY if scored else Degraded.STATIC_POLICY
@@ -265,7 +265,7 @@ class Scorer:
             metrics.decisions.labels(outcome.value, door).inc(n)
         for kind, n in Counter(kind for kinds in degraded for kind in kinds).items():
             metrics.degraded.labels(kind).inc(n)
-        for rule, n in Counter(rule for rules in rule_hits for rule in rules).items():
+        for rule, n in Counter(rule for rules in rule_hits if rules for rule in rules).items():
             metrics.rule_hits.labels(rule).inc(n)
         metrics.batch_rows.observe(door, [len(jobs)])
         metrics.step_ms.observe("features", [(timing.observed_s - timing.started_s) * 1000])

@@ -19,7 +19,7 @@ from pathlib import Path
 import redis
 
 from deploy.toolchain import find_redis
-from gateway.contracts.features import request_columns
+from gateway.job import requests_of
 from gateway.redis_cluster import link_to
 from gateway.store import Store
 from tests.helpers import HOST, free_ports, until, wait_until
@@ -58,7 +58,7 @@ async def round_of(store: Store, rows: int, run: str) -> tuple[float, float]:
             )
             for i in range(first, first + rows)
         ]
-        request = request_columns([job.transaction for job in batch])
+        request = requests_of(batch)
         began, began_cpu = time.perf_counter(), time.process_time()
         assert await store.observe(batch, request, 10.0) is not None
         cpu += time.process_time() - began_cpu

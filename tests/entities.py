@@ -18,12 +18,13 @@ import redis
 from deploy.toolchain import find_redis
 from feature_jobs.redis_wire import Bulk, ClusterWire, bulk
 from feature_jobs.tiles import Events, TileJob, merge_events
+from gateway.avro import encode_transaction
 from gateway.contracts import layout, windows
 from gateway.contracts.decision import Door
-from gateway.contracts.features import ENTITIES, LABELLED, request_columns
+from gateway.contracts.features import ENTITIES, LABELLED
 from gateway.contracts.transaction import Transaction
-from gateway.job import Job, fingerprint_of, kafka_position
-from gateway.redis_link import RedisReplyError
+from gateway.job import Job, fingerprint_of, kafka_position, requests_of
+from gateway.redis_link import RedisReplyError, Sent
 from gateway.store import Observation, Store
 from tests.helpers import free_ports, wait_until
 
@@ -41,11 +42,25 @@ class DirectLink:
         self._client = client
         self.greeting: list[tuple[Any, ...]] = []
 
-    async def call(self, arguments: Sequence[Any], _timeout_s: float) -> Any:
+    async def call(self, command: Sequence[Any], _timeout_s: float) -> Any:
+        return self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    def send(self, commands: Sequence[bytes], replies: int) -> Sent:
+        connection = self._client.connection_pool.get_connection()
         try:
-            return self._client.execute_command(*arguments)  # type: ignore[no-untyped-call]
-        except redis.exceptions.NoScriptError as exc:
-            raise RedisReplyError(f"NOSCRIPT {exc}") from exc
+            connection.send_packed_command(commands)  # type: ignore[no-untyped-call]
+            found = [connection.read_response(disable_decoding=True) for _ in range(replies)]
+        finally:
+            self._client.connection_pool.release(connection)
+        if isinstance(found[-1][0], redis.exceptions.NoScriptError):
+            # redis-py leaves the error's name out.
+            found[-1][0] = RedisReplyError(f"NOSCRIPT {found[-1][0]}")
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        future.set_result(found)
+        return Sent(self, None, future)  # type: ignore[arg-type]
+
+    def in_time(self) -> None:
+        """What `replies_of` tells a link."""
 
 
 class Entities:
@@ -74,7 +89,8 @@ class Entities:
         self._offset += 1
         return Job(
             transaction=t,
-            fingerprint=fingerprint_of(t),
+            payload=encode_transaction(t),
+            fingerprint=fingerprint_of(encode_transaction(t)),
             position=kafka_position(0, self._offset),
             door=Door.KAFKA,
             arrived_ms=self.now_ms,
@@ -86,7 +102,7 @@ class Entities:
     def look(self, batch: Sequence[Transaction], update: bool = True) -> Observation:
         """What the gateway's store says of a batch, which is then part of the past."""
         jobs = [self.job(t) for t in batch]
-        found = asyncio.run(self.store.observe(jobs, request_columns(list(batch)), 10.0, update))
+        found = asyncio.run(self.store.observe(jobs, requests_of(jobs), 10.0, update))
         assert found is not None
         return found
 

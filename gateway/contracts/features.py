@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -194,15 +195,23 @@ def _since_last(a: Aggregates, _w: int | slice, r: RequestColumns) -> Floats:
 
 
 def _speed(a: Aggregates, _w: int | slice, r: RequestColumns) -> Floats:
+    speed = speed_kmh(a.last_event_time_ms, a.last_latitude, a.last_longitude, r.t_ms, r.latitude, r.longitude)
+    return np.where(a.last_event_time_ms == NEVER, np.nan, speed)
+
+
+def speed_kmh(
+    last_ms: npt.NDArray[Any], last_latitude: Floats, last_longitude: Floats, t_ms: Any, lat: Floats, lon: Floats
+) -> Floats:
     """Kilometres an hour from the last event's place to this one's, along the great circle (haversine formula).
 
     At least a second is assumed to have passed. NaN where either place is unknown.
     """
-    lat1, lat2 = np.radians(a.last_latitude), np.radians(r.latitude.astype(np.float32).astype(np.float64))
-    dlat, dlon = lat2 - lat1, np.radians(r.longitude.astype(np.float32).astype(np.float64) - a.last_longitude)
+    lat1, lat2 = np.radians(last_latitude), np.radians(lat.astype(np.float32).astype(np.float64))
+    dlat, dlon = lat2 - lat1, np.radians(lon.astype(np.float32).astype(np.float64) - last_longitude)
     h = np.sin(dlat / 2) ** 2 + np.cos(lat1) * np.cos(lat2) * np.sin(dlon / 2) ** 2
     km = 2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.minimum(h, 1.0)))
-    return np.where(a.last_event_time_ms == NEVER, np.nan, km / (np.maximum(r.t_ms - a.last_event_time_ms, 1000) / HOUR_MS))
+    out: Floats = km / (np.maximum(t_ms - last_ms, 1000) / HOUR_MS)
+    return out
 
 
 def _distinct(bitmap: npt.NDArray[np.uint64]) -> Floats:

@@ -86,6 +86,20 @@ HEAD_EVENT = np.dtype(
         ("reserved2", "<u2"),
     ]
 )
+# What the observe script is told of an entity: HEAD_HEADER for a head that is born now, then the event.
+ENTITY_RECORD = np.dtype(
+    [
+        ("version", "u1"),
+        ("entity", "u1"),
+        ("flags", "<u2"),
+        ("check", "<u4"),
+        ("base_us", "<u8"),
+        ("next", "<u4"),
+        ("lost", "<u4"),
+        *((name, HEAD_EVENT.fields[name][0]) for name in HEAD_EVENT.names or ()),  # type: ignore[index]
+    ]
+)
+assert ENTITY_RECORD.itemsize == HEAD_HEADER.size + HEAD_EVENT.itemsize
 HEAD_EVENT_PACK = struct.Struct("<QqIIHBBffHHHxx")
 # A tile in memory, of any resolution.
 TILE = np.dtype(
@@ -132,6 +146,7 @@ EARLY_MAX = 4096
 FINGERPRINT_BYTES = 16
 POSITION = struct.Struct("<cxHIq")  # door ("k" or "h"), partition, -, offset
 assert POSITION.size == 16
+CLAIM_BYTES = FINGERPRINT_BYTES + POSITION.size
 
 
 def _script(*names: str) -> str:

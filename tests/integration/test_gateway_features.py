@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from deploy.stack import Stack
-from gateway.contracts.features import ENTITIES, FEATURES, request_columns
+from gateway.contracts.features import ENTITIES, FEATURES
 from gateway.contracts.layout import HEAD_EVENT, HEAD_HEADER, head_key, idempotency_key
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import Transaction
-from gateway.job import Job
+from gateway.job import Job, requests_of
 from gateway.redis_link import RedisLink
 from gateway.store import Observation, Store
 from tests.helpers import until
@@ -46,7 +46,7 @@ def with_store(settings: Settings, use: Callable[[Store, RedisLink], Awaitable[T
 
 
 async def observe(store: Store, *jobs: Job, update: bool = True) -> Observation:
-    found = await store.observe(jobs, request_columns([j.transaction for j in jobs]), 20.0, update)
+    found = await store.observe(jobs, requests_of(jobs), 20.0, update)
     assert found is not None
     return found
 

@@ -23,11 +23,11 @@ from feature_jobs import redis_client
 from feature_jobs.redis_wire import ClusterWire
 from feature_jobs.tiles import TileJob, merge_events, merge_into_redis
 from gateway.contracts import layout
-from gateway.contracts.features import ENTITIES, FEATURE_INDEX, request_columns
+from gateway.contracts.features import ENTITIES, FEATURE_INDEX
 from gateway.contracts.redis_address import CLUSTER_SLOTS, hash_slot
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import Transaction
-from gateway.job import Job
+from gateway.job import Job, requests_of
 from gateway.redis_cluster import ClusterLink
 from gateway.store import Observation, Store
 from tests.entities import EPOCH, Entities, events_of, make_stream
@@ -78,7 +78,7 @@ def with_stores(cluster: Cluster, stores: int, use: Callable[..., Awaitable[T]])
 
 
 async def look(store: Store, *jobs: Job, update: bool = True, timeout_s: float = BUDGET_S) -> Observation | None:
-    return await store.observe(jobs, request_columns([j.transaction for j in jobs]), timeout_s, update)
+    return await store.observe(jobs, requests_of(jobs), timeout_s, update)
 
 
 async def observe(store: Store, *jobs: Job, update: bool = True) -> Observation:

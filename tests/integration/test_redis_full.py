@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from gateway.contracts import layout
-from gateway.contracts.features import request_columns
+from gateway.job import requests_of
 from gateway.redis_link import RedisLink
 from gateway.store import Observation, Store
 from tests.entities import Entities, make_stream, redis_server
@@ -54,7 +54,7 @@ def test_at_the_memory_limit_writes_are_refused_loudly_and_reads_go_on(full: red
         link.start()
         await until(lambda: link.ready, 10)
         try:
-            found = await store.observe([entities.job(probe)], request_columns([probe]), 5.0, update)
+            found = await store.observe([entities.job(probe)], requests_of([entities.job(probe)]), 5.0, update)
             store.record([(entities.job(probe), b"answer")])
             await until(lambda: store.failed_records == 1, 10)
             return found, store.refused_writes

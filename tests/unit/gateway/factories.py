@@ -13,8 +13,9 @@ import xgboost
 from onnxmltools import convert_xgboost
 from onnxmltools.convert.common.data_types import FloatTensorType
 
+from gateway.avro import encode_transaction
 from gateway.contracts.decision import Answer, Door, Outcome
-from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT, LABELLED, RequestColumns
+from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT, LABELLED
 from gateway.contracts.layout import PROGRESS_KEY, Progress
 from gateway.contracts.model_meta import (
     GOLDEN_FILE,
@@ -29,7 +30,8 @@ from gateway.contracts.model_meta import (
 )
 from gateway.contracts.transaction import Transaction
 from gateway.job import HTTP_POSITION, Job, Result, Verdict, fingerprint_of, kafka_position
-from gateway.redis_link import RedisUnavailableError
+from gateway.redis_link import RedisUnavailableError, Sent
+from gateway.requests import Requests
 from gateway.store import Observation
 
 NOW_MS = 1_795_500_000_000
@@ -57,7 +59,8 @@ def make_job(t: Transaction | None = None, *, offset: int | None = None, deadlin
     from_kafka = offset is not None
     return Job(
         transaction=t,
-        fingerprint=fingerprint_of(t),
+        payload=encode_transaction(t),
+        fingerprint=fingerprint_of(encode_transaction(t)),
         position=HTTP_POSITION if offset is None else kafka_position(0, offset),
         door=Door.KAFKA if from_kafka else Door.HTTP,
         arrived_ms=NOW_MS,
@@ -93,33 +96,37 @@ def packed_progress(written_at_ms: int = NOW_MS, arrived_through_ms: int = 0, ba
 
 
 class ScriptedLink:
-    """Stands for gateway.redis_link.RedisLink: answers the observe script with the given reply."""
+    """Stands for gateway.redis_link.RedisLink: answers the observe script and its MGET with the given reply."""
 
-    def __init__(self, reply: list[Any] | Exception, progress: bytes | None = None) -> None:
+    def __init__(self, reply: tuple[list[Any], list[Any]] | Exception, progress: bytes | None = None) -> None:
         self.greeting: list[tuple[Any, ...]] = []
         self.ready = True
         self.sent: list[tuple[Any, ...]] = []
         self._reply = reply
         self._progress = progress
 
-    async def call(self, arguments: Sequence[Any], _timeout_s: float) -> Any:
-        self.sent.append(tuple(arguments))
-        if tuple(arguments) == ("GET", PROGRESS_KEY):
-            return self._progress
-        if isinstance(self._reply, Exception):
-            raise self._reply
-        return self._reply
+    async def call(self, command: Sequence[Any], _timeout_s: float) -> Any:
+        self.sent.append(tuple(command))
+        assert tuple(command) == ("GET", PROGRESS_KEY)
+        return self._progress
 
-    def send_all(self, commands: Sequence[Sequence[Any]]) -> list[asyncio.Future[Any]]:
+    def send(self, commands: Sequence[bytes], replies: int | None = None) -> Sent:
+        """A bundle of one reply is one of records to store."""
         if not self.ready:
             raise RedisUnavailableError("no connection")
-        futures = []
-        for command in commands:
-            self.sent.append(tuple(command))
-            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            future.set_result(b"OK")
-            futures.append(future)
-        return futures
+        self.sent += [(command,) for command in commands]
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        if replies is None:
+            future.set_result([b"OK"] * len(commands))
+        elif isinstance(self._reply, RedisUnavailableError):
+            future.set_exception(self._reply)
+        else:
+            done: Any = [self._reply] if isinstance(self._reply, Exception) else self._reply
+            future.set_result([b"OK", b"QUEUED", b"QUEUED", done if isinstance(done, tuple) else done[0]])
+        return Sent(self, None, future)  # type: ignore[arg-type]
+
+    def in_time(self) -> None:
+        """What `replies_of` tells a link."""
 
 
 class StubStore:
@@ -135,7 +142,7 @@ class StubStore:
         self.recorded: list[Job] = []
 
     async def observe(
-        self, _batch: Sequence[Job], _request: RequestColumns, timeout_s: float, update: bool = True
+        self, _batch: Sequence[Job], _requests: Requests, timeout_s: float, update: bool = True
     ) -> Observation | None:
         assert update
         self.timeouts_s.append(timeout_s)

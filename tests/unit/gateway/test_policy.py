@@ -34,7 +34,10 @@ def decide(policy: Policy, *batch: Transaction, score: float = math.nan, has_fea
     matrix = np.full((len(batch), len(FEATURE_NAMES)), np.nan, np.float32)
     for name, value in features.items():
         matrix[:, FEATURE_INDEX[name]] = value
-    return policy.decide(Columns(batch=batch, matrix=matrix, score=np.full(len(batch), score)), has_features)
+    amount_minor = np.array([t.amount_minor for t in batch])
+    return policy.decide(
+        Columns(batch=batch, amount_minor=amount_minor, matrix=matrix, score=np.full(len(batch), score)), has_features
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,7 @@ def test_without_model_and_features_the_band_decides() -> None:
     found = decide(make_policy(), make_transaction(amount_minor=10), make_transaction(amount_minor=5000), has_features=False)
     assert found.outcome == [Outcome.APPROVE, Outcome.REVIEW]
     assert found.reasons == [[], [Reason.NO_MODEL]]
-    assert found.fallback_score == [0, 400]
+    assert found.fallback_score.tolist() == [0, 400]
 
 
 def test_without_model_but_with_features_the_rules_decide() -> None:

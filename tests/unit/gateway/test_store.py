@@ -1,28 +1,38 @@
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any
 
+import hiredis
 import numpy as np
 import pytest
 
-from gateway.contracts.features import ENTITIES, FEATURE_INDEX, request_columns
+from gateway.contracts.features import ENTITIES, FEATURE_INDEX
 from gateway.contracts.layout import (
     BASE_STEP,
     DAY_TILE,
+    EARLY_MAX,
+    ENTITY_RECORD,
     FRAUD_DAY,
-    HEAD_EVENT,
     HEAD_EVENT_BYTES,
     HEAD_EVENT_PACK,
     HEAD_HEADER,
+    HEAD_TTL_MS,
     LAYOUT_VERSION,
+    PROGRESS_KEY,
     TILES_HEADER_FIELDS,
     dim_hash,
+    head_key,
+    idempotency_key,
     key_check,
+    labels_key,
     pack_frauds,
+    tiles_key,
+    txn_hash,
 )
 from gateway.contracts.windows import DAY_MS, LABEL_DELAY_MS, SETTLE_MS
-from gateway.job import Job
-from gateway.redis_link import RedisReplyError, RedisUnavailableError
+from gateway.job import Job, requests_of
+from gateway.redis_link import RedisReplyError, RedisUnavailableError, Sent
 from gateway.store import TILES_AHEAD_MARGIN_MS, Observation, Store, request_only_matrix
 from tests.unit.gateway.factories import NOW_MS, ScriptedLink, make_job, make_transaction, packed_progress
 
@@ -40,13 +50,26 @@ def event(seq: int, when_ms: int, amount: int = 100, merchant: str = "m0") -> by
     return HEAD_EVENT_PACK.pack(1000 + seq, when_ms, amount, seq, 0, 0, 0, math.nan, math.nan, *dims)
 
 
-def reply_of(*heads: bytes, before: bytes | None = None, progress: bytes | None = None) -> list[Any]:
-    """The script's reply for one transaction with card, customer and merchant, whose heads are given."""
-    out: list[Any] = [progress, before]
-    for i in range(3):
-        head = heads[i] if i < len(heads) else b""
-        out += [head, b"", b"", 0 if not head else (len(head) - HEAD_HEADER.size) // HEAD_EVENT_BYTES]
-    return out
+def reply_of(*heads: bytes, before: bytes | None = None, progress: bytes | None = None) -> tuple[list[Any], list[Any]]:
+    """The replies of script and MGET for one transaction with card, customer and merchant, whose heads are given."""
+    held = [heads[i] if i < len(heads) else b"" for i in range(3)]
+    places = [max(0, len(head) - HEAD_HEADER.size) // HEAD_EVENT_BYTES for head in held]
+    tiles_and_frauds: list[Any] = [None] * 5
+    return [progress, [before], held, struct.pack("<3I", *places)], tiles_and_frauds
+
+
+def commands_of(sent: bytes) -> list[list[bytes]]:
+    """The commands in bytes as they go over the wire."""
+    reader = hiredis.Reader()
+    reader.feed(sent)
+    commands = []
+    while (command := reader.gets()) is not False:
+        commands.append(command)
+    return commands
+
+
+def sent_commands(link: ScriptedLink) -> list[list[bytes]]:
+    return commands_of(link.sent[-1][0])
 
 
 def make_store(link: ScriptedLink, now_ms: int = NOW_MS) -> Store:
@@ -54,7 +77,7 @@ def make_store(link: ScriptedLink, now_ms: int = NOW_MS) -> Store:
 
 
 async def observe(store: Store, *jobs: Job, update: bool = True) -> Observation | None:
-    return await store.observe(jobs, request_columns([j.transaction for j in jobs]), 1.0, update)
+    return await store.observe(jobs, requests_of(jobs), 1.0, update)
 
 
 async def observed(store: Store, *jobs: Job) -> Observation:
@@ -121,7 +144,8 @@ async def test_frauds_of_a_merchant_become_its_rate() -> None:
     tiles = header.tobytes() + np.array([(day, 4, 1, 1, 1), (day + 1, 9, 1, 1, 1)], DAY_TILE).tobytes()
     frauds = pack_frauds(2, merchant, 1, 1, 7, np.array([(day, 3), (day + 1, 5)], FRAUD_DAY))
     reply = reply_of(progress=FRESH)
-    reply[-3:] = [tiles, frauds, 0]
+    # of card, customer and merchant, then the frauds of customer and merchant
+    reply[1][:] = [None, None, tiles, None, frauds]
     found = await observed(make_store(ScriptedLink(reply)), make_job())
     assert feature(found, "merchant_fraud_rate_1d") == 0.75
     assert feature(found, "merchant_frauds_30d") == 3
@@ -156,7 +180,7 @@ async def test_tiles_ahead_of_what_was_observed_are_stale() -> None:
     header = np.zeros(1, TILES_HEADER_FIELDS)
     header["version"], header["check"], header["early"] = LAYOUT_VERSION, key_check("card", "card-1"), 1
     reply = reply_of(progress=FRESH)
-    reply[3] = header.tobytes()
+    reply[1][0] = header.tobytes()
     assert (await observed(make_store(ScriptedLink(reply)), make_job())).stale.tolist() == [True]
 
 
@@ -164,20 +188,56 @@ async def test_the_script_is_told_what_spark_has_counted_already() -> None:
     ahead = packed_progress(arrived_through_ms=NOW_MS + TILES_AHEAD_MARGIN_MS + 1)
     link = ScriptedLink(reply_of(progress=ahead), progress=ahead)
     await observed(make_store(link), make_job(offset=5))
-    events = [a for a in link.sent[-1] if isinstance(a, bytes) and len(a) == HEAD_EVENT.itemsize]
-    assert len(events) == 3
-    assert all(np.frombuffer(e, HEAD_EVENT)["counted"][0] == 1 for e in events)
+    _, script, _, _ = sent_commands(link)
+    records = np.frombuffer(script[-1], ENTITY_RECORD)
+    assert records["counted"].tolist() == [1, 1, 1]
+
+
+async def test_redis_is_asked_for_the_values_of_the_batchs_entities_in_one_transaction() -> None:
+    link = ScriptedLink(reply_of(progress=FRESH), progress=FRESH)
+    job = make_job()
+    await observed(make_store(link), job)
+    multi, script, mget, execute = sent_commands(link)
+    assert (multi, execute) == ([b"MULTI"], [b"EXEC"])
+    heads = [head_key("card", "card-1"), head_key("customer", "customer-1"), head_key("merchant", "merchant-1")]
+    keys = [PROGRESS_KEY, idempotency_key("t1"), *heads]
+    assert script[2:8] == [b"5", *(key.encode() for key in keys)]
+    capacities = np.array([e.head_events_max for e in ENTITIES], "<u2").tobytes()
+    assert script[8:13] == [b"1", b"600000", str(HEAD_TTL_MS).encode(), str(EARLY_MAX).encode(), capacities]
+    assert script[13] == job.claim
+    assert len(script) == 15
+    tiles = [tiles_key("card", "card-1"), tiles_key("customer", "customer-1"), tiles_key("merchant", "merchant-1")]
+    frauds = [labels_key("customer", "customer-1"), labels_key("merchant", "merchant-1")]
+    assert mget == [b"MGET", *(key.encode() for key in tiles + frauds)]
+
+
+async def test_the_record_of_an_entity_is_what_the_layout_says() -> None:
+    link = ScriptedLink(reply_of(progress=FRESH), progress=FRESH)
+    t = make_transaction("t9", amount_minor=77, latitude=52.5, longitude=13.25)
+    await observed(make_store(link), make_job(t))
+    _, script, _, _ = sent_commands(link)
+    records = [script[-1][i : i + ENTITY_RECORD.itemsize] for i in range(0, len(script[-1]), ENTITY_RECORD.itemsize)]
+    base_us = NOW_MS * 1000 // BASE_STEP * BASE_STEP
+    for e, record in enumerate(records):
+        entity = ENTITIES[e]
+        own = getattr(t, entity.field)
+        header = HEAD_HEADER.pack(LAYOUT_VERSION, e, int(entity.labelled), key_check(entity.name, own), base_us, 0, 0)
+        dims = [dim_hash(getattr(t, name)) for name in entity.dims]
+        said = (txn_hash("t9"), t.event_time_ms, 77, 0, NOW_MS // 1000 % 65_536, 0, 0, 52.5, 13.25, *dims)
+        assert record == header + HEAD_EVENT_PACK.pack(*said), entity.name
 
 
 async def test_a_settled_transaction_has_no_features_and_its_neighbour_has() -> None:
     first, second = make_job(make_transaction("a")), make_job(make_transaction("b"))
     before = first.claim + b"answer"
     head = head_of(0, "card", "card-1", event(0, NOW_MS - 1000))
-    reply = [FRESH, before, *reply_of(head)[1:]]
-    found = await observed(make_store(ScriptedLink(reply)), first, second)
+    script, values = reply_of(head, progress=FRESH)
+    script[1] = [before, None]
+    found = await observed(make_store(ScriptedLink((script, values * 2))), first, second)
     assert found.settled == [before, None]
     assert math.isnan(feature(found, "card_count_5m", 0))
     assert feature(found, "card_count_5m", 1) == 1
+    assert found.seq[0].tolist() == [-1] * len(ENTITIES)
 
 
 @pytest.mark.parametrize("error", [RedisUnavailableError("gone"), RedisReplyError("OOM")])
@@ -185,31 +245,41 @@ async def test_trouble_with_redis_is_no_observation(error: Exception) -> None:
     assert await observe(make_store(ScriptedLink(error)), make_job()) is None
 
 
-async def test_a_script_that_redis_has_forgotten_is_sent_again() -> None:
+async def test_a_script_that_redis_has_forgotten_is_loaded_again() -> None:
     class Forgetful(ScriptedLink):
-        async def call(self, arguments: Sequence[Any], timeout_s: float) -> Any:
-            if arguments[0] == "EVALSHA":
-                raise RedisReplyError("NOSCRIPT No matching script.")
-            return await super().call(arguments, timeout_s)
+        loaded = False
+
+        async def call(self, command: Sequence[Any], timeout_s: float) -> Any:
+            if command[:2] == ("SCRIPT", "LOAD"):
+                self.loaded = True
+                return b"sha"
+            return await super().call(command, timeout_s)
+
+        def send(self, commands: Sequence[bytes], replies: int | None = None) -> Sent:
+            sent = super().send(commands, replies)
+            if not self.loaded:
+                sent.replies.result()[-1] = (RedisReplyError("NOSCRIPT No matching script."), [])
+            return sent
 
     link = Forgetful(reply_of(progress=FRESH))
     await observed(make_store(link), make_job())
-    assert link.sent[-1][0] == "EVAL"
+    assert link.loaded
 
 
 async def test_a_what_if_read_says_so_to_the_script() -> None:
     link = ScriptedLink(reply_of(progress=FRESH), progress=FRESH)
     await observe(make_store(link), make_job(), update=False)
-    arguments = link.sent[-1]
-    keys = arguments[2]
-    assert arguments[3 + keys] == "0"
+    _, script, _, _ = sent_commands(link)
+    assert script[3 + int(script[2])] == b"0"
 
 
 async def test_answers_that_can_not_be_stored_are_counted() -> None:
-    link = ScriptedLink([])
+    link = ScriptedLink(reply_of())
     store = make_store(link)
-    store.record([(make_job(), b"answer")])
-    assert link.sent[-1][:1] == ("SET",)
+    job = make_job()
+    store.record([(job, b"answer")])
+    [command] = commands_of(link.sent[-1][0])
+    assert command == [b"SET", idempotency_key("t1").encode(), job.claim + b"answer", b"PX", b"600000"]
     assert store.failed_records == 0
     link.ready = False
     store.record([(make_job(), b"answer")])
@@ -217,6 +287,6 @@ async def test_answers_that_can_not_be_stored_are_counted() -> None:
 
 
 def test_the_request_alone_gives_its_own_features_and_nan() -> None:
-    matrix = request_only_matrix(request_columns([make_transaction(amount_minor=77)]))
+    matrix = request_only_matrix(requests_of([make_job(make_transaction(amount_minor=77))]))
     assert matrix[0, FEATURE_INDEX["amount_minor"]] == 77
     assert np.isnan(matrix[0, FEATURE_INDEX["card_count_5m"]])

@@ -1,0 +1,478 @@
+"""From what the observe script returned to the model's input, for a whole batch. Called by gateway/store.py; 2 to 4 us a transaction.
+
+Says in loops what contracts.windows.aggregate and contracts.features.feature_matrix say with numpy, on the same list of features:
+those two are its slow twins, equal to the bit (tests/agreement). The one exception is `speed`, whose sines and cosines numpy computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.contracts.features import ENTITIES, ENTITY_INDEX, FEATURES, LABELLED
+from gateway.contracts.layout import (
+    DAY_TILE_BYTES,
+    FINE_TILE_BYTES,
+    FLAG_LABELLED,
+    FRAUD_DAY,
+    HEAD_EVENT,
+    HEAD_EVENT_BYTES,
+    HEAD_HEADER,
+    LABELS_HEADER,
+    LAYOUT_VERSION,
+    SEEN_BYTES,
+    TILES_HEADER,
+)
+from gateway.contracts.windows import (
+    BOUNDARY_MS,
+    DAY_MS,
+    HOUR_MS,
+    LABEL_DELAY_MS,
+    LABEL_WINDOWS,
+    LAST_MS_MAX,
+    MINUTE_MS,
+    NEVER,
+    PAIR_WINDOW,
+    SEEN_DIM_C,
+    SEEN_HASH_MASK,
+    SEEN_STEP_MS,
+    SEEN_STEPS,
+    SETTLE_MS,
+    SKETCH_ESTIMATE,
+    SQUARED_AMOUNT_MINOR_MAX,
+    WINDOW_INDEX,
+    WINDOWS,
+)
+from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT
+from gateway.kernels.compiled import compiled
+from gateway.kernels.intake import Floats, Int64s
+from gateway.kernels.raw import Bytes, i64, u16, u32, u64
+
+_HEAD, _EVENT, _TILES = HEAD_HEADER.size, HEAD_EVENT_BYTES, TILES_HEADER.size
+_FINE, _DAY, _SEEN, _LABELS, _FRAUDS = FINE_TILE_BYTES, DAY_TILE_BYTES, SEEN_BYTES, LABELS_HEADER.size, FRAUD_DAY.itemsize
+# Offsets in an event of a head, after HEAD_EVENT; those of tiles stand where they are read.
+_fields: Any = HEAD_EVENT.fields
+_WHEN, _AMOUNT, _SEQ, _TILED, _LATITUDE, _LONGITUDE, _DIM_A, _DIM_B, _DIM_C = (
+    _fields[name][1]
+    for name in ("event_time_ms", "amount_minor", "seq", "tiled", "latitude", "longitude", "dim_a", "dim_b", "dim_c")
+)
+_NEXT, _LOST, _EARLY, _COUNTS = 16, 20, 20, TILES_HEADER.size - 8
+# An unaligned load is what these offsets of the packed tiles ask for: start or day, count, largest, total, squares, bitmaps.
+_FINE_COUNT, _FINE_LARGEST, _FINE_TOTAL, _FINE_SQUARES, _FINE_A, _FINE_B, _FINE_C = 4, 8, 12, 20, 28, 36, 44
+_DAY_COUNT, _DAY_LARGEST, _DAY_TOTAL, _DAY_SQUARES = 2, 6, 10, 18
+
+_W = len(WINDOWS)
+_LW = len(LABEL_WINDOWS)
+_LENGTH = np.array([w.length_ms for w in WINDOWS])
+_TAIL = np.array([w.tail_ms for w in WINDOWS])
+_LABEL_LENGTH = np.array([w.length_ms for w in LABEL_WINDOWS])
+_PAIRS = np.array([e.pairs for e in ENTITIES])
+_IS_LABELLED = np.array([e.labelled for e in ENTITIES])
+_CAPACITY = np.array([e.head_events_max for e in ENTITIES])
+_PAIR_WINDOW = WINDOW_INDEX[PAIR_WINDOW.name]
+_LABELLED_PLACE = np.array([LABELLED.index(i) if i in LABELLED else -1 for i in range(ENTITY_COUNT)])
+
+# Each feature as numbers: what is aggregated (the place of its name here), which window, which column.
+AGGREGATE_CODES = (
+    *("count", "sum", "mean", "max", "std", "ratio", "zscore", "distinct_a", "distinct_b", "distinct_c"),
+    *("label_rate", "label_count", "frauds", "new_a", "new_c", "changed_b", "since_last", "speed"),
+)
+REQUEST_CODES = ("amount_minor", "hour", "weekday", "is_night", "is_weekend", "channel", "mcc", "cross_border")
+(_C_COUNT, _C_SUM, _C_MEAN, _C_MAX, _C_STD, _C_RATIO, _C_ZSCORE, _C_A, _C_B, _C_C) = range(10)
+(_C_RATE, _C_LABELS, _C_FRAUDS, _C_NEW_A, _C_NEW_C, _C_CHANGED, _C_SINCE, _C_SPEED) = range(10, 18)
+# (features of the entity, 3): code, window, column; by entity from _FEATURE_FROM[e] to _FEATURE_FROM[e + 1] - 1
+_BY_ENTITY = [
+    [
+        (AGGREGATE_CODES.index(f.aggregate), f.window_index or 0, column)
+        for column, f in enumerate(FEATURES)
+        if f.entity is not None and ENTITY_INDEX[f.entity] == e
+    ]
+    for e in range(ENTITY_COUNT)
+]
+_FEATURE_FROM = np.cumsum([0, *(len(of) for of in _BY_ENTITY)])
+_OF_ENTITY = np.array([f for of in _BY_ENTITY for f in of], np.int64)
+_OF_REQUEST = np.array([(REQUEST_CODES.index(f.aggregate), i) for i, f in enumerate(FEATURES) if f.entity is None], np.int64)
+_REQUEST_FEATURES = len(_OF_REQUEST)
+
+
+@compiled
+def _f32(buf: Bytes, at: int, scratch: Bytes) -> float:
+    scratch[:4] = buf[at : at + 4]
+    return np.float64(scratch.view(np.float32)[0])
+
+
+@compiled
+def _divided(a: float, b: float) -> float:
+    return np.nan if b == 0 else a / b
+
+
+@compiled
+def _sound(buf: Bytes, entity: int, check: int, head: int, heads: int, tiles: int, tiled: int, frauds: int, frauded: int) -> bool:
+    """True when each value is empty, or one of this layout, entity and key with whole records. Places and lengths in bytes."""
+    if heads > 0 and (
+        heads < _HEAD
+        or (heads - _HEAD) % _EVENT != 0
+        or buf[head] != LAYOUT_VERSION
+        or buf[head + 1] != entity
+        or u16(buf, head + 2) != (FLAG_LABELLED if _IS_LABELLED[entity] else 0)
+        or u32(buf, head + 4) != check
+    ):
+        return False
+    if tiled > 0:
+        if tiled < _TILES or buf[tiles] != LAYOUT_VERSION or buf[tiles + 1] != entity or u32(buf, tiles + 4) != check:
+            return False
+        fine = u16(buf, tiles + _COUNTS) + u16(buf, tiles + _COUNTS + 2)
+        days, seen = u16(buf, tiles + _COUNTS + 4), u16(buf, tiles + _COUNTS + 6)
+        if tiled != _TILES + _FINE * fine + _DAY * days + _SEEN * seen:
+            return False
+    if frauded > 0:
+        if frauded < _LABELS or (frauded - _LABELS) % _FRAUDS != 0:
+            return False
+        return buf[frauds] == LAYOUT_VERSION and buf[frauds + 1] == entity and u32(buf, frauds + 4) == check
+    return True
+
+
+@compiled
+def request_features(numbers: Int64s, places: Floats, out: npt.NDArray[np.float32]) -> None:
+    """Fills in the columns of `out` (rows, features) that the request alone says."""
+    for row in range(len(out)):
+        t_ms = numbers[row, 0]
+        weekday = (t_ms // DAY_MS + 3) % 7
+        for i in range(_REQUEST_FEATURES):
+            code, column = _OF_REQUEST[i]
+            value = 0.0
+            if code == 0:
+                value = np.float64(numbers[row, 1])
+            elif code == 1:
+                value = np.float64(t_ms % DAY_MS // HOUR_MS)
+            elif code == 2:
+                value = np.float64(weekday)
+            elif code == 3:
+                value = 1.0 if t_ms % DAY_MS < 7 * HOUR_MS else 0.0
+            elif code == 4:
+                value = 1.0 if weekday >= 5 else 0.0
+            elif code == 5:
+                value = np.float64(numbers[row, 2])
+            elif code == 6:
+                value = np.float64(numbers[row, 3])
+            else:
+                value = places[row, 2]
+            out[row, column] = value
+
+
+@compiled
+def _entity(
+    buf: Bytes,
+    entity: int,
+    head: int,
+    heads: int,
+    tiles: int,
+    tiled: int,
+    frauds: int,
+    frauded: int,
+    t_ms: int,
+    amount_minor: int,
+    seq: int,
+    own_a: int,
+    own_c: int,
+    country: int,
+    out: npt.NDArray[np.float32],
+    last: Floats,
+    counts: Int64s,
+    bits: npt.NDArray[np.uint64],
+    labels: Int64s,
+    scratch: Bytes,
+) -> None:
+    """The features of one entity of one transaction into `out` (features,); `last` gets time, latitude, longitude of its last event.
+
+    `counts` (4, windows): count, total, squares, largest; `bits` (3, windows); `labels` (2, label windows): payments, frauds.
+    """
+    counts[:3] = 0
+    counts[3] = -1
+    bits[:] = 0
+    labels[:] = 0
+    settled = t_ms - SETTLE_MS
+    edge = settled - settled % BOUNDARY_MS
+    hour_edge, day_edge = edge - edge % HOUR_MS, edge - edge % DAY_MS
+    label_end = t_ms - LABEL_DELAY_MS
+    label_end -= label_end % DAY_MS
+    new_a, new_c = True, True
+    last_ms, last_seq, last_at = NEVER, -1, -1
+    pairs, labelled, capacity = _PAIRS[entity], _IS_LABELLED[entity], _CAPACITY[entity]
+    pair_from = t_ms - _LENGTH[_PAIR_WINDOW]
+    pair_from -= pair_from % _TAIL[_PAIR_WINDOW]
+
+    for at in range(head + _HEAD, head + heads, _EVENT):
+        when = i64(buf, at + _WHEN)
+        place = u32(buf, at + _SEQ)
+        age = seq - place
+        # Observed before this transaction and not later by event time.
+        if age <= 0 or when > t_ms:
+            continue
+        recent = age <= capacity
+        untiled = buf[at + _TILED] == 0
+        loose = recent if when >= edge else untiled
+        if recent and (when > last_ms or (when == last_ms and place > last_seq)):
+            last_ms, last_seq, last_at = when, place, at
+        if labelled and untiled and when < label_end:
+            for w in range(_LW):
+                start = t_ms - LABEL_DELAY_MS - _LABEL_LENGTH[w]
+                if when >= start - start % DAY_MS:
+                    labels[0, w] += 1
+        if not recent and not loose:
+            continue
+        amount = u32(buf, at + _AMOUNT)
+        capped = min(amount, SQUARED_AMOUNT_MINOR_MAX)
+        dim_a, dim_b, dim_c = u16(buf, at + _DIM_A), u16(buf, at + _DIM_B), u16(buf, at + _DIM_C)
+        for w in range(_W):
+            start = t_ms - _LENGTH[w]
+            exact = _TAIL[w] == 0
+            if not exact:
+                start -= start % _TAIL[w]
+            if when < start or not (recent if exact else loose):
+                continue
+            counts[0, w] += 1
+            counts[1, w] += amount
+            counts[2, w] += capped * capped
+            counts[3, w] = max(counts[3, w], amount)
+            bits[0, w] |= np.uint64(1) << np.uint64(dim_a & 63)
+            bits[1, w] |= np.uint64(1) << np.uint64(dim_b & 63)
+            bits[2, w] |= np.uint64(1) << np.uint64(dim_c & 63)
+        if pairs and loose and when >= pair_from:
+            new_a &= (dim_a ^ own_a) & SEEN_HASH_MASK != 0
+            new_c &= (dim_c ^ own_c) & SEEN_HASH_MASK != 0
+
+    if tiled > 0:
+        fives, hours = u16(buf, tiles + _COUNTS), u16(buf, tiles + _COUNTS + 2)
+        days, seens = u16(buf, tiles + _COUNTS + 4), u16(buf, tiles + _COUNTS + 6)
+        at = tiles + _TILES
+        for i in range(fives + hours):
+            is_hour = i >= fives
+            start = u32(buf, at) * MINUTE_MS
+            if start + (HOUR_MS if is_hour else BOUNDARY_MS) <= edge:
+                for w in range(_W):
+                    tail = _TAIL[w]
+                    # A tile finer than the window's tail counts only in the gap that coarser tiles leave before the boundary.
+                    if is_hour:
+                        fits = tail == HOUR_MS or (tail == DAY_MS and start >= day_edge)
+                    else:
+                        fits = tail == BOUNDARY_MS or (tail > BOUNDARY_MS and start >= hour_edge)
+                    begin = t_ms - _LENGTH[w]
+                    if not fits or start < begin - begin % tail:
+                        continue
+                    counts[0, w] += u32(buf, at + _FINE_COUNT)
+                    counts[1, w] += i64(buf, at + _FINE_TOTAL)
+                    counts[2, w] += i64(buf, at + _FINE_SQUARES)
+                    counts[3, w] = max(counts[3, w], u32(buf, at + _FINE_LARGEST))
+                    bits[0, w] |= u64(buf, at + _FINE_A)
+                    bits[1, w] |= u64(buf, at + _FINE_B)
+                    bits[2, w] |= u64(buf, at + _FINE_C)
+            at += _FINE
+        for _ in range(days):
+            start = u16(buf, at) * DAY_MS
+            count = u32(buf, at + _DAY_COUNT)
+            if start + DAY_MS <= edge:
+                for w in range(_W):
+                    begin = t_ms - _LENGTH[w]
+                    if _TAIL[w] != DAY_MS or start < begin - begin % DAY_MS:
+                        continue
+                    counts[0, w] += count
+                    counts[1, w] += i64(buf, at + _DAY_TOTAL)
+                    counts[2, w] += i64(buf, at + _DAY_SQUARES)
+                    counts[3, w] = max(counts[3, w], u32(buf, at + _DAY_LARGEST))
+            if labelled and start < label_end:
+                for w in range(_LW):
+                    begin = t_ms - LABEL_DELAY_MS - _LABEL_LENGTH[w]
+                    if start >= begin - begin % DAY_MS:
+                        labels[0, w] += count
+            at += _DAY
+        if pairs:
+            now_step = t_ms // SEEN_STEP_MS
+            wanted_a = own_a & SEEN_HASH_MASK
+            wanted_c = own_c & SEEN_HASH_MASK | SEEN_DIM_C
+            for _ in range(seens):
+                value = u16(buf, at)
+                if value == wanted_a or value == wanted_c:
+                    # How many steps before the transaction's own; one after it looks as if it were long ago.
+                    start = (now_step - (now_step - u16(buf, at + 2)) % SEEN_STEPS) * SEEN_STEP_MS
+                    if start + SEEN_STEP_MS <= edge and start >= pair_from:
+                        if value == wanted_a:
+                            new_a = False
+                        else:
+                            new_c = False
+                at += _SEEN
+    for at in range(frauds + _LABELS, frauds + frauded, _FRAUDS):
+        start = u16(buf, at) * DAY_MS
+        if start < label_end:
+            for w in range(_LW):
+                begin = t_ms - LABEL_DELAY_MS - _LABEL_LENGTH[w]
+                if start >= begin - begin % DAY_MS:
+                    labels[1, w] += u16(buf, at + 2)
+
+    if last_at >= 0 and last_ms < t_ms - LAST_MS_MAX:
+        last_ms = NEVER
+    changed = np.nan
+    last[0], last[1], last[2] = NEVER, np.nan, np.nan
+    if last_ms != NEVER:
+        changed = 1.0 if u16(buf, last_at + _DIM_B) != country else 0.0
+        last[0] = last_ms
+        last[1] = _f32(buf, last_at + _LATITUDE, scratch)
+        last[2] = _f32(buf, last_at + _LONGITUDE, scratch)
+
+    amount_float = np.float64(amount_minor)
+    for i in range(_FEATURE_FROM[entity], _FEATURE_FROM[entity + 1]):
+        code, w, column = _OF_ENTITY[i]
+        if code >= _C_RATE:
+            if code == _C_RATE:
+                value = _divided(np.float64(labels[1, w]), np.float64(labels[0, w]))
+            elif code == _C_LABELS:
+                value = np.float64(labels[0, w])
+            elif code == _C_FRAUDS:
+                value = np.float64(labels[1, w])
+            elif code == _C_NEW_A:
+                value = 1.0 if new_a else 0.0
+            elif code == _C_NEW_C:
+                value = 1.0 if new_c else 0.0
+            elif code == _C_CHANGED:
+                value = changed
+            elif code == _C_SINCE and last_ms != NEVER:
+                value = (t_ms - last_ms) / 1000.0
+            else:
+                value = np.nan
+        elif code >= _C_A:
+            value = SKETCH_ESTIMATE[_ones(bits[code - _C_A, w])]
+        elif code == _C_MAX:
+            value = np.nan if counts[3, w] < 0 else np.float64(counts[3, w])
+        elif code == _C_SUM:
+            value = np.float64(counts[1, w])
+        else:
+            n = np.float64(counts[0, w])
+            if code == _C_COUNT:
+                value = n
+            else:
+                mean = _divided(np.float64(counts[1, w]), n)
+                if code == _C_MEAN:
+                    value = mean
+                elif code == _C_RATIO:
+                    value = _divided(amount_float, mean)
+                else:
+                    deviation = np.nan
+                    if n >= 2:
+                        deviation = np.sqrt(max(np.float64(counts[2, w]) / n - mean * mean, 0.0))
+                    value = deviation if code == _C_STD else _divided(amount_float - mean, deviation)
+        out[column] = value
+
+
+@compiled
+def _ones(bits: np.uint64) -> int:
+    """How many bits are set (Kernighan's way: sketches are sparse)."""
+    count = 0
+    while bits != np.uint64(0):
+        bits &= bits - np.uint64(1)
+        count += 1
+    return count
+
+
+@compiled
+def decode(
+    buf: Bytes,
+    sizes: Int64s,
+    places: npt.NDArray[np.uint32],
+    settled: npt.NDArray[np.bool_],
+    lengths: Int64s,
+    numbers: Int64s,
+    checks: npt.NDArray[np.uint32],
+    dims: npt.NDArray[np.uint16],
+    country: Int64s,
+    base_us: int,
+    matrix: npt.NDArray[np.float32],
+    last: Floats,
+    seq: Int64s,
+    label_changes: Int64s,
+    stale: npt.NDArray[np.bool_],
+) -> int:
+    """Decodes what Redis held of a batch. Returns how many values were refused.
+
+    `buf` holds, end to end, the heads of all entities of all rows that aren't `settled`, then the tiles of all entities of all rows,
+    then the frauds of those that count labels; `sizes` has the length of each, 0 where there is none; `places` (heads,) where each
+    transaction stands behind the head's base. Asked: `lengths` and `numbers` of the intake, `checks` (rows * ENTITY_COUNT,), `dims` and
+    `country` of `entity_records`, and the `base_us` of heads that are born now. Filled in, by row: `matrix` (rows, features), which
+    holds NaN where nothing is filled in; `last` (rows * ENTITY_COUNT, 3); `seq` (rows, ENTITY_COUNT), absolute; `label_changes`
+    (rows, labelled entities); `stale` (rows,).
+    """
+    rows = len(numbers)
+    head_count = len(places)
+    head_value = 0
+    head = 0
+    tiles_value = head_count
+    tiles = 0
+    for i in range(head_count):
+        tiles += sizes[i]
+    frauds_value = tiles_value
+    frauds = tiles
+    for row in range(rows):
+        for e in range(ENTITY_COUNT):
+            if lengths[row, ENTITY_TEXT[e]] >= 0:
+                frauds += sizes[frauds_value]
+                frauds_value += 1
+    refused = 0
+    counts = np.zeros((4, _W), np.int64)
+    bits = np.zeros((3, _W), np.uint64)
+    labels = np.zeros((2, _LW), np.int64)
+    scratch = np.zeros(8, np.uint8)
+    for row in range(rows):
+        for e in range(ENTITY_COUNT):
+            if lengths[row, ENTITY_TEXT[e]] < 0:
+                continue
+            owner = row * ENTITY_COUNT + e
+            tiled = sizes[tiles_value]
+            tiles_value += 1
+            frauded = 0
+            if _IS_LABELLED[e]:
+                frauded = sizes[frauds_value]
+                frauds_value += 1
+            if not settled[row]:
+                heads = sizes[head_value]
+                place = np.int64(places[head_value])
+                head_value += 1
+                base = base_us
+                if not _sound(buf, e, np.int64(checks[owner]), head, heads, tiles, tiled, frauds, frauded):
+                    refused += 1
+                    stale[row] = True
+                else:
+                    if heads > 0:
+                        base = i64(buf, head + 8)
+                    # Events are missing that were never tiled, or counted that nobody has observed yet.
+                    if (heads > 0 and u32(buf, head + _LOST) != 0) or (tiled > 0 and u32(buf, tiles + _EARLY) != 0):
+                        stale[row] = True
+                    if _LABELLED_PLACE[e] >= 0:
+                        label_changes[row, _LABELLED_PLACE[e]] = u32(buf, frauds + 20) if frauded > 0 else 0
+                    _entity(
+                        buf,
+                        e,
+                        head,
+                        heads,
+                        tiles,
+                        tiled,
+                        frauds,
+                        frauded,
+                        numbers[row, 0],
+                        numbers[row, 1],
+                        place,
+                        np.int64(dims[owner, 0]),
+                        np.int64(dims[owner, 2]),
+                        country[row],
+                        matrix[row],
+                        last[owner],
+                        counts,
+                        bits,
+                        labels,
+                        scratch,
+                    )
+                seq[row, e] = base + place
+                head += heads
+            tiles += tiled
+            frauds += frauded
+    return refused

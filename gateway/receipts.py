@@ -1,0 +1,126 @@
+"""The receipts of a batch of decisions, as records of schemas/decision.avsc. Called by the scorer.
+
+Texts that repeat are encoded once: what a batch has in common, and each combination of reasons, rule hits and degradations that
+was ever seen, of which there are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.avro import encode_text, encode_text_or_null, encode_texts
+from gateway.contracts.decision import SEVERITY, Door, Outcome
+from gateway.contracts.features import FINGERPRINT
+from gateway.job import Job
+from gateway.kernels.receipts import receipts_bytes_max, write_receipts
+from gateway.model import Model
+from gateway.requests import Requests
+
+Int64s = npt.NDArray[np.int64]
+
+_DOORS = {door: np.frombuffer(encode_text(door.value), np.uint8) for door in Door}
+_OUTCOMES = [encode_text(outcome.value) for outcome in Outcome]
+_DECISIONS = np.frombuffer(b"".join(_OUTCOMES), np.uint8)
+_DECISION_EDGES = np.cumsum([0, *map(len, _OUTCOMES)])
+assert list(SEVERITY.values()) == list(range(len(_OUTCOMES)))
+_NO_MODEL = encode_text_or_null(None) * 4 + encode_text(FINGERPRINT)
+
+
+@dataclass(slots=True)
+class Decided:
+    """A decision for each of `jobs`, which are `rows` of `requests`, all through one door. Arrays are by job.
+
+    `severity` is the outcome's place, `probability` (n,) NaN where no model scored. `notes` are reasons, rule hits and degradations.
+    `matrix` (n, features), `seq` (n, entities), `label_changes` (n, labelled entities). `steps_us`: features, model, policy.
+    """
+
+    requests: Requests
+    rows: Int64s
+    jobs: Sequence[Job]
+    decided_at_ms: int
+    severity: Int64s
+    score: Int64s
+    probability: npt.NDArray[np.float64]
+    notes: Sequence[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
+    model: Model | None
+    matrix: npt.NDArray[np.float32]
+    seq: Int64s
+    label_changes: Int64s
+    tiles_age_ms: int | None
+    policy_digest: str
+    code_version: str
+    admit_us: Int64s
+    steps_us: Sequence[int]
+
+
+def encode_receipts(d: Decided) -> list[bytes]:
+    """One record for each decision."""
+    count = len(d.jobs)
+    places: dict[tuple[tuple[str, ...], ...], int] = {}
+    note = np.fromiter((places.setdefault(n, len(places)) for n in d.notes), np.int64, count)
+    notes = [_note(*n) for n in places]
+    note_edges = np.cumsum([0, *map(len, notes)])
+    door = _DOORS[d.jobs[0].door]
+    model = _NO_MODEL if d.model is None else _model(d.model.ref.name, d.model.ref.version, d.model.digest, d.model.ref.route)
+    versions = _versions(d.policy_digest, d.code_version)
+    source = np.array([(-1, -1) if j.partition is None else (j.partition, j.offset) for j in d.jobs], np.int64)
+    times_ms = np.empty((count, 2), np.int64)
+    times_ms[:, 0] = np.fromiter((j.received_ms for j in d.jobs), np.int64, count)
+    times_ms[:, 1] = d.decided_at_ms
+    features = np.ascontiguousarray(d.matrix).view(np.uint8).reshape(-1)
+    # The longest of each text, for every receipt.
+    fixed = len(door) + len(model) + len(versions) + max(map(len, notes)) + max(map(len, _OUTCOMES))
+    longs = d.seq.shape[1] + d.label_changes.shape[1]
+    out = np.empty(receipts_bytes_max(count, len(d.requests.buf), fixed, len(features), longs), np.uint8)
+    ends = np.empty(count, np.int64)
+    write_receipts(
+        d.requests.buf,
+        d.requests.edges,
+        d.requests.starts,
+        d.requests.lengths,
+        d.rows,
+        door,
+        source,
+        times_ms,
+        _DECISIONS,
+        _DECISION_EDGES,
+        d.severity,
+        d.score,
+        d.probability,
+        np.frombuffer(b"".join(notes), np.uint8),
+        note_edges,
+        note,
+        np.frombuffer(model, np.uint8),
+        features,
+        d.seq,
+        d.label_changes,
+        -1 if d.tiles_age_ms is None else d.tiles_age_ms,
+        np.frombuffer(versions, np.uint8),
+        d.admit_us,
+        np.array(d.steps_us, np.int64),
+        out,
+        ends,
+    )
+    stops = ends.tolist()
+    written = out[: stops[-1]].tobytes()
+    return [written[a:b] for a, b in zip([0, *stops[:-1]], stops, strict=True)]
+
+
+@lru_cache(maxsize=4096)
+def _note(reasons: tuple[str, ...], rule_hits: tuple[str, ...], degraded: tuple[str, ...]) -> bytes:
+    return encode_texts(reasons) + encode_texts(rule_hits) + encode_texts(degraded)
+
+
+@lru_cache(maxsize=8)
+def _model(name: str, version: str, digest: str, route: str) -> bytes:
+    return b"".join(encode_text_or_null(text) for text in (name, version, digest, route)) + encode_text(FINGERPRINT)
+
+
+@lru_cache(maxsize=8)
+def _versions(policy_digest: str, code_version: str) -> bytes:
+    return encode_text(policy_digest) + encode_text(code_version)
