@@ -1,0 +1,94 @@
+"""`python -m loadtest.peers.fastapi_service PORT REDIS_URL MODEL.onnx`: the usual way to serve such a model.
+
+FastAPI with a pydantic body, a Redis hash of features for each entity, one model call a request. It writes nothing, publishes nothing
+and has no rules. `fill` puts the hashes there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import redis
+import redis.asyncio
+import uvicorn
+from fastapi import FastAPI
+
+from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES
+from gateway.contracts.model_meta import INPUT_NAME, OUTPUT_NAME
+from loadtest.openloop.payments import CUSTOMERS_PER_CARD, DEVICES_PER_CARD, IPS_PER_CARD, People, id_of
+from loadtest.peers.payment import Payment
+
+FIELDS = {e.name: [f.name for f in FEATURES if f.entity == e.name] for e in ENTITIES}
+INDEX = {name: i for i, name in enumerate(FEATURE_NAMES)}
+
+
+def make_app(redis_url: str, model_path: str) -> FastAPI:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model_path, options, providers=["CPUExecutionProvider"])
+    store = redis.asyncio.Redis.from_url(redis_url, max_connections=256, decode_responses=True)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await store.aclose()
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.post("/score")
+    async def score(payment: Payment) -> dict[str, Any]:
+        ids = {e.name: getattr(payment, e.field) for e in ENTITIES}
+        named = {name: value for name, value in ids.items() if value is not None}
+        hashes = await asyncio.gather(*(store.hgetall(f"{name}:{value}") for name, value in named.items()))
+        row = np.full((1, len(FEATURE_NAMES)), np.nan, np.float32)
+        row[0, INDEX["amount_minor"]] = payment.amount_minor
+        for values in hashes:
+            for field, value in values.items():
+                row[0, INDEX[str(field)]] = float(value)
+        probability = float(session.run([OUTPUT_NAME], {INPUT_NAME: row})[0][0, 1])
+        return {
+            "transaction_id": payment.transaction_id,
+            "decision": "approve" if probability < 0.5 else "decline",
+            "risk_score": round(probability * 1000),
+            "probability": probability,
+        }
+
+    return app
+
+
+def fill(redis_url: str, people: People) -> int:
+    """A hash of features for each entity of the population. Returns how many."""
+    rng = np.random.default_rng(1)
+    counts = {
+        "card": people.cards,
+        "customer": int(people.cards * CUSTOMERS_PER_CARD),
+        "merchant": people.merchants,
+        "device": int(people.cards * DEVICES_PER_CARD),
+        "ip": int(people.cards * IPS_PER_CARD),
+    }
+    with redis.Redis.from_url(redis_url) as client:
+        for name, count in counts.items():
+            values = rng.lognormal(3, 2, (count, len(FIELDS[name]))).round(4).tolist()
+            for first in range(0, count, 1000):
+                pipe = client.pipeline(transaction=False)
+                for number, row in enumerate(values[first : first + 1000], first):
+                    pipe.hset(f"{name}:{id_of(name, number)}", mapping=dict(zip(FIELDS[name], row, strict=True)))
+                pipe.execute()
+    return sum(counts.values())
+
+
+if __name__ == "__main__":
+    uvicorn.run(
+        make_app(sys.argv[2], sys.argv[3]),
+        port=int(sys.argv[1]),
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        log_level="warning",
+    )
