@@ -6,7 +6,7 @@ BIN := .venv/bin
 SETUP_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench check format docs clean
+.PHONY: help setup demo test test-slow bench bench-jobs loadtest check format docs clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -28,8 +28,14 @@ test: setup ## all tests but the slow ones, against the real components
 test-slow: setup ## the slow tests too
 	$(BIN)/pytest
 
-bench: setup ## measure on this machine: the Spark streams on one core
+bench: setup ## measure gateway, peers, latency curve, with Spark: table, build/bench.json, build/latency.svg
+	$(BIN)/fraudgate bench all
+
+bench-jobs: setup ## measure the Spark streams on one core
 	$(BIN)/fraudgate bench jobs
+
+loadtest: setup ## the SLA scenario by Locust: build/loadtest.html, fails when p99 or error budget is broken
+	$(BIN)/fraudgate loadtest
 
 check: setup ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ from gateway.contracts.topics import LIBRDKAFKA_PARTITIONER, SCORED_HEADER, SCOR
 from loadtest.encoding import avro_encoder
 from loadtest.openloop.payments import People, payments
 from loadtest.openloop.report import cpu_s, tell
-from loadtest.openloop.schedule import Schedule, Windows, is_void
+from loadtest.openloop.schedule import Schedule, Windows
 
 TICK_S = 0.001
 LINGER_MS = 1
@@ -149,7 +149,6 @@ def main(argv: list[str] | None = None) -> int:
             "cpu_s": np.diff(used).tolist(),
             "behind_p99_ms": float(behind[0]),
             "behind_max_ms": float(behind[1]),
-            "void": is_void(float(behind[0])),
         }
     )
     return 0

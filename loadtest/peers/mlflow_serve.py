@@ -44,4 +44,6 @@ if __name__ == "__main__":
     place = Path(sys.argv[3])
     save(Path(sys.argv[2]), place)
     argv = command(int(sys.argv[1]), place)
+    # MLflow starts uvicorn by name, which an activated environment has on its PATH.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.execv(argv[0], argv)  # noqa: S606
