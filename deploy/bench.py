@@ -28,7 +28,7 @@ from deploy.stack import StackError
 from gateway.contracts import tables
 from loadtest.events import LoadError
 from loadtest.openloop.payments import People
-from loadtest.peers import fastapi_service, mlflow_serve
+from loadtest.peers.requests import fill, mlflow_body
 
 REPORT_FILE = Path("build/bench.json")
 CURVE_FILE = Path("build/latency.svg")
@@ -176,12 +176,12 @@ class Bench:
     def _peers(self, stage: Stage) -> None:
         redis_url = stage.settings.redis.removesuffix("/0") + f"/{PEER_REDIS_DB}"
         body = stage.settings.home_path / "mlflow-request.json"
-        body.write_bytes(mlflow_serve.request_body())
+        body.write_bytes(mlflow_body())
         self._try("peer: an empty uvicorn handler", lambda: self._peer(stage, "empty_uvicorn", "/score"))
         self._try("peer: an empty FastAPI endpoint", lambda: self._peer(stage, "empty_fastapi", "/score"))
 
         def service() -> None:
-            fastapi_service.fill(redis_url, PEER_PEOPLE)
+            fill(redis_url, PEER_PEOPLE)
             self._peer(stage, "fastapi_service", "/score", redis_url, stage.model_path)
 
         self._try("peer: the usual FastAPI service", service)
@@ -190,17 +190,12 @@ class Bench:
             "peer: mlflow models serve", lambda: self._peer(stage, MLFLOW, "/invocations", stage.model_path, place, body=body)
         )
         http = self._by_connections("http")
-        for name, worst in (
-            ("empty_uvicorn", "least"),
-            ("empty_fastapi", "least"),
-            ("fastapi_service", "least"),
-            (MLFLOW, "least"),
-        ):
+        for name in ("empty_uvicorn", "empty_fastapi", "fastapi_service", MLFLOW):
             peer = self._by_connections(name)
             if name == "empty_uvicorn":
                 self.figures["ratio.http_to_empty_uvicorn"] = ratio(http, peer, worst="most")
             else:
-                self.figures[f"ratio.{name}_to_http"] = ratio(peer, http, worst=worst)
+                self.figures[f"ratio.{name}_to_http"] = ratio(peer, http, worst="least")
 
     def _peer(self, stage: Stage, name: str, path: str, *arguments: object, body: Path | None = None) -> None:
         # An empty handler answers anything; the others have a page of their own.

@@ -16,8 +16,8 @@ import numpy as np
 # where a service is far beyond its limit and answers take seconds, everyone waits for a core.
 BEHIND_P99_MS_MAX = 5.0
 BEHIND_SHARE_MAX = 0.05
-# The answers that came in a window, of those due in it, before the rate counts as not reached.
-REACHED_SHARE = 0.99
+# With fewer answers than this of those offered in a window, the rate was not reached.
+REACHED_SHARE = 0.98
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ class Windows:
 class Window:
     """Milliseconds. `censored` requests had no answer when the run ended: their latency is what they had waited by then, at least.
 
-    `achieved_per_s` counts the window's requests until the last of them was answered, so it falls below the rate when the answers
-    fall behind. `behind_*` is how late the generator was, by at most.
+    `achieved_per_s` is how many answers came while it lasted, to whichever requests. `behind_*` is how late the generator was, at most.
     """
 
     offered_per_s: float
@@ -113,21 +112,21 @@ class Record:
     def window(self, k: int, windows: Windows, schedule: Schedule, end_s: float) -> Window:
         """What window `k` came to in a run that ended at `end_s`."""
         first, stop = windows.requests(k, schedule)
-        due = schedule.start_s + np.arange(first, stop) / schedule.rate_per_s
-        latency = np.array(self.latency_s[first:stop], np.float64)
-        behind = np.array(self.behind_s[first:stop], np.float64)
+        all_due = schedule.start_s + np.arange(self.count) / schedule.rate_per_s
+        all_latency = np.array(self.latency_s, np.float64)
+        answered_s = (all_due + all_latency)[all_latency >= 0]
+        begin_s, over_s = (schedule.start_s + s for s in windows.edges_s()[k : k + 2])
+        answered = int(np.count_nonzero((answered_s >= begin_s) & (answered_s < over_s)))
+        latency, behind = all_latency[first:stop], np.array(self.behind_s[first:stop], np.float64)
         censored = latency < 0
-        latency = np.where(censored, end_s - due, latency)
-        answered = due[~censored] + latency[~censored]
-        begin_s = schedule.start_s + windows.edges_s()[k]
-        took = max(windows.seconds, float(answered.max()) - begin_s) if len(answered) else windows.seconds
+        latency = np.where(censored, end_s - all_due[first:stop], latency)
         # What was never sent waited for a connection to the end: the generator is not to blame.
         behind = np.where(behind < 0, 0.0, behind)
         quantiles = [math.nan] * 4 if len(latency) == 0 else np.quantile(latency, [0.5, 0.99, 0.999, 1.0]).tolist()
         late = [math.nan] * 2 if len(behind) == 0 else np.quantile(behind, [0.99, 1.0]).tolist()
         return Window(
             schedule.rate_per_s,
-            len(answered) / took,
+            answered / windows.seconds,
             windows.seconds,
             stop - first,
             int(censored.sum()),

@@ -1,7 +1,8 @@
 """`python -m loadtest.peers.fastapi_service PORT REDIS_URL MODEL.onnx`: the usual way to serve such a model.
 
 FastAPI with a pydantic body, a Redis hash of features for each entity (HGETALLs in one pipeline), one model call a request. It writes
-nothing, publishes nothing and has no rules. `fill` puts the hashes there.
+nothing, publishes nothing and has no rules. The hashes are written by
+`loadtest.peers.requests.fill`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,14 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import redis
 import redis.asyncio
 import uvicorn
 from fastapi import FastAPI
 
-from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES
+from gateway.contracts.features import ENTITIES, FEATURE_NAMES
 from gateway.contracts.model_meta import INPUT_NAME, OUTPUT_NAME
-from loadtest.openloop.payments import CUSTOMERS_PER_CARD, DEVICES_PER_CARD, IPS_PER_CARD, People, id_of
 from loadtest.peers.payment import Payment
 
-FIELDS = {e.name: [f.name for f in FEATURES if f.entity == e.name] for e in ENTITIES}
 INDEX = {name: i for i, name in enumerate(FEATURE_NAMES)}
 
 
@@ -62,27 +60,6 @@ def make_app(redis_url: str, model_path: str) -> FastAPI:
         }
 
     return app
-
-
-def fill(redis_url: str, people: People) -> int:
-    """A hash of features for each entity of the population. Returns how many."""
-    rng = np.random.default_rng(1)
-    counts = {
-        "card": people.cards,
-        "customer": int(people.cards * CUSTOMERS_PER_CARD),
-        "merchant": people.merchants,
-        "device": int(people.cards * DEVICES_PER_CARD),
-        "ip": int(people.cards * IPS_PER_CARD),
-    }
-    with redis.Redis.from_url(redis_url) as client:
-        for name, count in counts.items():
-            values = rng.lognormal(3, 2, (count, len(FIELDS[name]))).round(4).tolist()
-            for first in range(0, count, 1000):
-                pipe = client.pipeline(transaction=False)
-                for number, row in enumerate(values[first : first + 1000], first):
-                    pipe.hset(f"{name}:{id_of(name, number)}", mapping=dict(zip(FIELDS[name], row, strict=True)))
-                pipe.execute()
-    return sum(counts.values())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`python -m loadtest.peers.mlflow_serve PORT MODEL.onnx DIRECTORY`: the same model behind MLflow's own scoring server.
 
 Saves the model as a pyfunc in DIRECTORY and becomes `mlflow models serve` of it: one worker, this Python environment, one row of
-features a request on /invocations. `request_body` is such a request, in the form that costs MLflow least (a tensor).
+features a request on /invocations (`loadtest.peers.requests.mlflow_body`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import mlflow.onnx
-import msgspec
 import numpy as np
 import onnx
 from mlflow.models import ModelSignature
@@ -28,11 +27,6 @@ def save(model_path: Path, directory: Path) -> None:
     options = {"intra_op_num_threads": 1, "inter_op_num_threads": 1}
     signature = ModelSignature(inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, WIDTH), INPUT_NAME)]))
     mlflow.onnx.save_model(onnx.load(model_path), directory, signature=signature, onnx_session_options=options, pip_requirements=[])
-
-
-def request_body() -> bytes:
-    row = np.random.default_rng(1).lognormal(3, 2, WIDTH).round(4).tolist()
-    return msgspec.json.encode({"inputs": {INPUT_NAME: [row]}})
 
 
 def command(port: int, directory: Path) -> list[str]:
