@@ -15,6 +15,7 @@ import msgspec
 matplotlib.use("svg")
 
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import NullFormatter  # noqa: E402
 
 QUANTILES = {"p50_ms": "p50", "p99_ms": "p99", "p999_ms": "p99.9"}
 
@@ -173,12 +174,18 @@ def draw(figures: Mapping[str, Figure], path: Path, subtitle: str) -> None:
         for axis, (door, title) in zip(axes[0], doors, strict=False):
             for (label, points), style in zip(curve(figures, door).items(), ("o-", "s-", "^-"), strict=True):
                 axis.plot([rate for rate, _ in points], [ms for _, ms in points], style, label=label)
+            promised = [(float(t.key.rpartition(".")[2]), t.reach) for t in TARGETS if t.key.startswith(f"{door}.p99_ms.")]
+            axis.plot([rate for rate, _ in promised], [ms for _, ms in promised], "kx", label="p99 promised")
             axis.set_yscale("log")
+            # Whole decades, so that there are always ticks with numbers.
+            least, most = axis.get_ylim()
+            axis.set_ylim(10 ** math.floor(math.log10(least)), 10 ** math.ceil(math.log10(most)))
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_title(title)
             axis.set_xlabel("offered, events a second")
             axis.set_xlim(left=0)
             axis.xaxis.set_major_formatter(lambda rate, _: f"{rate:,.0f}")
-            axis.yaxis.set_major_formatter(lambda ms, _: f"{ms:g}")
+            axis.yaxis.set_major_formatter(lambda ms, _: f"{ms:,.10g}")
             axis.grid(visible=True, which="both", alpha=0.25)
             axis.legend()
         axes[0][0].set_ylabel("latency from the intended send, ms")

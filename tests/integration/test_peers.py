@@ -91,7 +91,7 @@ def test_mlflow_serves_the_same_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_locust_ends_with_status_1_when_the_promise_is_broken_and_0_when_it_is_kept(tmp_path: Path) -> None:
     # The empty handler approves everything, also what must be refused: a twentieth of its answers is wrong.
-    options = argparse.Namespace(users=5, seconds=3, p99_ms=10_000.0, error_budget=0.5, html=tmp_path / "out/report.html")
+    options = argparse.Namespace(users=5, seconds=8, p99_ms=10_000.0, error_budget=0.5, html=tmp_path / "out/report.html")
     with peer(Settings(home=str(tmp_path)), "empty_uvicorn", path=tmp_path, alive="/") as url:
         assert drive(url, options) == 0
         assert "<html" in options.html.read_text()
