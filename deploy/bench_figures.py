@@ -17,6 +17,8 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.ticker import NullFormatter  # noqa: E402
 
+# Of decisions without features or model, from which on the table tells.
+DEGRADED_SHARE_SHOWN = 0.01
 QUANTILES = {"p50_ms": "p50", "p99_ms": "p99", "p999_ms": "p99.9"}
 
 
@@ -127,7 +129,9 @@ def table(figures: Mapping[str, Figure]) -> str:
         measured = "-" if figure is None else number(figure.value)
         between = "" if figure is None or figure.windows < 2 else f"{number(figure.low)} .. {number(figure.high)}"
         aim = "" if target.aim is None else f"{target.aim:g}"
-        lines.append(f"{target.label:<40}{measured:>10}{between:>20}{target.reach:>8g}{aim:>7}  {target.verdict(figure)}")
+        lacking = 0.0 if figure is None else figure.notes.get("degraded_share", 0.0)
+        but = f", {lacking:.0%} of them degraded" if lacking > DEGRADED_SHARE_SHOWN else ""
+        lines.append(f"{target.label:<40}{measured:>10}{between:>20}{target.reach:>8g}{aim:>7}  {target.verdict(figure)}{but}")
     lines += ["", f"{'flat out, on a core of its own':<40}{'a second':>10}{'CPU us':>10}   other CPU, us an event"]
     for key, figure in figures.items():
         if figure.rate_per_s is None and figure.unit == "us" and figure.achieved_per_s is not None:

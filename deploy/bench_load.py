@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from loadtest.openloop.schedule import is_void
 # What a generator may take beyond its windows: making its requests, and waiting for the last answers.
 SPARE_S = 60.0
 DRAIN_S = 20.0
+METRICS_TIMEOUT_S = 5.0
+# Of the requests at a rate, so many may be refused or fail before the rate counts as not reached.
+REFUSED_SHARE_MAX = 0.001
 DOORS = ("gateway", "service")
 
 
@@ -88,7 +92,51 @@ def crowd(people: People) -> list[object]:
     return ["--cards", people.cards, "--merchants", people.merchants]
 
 
-def cost_figure(samples: Samples, seconds: float, connections: int | None = None) -> Figure:
+class Lacks:
+    """Of the gateway's decisions since this was made, the share that went without features, model or both.
+
+    Such a decision is quicker to make: a figure with many of them is another figure. `stale_features` is left out: without the Spark
+    jobs it stands in each, and costs nothing less.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._url = f"{stage.settings.gateway}/metrics"
+        self._before = self._counts()
+
+    def share(self) -> dict[str, float]:
+        """Empty when the gateway doesn't tell."""
+        before, after = self._before, self._counts()
+        if not after:
+            return {}
+        if any(after[name] < before.get(name, 0.0) for name in after):
+            # Started anew meanwhile: it counts from 0.
+            before = {}
+        decided, lacking = (after[name] - before.get(name, 0.0) for name in ("decided", "lacking"))
+        # A decision may lack two things and be counted for both.
+        return {"degraded_share": min(1.0, lacking / decided) if decided else 0.0}
+
+    def _counts(self) -> dict[str, float]:
+        try:
+            with urllib.request.urlopen(self._url, timeout=METRICS_TIMEOUT_S) as reply:  # noqa: S310
+                text = reply.read().decode()
+        except OSError:
+            return {}
+        return decided_and_lacking(text)
+
+
+def decided_and_lacking(metrics: str) -> dict[str, float]:
+    """From the gateway's metrics."""
+    found = {"decided": 0.0, "lacking": 0.0}
+    for line in metrics.splitlines():
+        value = line.rpartition(" ")[2]
+        if line.startswith("fraudgate_decisions_total{"):
+            found["decided"] += float(value)
+        elif line.startswith("fraudgate_degraded_total{") and "stale_features" not in line:
+            found["lacking"] += float(value)
+    return found
+
+
+def cost_figure(samples: Samples, seconds: float, connections: int | None = None, notes: dict[str, float] | None = None) -> Figure:
     """The gateway's or peer's CPU an event."""
     costs = [next((c[name] for name in DOORS if name in c), math.nan) for c in samples.costs()]
     value, low, high = spread([c for c in costs if not math.isnan(c)])
@@ -102,6 +150,7 @@ def cost_figure(samples: Samples, seconds: float, connections: int | None = None
         achieved_per_s=spread(samples.rates())[0],
         connections=connections,
         cpu_us=samples.overall(),
+        notes=notes or {},
     )
 
 
@@ -112,14 +161,17 @@ def closed_loop(
     arguments: list[object] = [url, "--connections", connections, *timing.arguments(), *crowd(people)]
     if body is not None:
         arguments += ["--body", body]
+    lacks = Lacks(stage)
     with contextlib.closing(stage.generator("http", *arguments, time_s_max=timing.total_s + SPARE_S)) as generator:
         result, samples = follow(generator, meter)
-    refused = {status: n for status, n in result["statuses"].items() if status != "200"}
-    if refused or result["failed"]:
-        say(f"            answers other than 200: {refused}, without an answer: {result['failed']}")
-    if not result["statuses"].get("200"):
+    answered = result["statuses"].get("200", 0)
+    refused = sum(result["statuses"].values()) - answered + result["failed"]
+    if refused:
+        say(f"            {refused:,} requests were refused or not answered: the CPU they took counts, they don't")
+    if not answered:
         raise BenchError(f"no request to {url} was answered with 200")
-    return cost_figure(samples, timing.windows * timing.seconds, connections)
+    notes = {"refused": float(refused)} | (lacks.share() if meter is stage.meter else {})
+    return cost_figure(samples, timing.windows * timing.seconds, connections, notes)
 
 
 def latency_figures(
@@ -143,7 +195,7 @@ def latency_figures(
             achieved_per_s=spread([w["achieved_per_s"] for w in used])[0],
             cpu_us=samples.overall(),
             void=void,
-            reached_rate=all(w["reached_rate"] for w in used),
+            reached_rate=all(w["reached_rate"] for w in used) and notes.get("refused_share", 0.0) <= REFUSED_SHARE_MAX,
             notes=notes
             | {
                 "void_windows": len(windows) - len(counting),
@@ -159,6 +211,7 @@ def open_http(stage: Stage, url: str, rate: float, timing: Timing, *, people: Pe
     """Latency at a constant rate. A run whose windows are all void is made once more."""
     figures: dict[str, Figure] = {}
     for _ in range(2):
+        lacks = Lacks(stage)
         arguments = [
             url,
             "--rate",
@@ -170,8 +223,8 @@ def open_http(stage: Stage, url: str, rate: float, timing: Timing, *, people: Pe
         ]
         with contextlib.closing(stage.generator("http", *arguments, time_s_max=timing.total_s + SPARE_S)) as generator:
             result, samples = follow(generator, stage.meter)
-        notes = {"connections": float(connections), "failed": float(result["failed"])}
-        notes["refused"] = float(sum(n for status, n in result["statuses"].items() if status != "200"))
+        refused = sum(n for status, n in result["statuses"].items() if status != "200") + result["failed"]
+        notes = {"connections": float(connections), "refused_share": refused / max(1, result["sent"])} | lacks.share()
         figures = latency_figures("http", rate, result["windows"], samples, notes)
         if not next(iter(figures.values())).void:
             break
@@ -183,6 +236,7 @@ def open_kafka(stage: Stage, door: str, rate: float, timing: Timing, *, run: str
     """Kafka in to Kafka out at a constant rate, by an independent reader. A run in which the producer was void is made once more."""
     figures: dict[str, Figure] = {}
     for attempt in "ab":
+        lacks = Lacks(stage)
         count = int(timing.total_s * rate)
         common = ["--run", f"{run}{attempt}", "--rate", rate, *timing.arguments()]
         most = timing.total_s + DRAIN_S + SPARE_S
@@ -201,6 +255,7 @@ def open_kafka(stage: Stage, door: str, rate: float, timing: Timing, *, run: str
                 sender = sent.result()
         late = {key: sender[key] for key in ("behind_p99_ms", "behind_max_ms")}
         notes = {key: float(result[key]) for key in ("missing", "duplicates")} | {"not_taken_by_kafka": float(sender["failed"])}
+        notes |= lacks.share()
         figures = latency_figures(door, rate, [w | late for w in result["windows"]], samples, notes)
         if not next(iter(figures.values())).void:
             break
@@ -212,6 +267,7 @@ def open_kafka(stage: Stage, door: str, rate: float, timing: Timing, *, run: str
 def backlog(stage: Stage, count: int, *, run: str, people: People, time_s_max: float) -> Figure:
     """CPU a decision and decisions a second while the gateway, on its own core, works off what waits on Kafka."""
     stage.stack.stop(["gateway"])
+    lacks = Lacks(stage)
     sending = ["--run", run, "--count", count, *crowd(people)]
     with contextlib.ExitStack() as held:
         into = held.enter_context(contextlib.closing(stage.generator("kafka_in", *sending, time_s_max=SPARE_S)))
@@ -230,7 +286,7 @@ def backlog(stage: Stage, count: int, *, run: str, people: People, time_s_max: f
         raise BenchError(
             f"of {count:,} payments on Kafka {result['decided']:,} were decided within {time_s_max:.0f} s: too few to time"
         )
-    figure = cost_figure(samples, result["seconds"])
+    figure = cost_figure(samples, result["seconds"], notes=lacks.share())
     if not result["complete"]:
         say(f"            only {result['decided']:,} of {count:,} were decided in time")
     return figure

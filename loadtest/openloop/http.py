@@ -84,7 +84,7 @@ class Connection:
 class Driver:
     """One run. `bodies` are whole requests. `schedule` None: closed loop, until the windows are over.
 
-    `clock_s` is monotonic; `nap` sleeps.
+    `clock_s` is monotonic; `nap` sleeps; `on_edge` is told the window that begins and how many were answered with 200 by then.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Driver:
             while True:
                 now = self._clock_s()
                 while self._edge < len(edges_s) and now >= edges_s[self._edge]:
-                    self._on_edge(self._edge, self.done)
+                    self._on_edge(self._edge, self.statuses[200])
                     self._edge += 1
                 if now >= stop_s or (schedule is not None and self.done + self.failed == schedule.count and now >= edges_s[-1]):
                     break

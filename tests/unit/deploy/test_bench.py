@@ -14,7 +14,7 @@ import pytest
 from deploy.bench import FULL, QUICK, bench
 from deploy.bench_cpu import Meter, cpu_s, per_event_us, tree_of
 from deploy.bench_figures import TARGETS, Figure, Target, as_json, curve, draw, ratio, spread, table, worse
-from deploy.bench_load import Samples, Timing, cost_figure, latency_figures
+from deploy.bench_load import Samples, Timing, cost_figure, decided_and_lacking, latency_figures
 
 REQUIRED = {
     "http.cpu_us",
@@ -47,6 +47,27 @@ def make_window(p99_ms: float, **changes: Any) -> dict[str, Any]:
         "behind_max_ms": 2.0,
     }
     return given | changes
+
+
+def test_decisions_that_went_without_something_are_counted_apart_from_those_with_old_tiles() -> None:
+    text = (
+        'fraudgate_decisions_total{door="http",outcome="approve"} 90.0\nfraudgate_decisions_total{door="kafka",outcome="review"} 10.0\n'
+        'fraudgate_degraded_total{kind="stale_features"} 100.0\nfraudgate_degraded_total{kind="request_only"} 7.0\n'
+        'fraudgate_decisions_created{door="http",outcome="approve"} 1.7e+09\n'
+    )
+    assert decided_and_lacking(text) == {"decided": 100.0, "lacking": 7.0}
+
+
+def test_a_rate_at_which_requests_are_refused_is_not_reached() -> None:
+    samples = Samples(done=[0, 1], cpu=[{}, {}], at_s=[0.0, 1.0])
+    for share, reached in ((0.001, True), (0.002, False)):
+        found = latency_figures("http", 5000.0, [make_window(10.0)], samples, {"refused_share": share})
+        assert found["http.p99_ms.5000"].reached_rate is reached
+
+
+def test_the_table_tells_when_decisions_were_degraded() -> None:
+    text = table({"http.cpu_us": make_figure(60.0, notes={"degraded_share": 0.25})})
+    assert "yes, the aim, 25% of them degraded" in text
 
 
 def test_every_figure_that_is_promised_has_a_target() -> None:
