@@ -5,7 +5,7 @@ beforehand, and one wake-up a tick (TICK_S) that reads every answer that is ther
 to the connection that has been idle longest; when all are busy it waits, in order, and its latency counts from when it was due.
 One request at a time a connection. Without --rate each connection sends its next request as soon as it has its answer.
 
-Measured against an empty handler on the other core: 17 us of CPU a request at 10,000 a second, the kernel's work in it
+Measured against an empty handler on the other core: 23 us of CPU a request at 10,000 a second, the kernel's work in it
 (docs/benchmarks.md). The tick makes latencies up to a millisecond longer than they were, never shorter.
 """
 
