@@ -142,7 +142,8 @@ def table(figures: Mapping[str, Figure]) -> str:
         if ".p99_ms." in key:
             others = ", ".join(f"{name} {us:.1f}" for name, us in figure.cpu_us.items())
             p50, p999 = (figures[key.replace(".p99_ms.", f".{q}.")].value for q in ("p50_ms", "p999_ms"))
-            mark = "  VOID" if figure.void else ""
+            unanswered = figure.notes.get("censored", 0)
+            mark = ("  VOID" if figure.void else "") + (f"  {unanswered:,.0f} without an answer" if unanswered else "")
             times = f"{number(p50):>9}{number(figure.value):>9}{number(p999):>9}"
             lines.append(f"{key.replace('.p99_ms.', ' '):<40}{figure.achieved_per_s or 0:>10,.0f}{times}   {others}{mark}")
     return "\n".join(lines)

@@ -70,6 +70,12 @@ def test_the_table_tells_when_decisions_were_degraded() -> None:
     assert "yes, the aim, 25% of them degraded" in text
 
 
+def test_the_table_tells_how_many_had_no_answer_when_the_run_ended() -> None:
+    samples = Samples(done=[0, 1], cpu=[{}, {}], at_s=[0.0, 1.0])
+    text = table(latency_figures("http", 5000.0, [make_window(9000.0, censored=1234, reached_rate=False)], samples, {}))
+    assert "1,234 without an answer" in text and "no: below the rate" in text
+
+
 def test_every_figure_that_is_promised_has_a_target() -> None:
     assert {t.key for t in TARGETS} >= REQUIRED
 
