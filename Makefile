@@ -4,9 +4,12 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 # What make setup is told, for instance SETUP_FLAGS=--no-apt.
 SETUP_FLAGS ?=
+# What make bench and make loadtest are told, for instance LOADTEST_FLAGS="--users 80 --p99-ms 50".
+BENCH_FLAGS ?=
+LOADTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench check format docs clean
+.PHONY: help setup demo test test-slow bench bench-jobs loadtest check format docs clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -28,8 +31,14 @@ test: setup ## all tests but the slow ones, against the real components
 test-slow: setup ## the slow tests too
 	$(BIN)/pytest
 
-bench: setup ## measure on this machine: the Spark streams on one core
+bench: setup ## measure gateway, peers, latency curve, with Spark: table, build/bench.json, build/latency.svg
+	$(BIN)/fraudgate bench all $(BENCH_FLAGS)
+
+bench-jobs: setup ## measure the Spark streams on one core
 	$(BIN)/fraudgate bench jobs
+
+loadtest: setup ## the SLA scenario by Locust: build/loadtest.html, fails when p99 or error budget is broken
+	$(BIN)/fraudgate loadtest $(LOADTEST_FLAGS)
 
 check: setup ## formatting, lint, types
 	$(BIN)/ruff format --check .

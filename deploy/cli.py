@@ -84,14 +84,20 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "simulate",
             "generate seeded transactions with fraud patterns, to Kafka, HTTP or a file",
         ),
+        Command(
+            "loadtest",
+            "deploy.loadtest",
+            "loadtest",
+            "the SLA scenario by Locust; exit status 1 when p99 or error budget is broken",
+        ),
         Command("replay", "loadtest.commands", "replay", "send a public data set through Kafka or HTTP at a chosen speed"),
     ),
     "Benchmarks": (
         Command(
             "bench",
-            "deploy.bench_jobs",
+            "deploy.bench",
             "bench",
-            "measure a part on this machine: jobs (the Spark streams on one core)",
+            "measure on this machine: all (gateway, peers, curve, with Spark), gateway, spark, or jobs (the Spark streams on one core)",
             spark=True,
         ),
     ),

@@ -49,13 +49,13 @@ def id_of(entity: str, number: int) -> str:
     return f"{DIGITS[entity]}{number:012d}"
 
 
-def write(settings: Settings, cards: int, payments_mean: float, now_ms: int, seed: int) -> Population:
+def write(settings: Settings, cards: int, payments_mean: float, now_ms: int, seed: int, merchants: int | None = None) -> Population:
     """Write `silver_transactions` and `decisions` of `cards` cards: the month before `now_ms`. A Spark session must stand."""
     rng = np.random.default_rng(seed)
     ids = {
         "card": cards,
         "customer": max(1, int(cards * CUSTOMERS_PER_CARD)),
-        "merchant": max(1, int(cards * MERCHANTS_PER_CARD)),
+        "merchant": merchants or max(1, int(cards * MERCHANTS_PER_CARD)),
         "device": max(1, int(cards * DEVICES_PER_CARD)),
         "ip": max(1, int(cards * IPS_PER_CARD)),
     }
