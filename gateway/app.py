@@ -13,8 +13,10 @@ import msgspec
 from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 
+from gateway.admission import AdaptiveLimit
 from gateway.avro import SchemaBook
 from gateway.batcher import Batcher
+from gateway.connections import Connections, Limits
 from gateway.contracts.decision import Answer
 from gateway.contracts.features import FINGERPRINT
 from gateway.contracts.registry import SchemaRegistry
@@ -32,6 +34,7 @@ from gateway.contracts.transaction import (
 from gateway.errors import HTTP_ERRORS, REFUSAL_STATUS, Problem
 from gateway.http import SCORE_PATH, Receive, Scope, ScoreDoor, Send
 from gateway.kafka import KafkaDoor
+from gateway.loop_watch import LoopWatch
 from gateway.metrics import Metrics
 from gateway.model import Model, ModelSlot
 from gateway.policy import load_policy
@@ -86,15 +89,21 @@ class Gateway:
         http_scorer, kafka_scorer = self.scorers
         kafka_scorer.deciding = http_scorer.deciding
         self.publisher = Publisher(settings.bootstrap, self.schemas, self.metrics, settings.publish_buffer_max)
+        budget_s = settings.decision_budget_ms / 1000
+        self.loop_watch = LoopWatch(self.metrics, idle=lambda: self.batcher.in_flight == 0)
         self.batcher = Batcher(
             http_scorer,
             self.publisher,
             self.metrics,
             batch_rows_max=settings.batch_rows_max,
-            in_flight_max=settings.in_flight_max,
+            limit=AdaptiveLimit(settings.in_flight_max, budget_s),
+            loop_lag_s=lambda: self.loop_watch.lag_s,
             publish_budget_s=settings.publish_budget_ms / 1000,
         )
         self.door = ScoreDoor(self.batcher, self.metrics, settings.decision_budget_ms)
+        self.connections = Connections(
+            Limits(settings.connections_max, settings.request_timeout_ms / 1000, settings.keep_alive_s), self.metrics
+        )
         self.kafka = None
         if kafka:
             self.kafka = KafkaDoor(
@@ -124,7 +133,8 @@ class Gateway:
         await self.models.refresh()
         await self._wait_for_redis()
         self.publisher.start()
-        self._tasks = [asyncio.create_task(self.models.watch()), asyncio.create_task(self.unobserved.run())]
+        forever = (self.models.watch(), self.unobserved.run(), self.connections.watch(), self.loop_watch.run())
+        self._tasks = [asyncio.create_task(work) for work in forever]
         if self.kafka is not None:
             self.kafka.start()
         self.ready = True

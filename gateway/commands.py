@@ -18,10 +18,10 @@ from gateway.contracts.decision import Answer
 from gateway.contracts.settings import load_settings
 from gateway.errors import PolicyRefusedError, Problem
 from gateway.http import SCORE_PATH
+from gateway.protocol import protocol_of
 
 SCORE_TIMEOUT_S = 10.0
 LISTEN_BACKLOG = 2048
-KEEP_ALIVE_S = 75
 
 
 def serve(argv: Sequence[str]) -> int:
@@ -43,7 +43,8 @@ def serve(argv: Sequence[str]) -> int:
         host=settings.host,
         port=settings.gateway_port,
         loop="uvloop",
-        http="httptools",
+        http=protocol_of(gateway.door, gateway.connections),
+        proxy_headers=False,
         ws="none",
         lifespan="on",
         access_log=False,
@@ -51,7 +52,7 @@ def serve(argv: Sequence[str]) -> int:
         log_level="warning",
         server_header=False,
         backlog=LISTEN_BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=int(DRAIN_S),
     )
     # uvicorn raises the signal again once it has shut down: it has been heeded by then.
