@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 
 # Fewer would cost more in fixed costs a batch than they save in waiting.
-LIMIT_LEAST = 16
+LIMIT_LEAST = 32
+# Lateness counts once every batch of so long a time was late (as in CoDel, RFC 8289): a single stall leaves nothing behind.
+INTERVAL_S = 0.1
 BACKOFF_MOST = 0.25
 BACKOFF_LEAST = 0.9
 # Half of the time to answer in is for waiting and deciding; the other half for what comes behind: Kafka, sockets, the caller's own CPU.
@@ -31,17 +33,22 @@ class AdaptiveLimit:
         self.target_s = budget_s * TARGET_SHARE
         self._size = self._limit_max
         self._settles_s = 0.0
+        self._late_since_s: float | None = None
         self.limit = limit_max
 
     def note(self, now_s: float, latency_s: float, in_flight: int, loop_lag_s: float) -> None:
-        """A batch was decided at `now_s` (monotonic), the oldest of it `latency_s` after its arrival, with `in_flight` under way."""
+        """A batch was decided at `now_s` (monotonic), the middle one of it `latency_s` after its arrival, with `in_flight` under way."""
         if latency_s > self.target_s:
-            if loop_lag_s > BUSY_LAG_S and now_s >= self._settles_s:
+            if self._late_since_s is None:
+                self._late_since_s = now_s
+            if loop_lag_s > BUSY_LAG_S and now_s >= max(self._settles_s, self._late_since_s + INTERVAL_S):
                 # What was never used tells nothing: go down from what is under way.
                 backoff = max(BACKOFF_MOST, min(BACKOFF_LEAST, self.target_s / latency_s))
                 self._size = max(self._least, min(self._size, in_flight) * backoff)
                 # What is in flight now was admitted under the old limit: its latency is no news.
                 self._settles_s = now_s + latency_s
-        elif in_flight * 2 >= self._size:
-            self._size = min(self._limit_max, self._size + math.sqrt(self._size) / 4)
+        else:
+            self._late_since_s = None
+            if in_flight * 2 >= self._size:
+                self._size = min(self._limit_max, self._size + math.sqrt(self._size) / 4)
         self.limit = int(self._size)

@@ -44,6 +44,7 @@ from gateway.redis_cluster import link_to
 from gateway.scorer import Scorer
 from gateway.store import Store
 from gateway.unobserved import Unobserved
+from gateway.worker_metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,12 @@ REDIS_POLL_S = 0.01
 class Gateway:
     """All parts of one gateway process. It is an ASGI application: /score goes straight to its door, the rest to FastAPI.
 
+    With `consume` it takes part in the consumer group from its start, else when `consume()` says so.
+
     Raises `PolicyRefusedError` when the policy can't serve: a gateway doesn't start without one.
     """
 
-    def __init__(self, settings: Settings, *, kafka: bool = True) -> None:
+    def __init__(self, settings: Settings, *, kafka: bool = True, consume: bool = True) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.policy = load_policy(settings.policy_path)
@@ -116,6 +119,9 @@ class Gateway:
                 batch_rows_max=settings.batch_rows_max,
             )
         self.ready = False
+        self._consumes = consume
+        # Set when there are other workers to add up with.
+        self.worker_metrics: WorkerMetrics | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.metrics.build_info.labels(CODE_VERSION, FINGERPRINT, self.policy.digest).set(1)
         self.api = _make_api(self)
@@ -135,10 +141,28 @@ class Gateway:
         self.publisher.start()
         forever = (self.models.watch(), self.unobserved.run(), self.connections.watch(), self.loop_watch.run())
         self._tasks = [asyncio.create_task(work) for work in forever]
-        if self.kafka is not None:
-            self.kafka.start()
+        if self._consumes:
+            self.consume()
+        if self.worker_metrics is not None:
+            await self.worker_metrics.start()
+        self.metrics.workers.set(1)
         self.ready = True
         log.info("gateway: ready on port %d; degraded: %s", self.settings.gateway_port, ", ".join(self.degraded()) or "nothing")
+
+    def consume(self) -> None:
+        """Join the consumer group."""
+        if self.kafka is not None:
+            self.kafka.start()
+
+    async def stop_consuming(self) -> None:
+        """Finish and commit the chunk under way and leave the consumer group."""
+        if self.kafka is not None:
+            await self.kafka.stop(DRAIN_S)
+
+    def leave(self) -> None:
+        """No longer ready; each answer from now on is the last of its connection."""
+        self.ready = False
+        self.connections.leave()
 
     async def _wait_for_redis(self) -> None:
         """Give the first connection a moment, so that a gateway started beside a healthy Redis is never degraded."""
@@ -151,8 +175,7 @@ class Gateway:
         """Take nothing new, finish and commit what is under way, deliver what is buffered, leave."""
         self.ready = False
         await self.batcher.drain(DRAIN_S)
-        if self.kafka is not None:
-            await self.kafka.stop(DRAIN_S)
+        await self.stop_consuming()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -160,6 +183,8 @@ class Gateway:
         await self.publisher.stop(DRAIN_S)
         for link in self.links:
             await link.stop()
+        if self.worker_metrics is not None:
+            await self.worker_metrics.stop()
         log.info("gateway: stopped")
 
     def degraded(self) -> list[str]:
@@ -211,7 +236,9 @@ def _make_api(gateway: Gateway) -> FastAPI:
 
     @api.get("/metrics", summary="Metrics in Prometheus' exposition format", response_class=Response)
     async def metrics() -> Response:
-        return Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4")
+        own = gateway.worker_metrics
+        text = gateway.metrics.text() if own is None else await own.text()
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:

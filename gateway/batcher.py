@@ -149,7 +149,7 @@ class Batcher:
                 self._answer(batch, [None] * len(batch))
                 continue
             now_s = self._clock_s()
-            self._limit.note(now_s, now_s - batch[0].job.received_s, len(self._in_flight), self._loop_lag_s())
+            self._limit.note(now_s, now_s - batch[len(batch) // 2].job.received_s, len(self._in_flight), self._loop_lag_s())
             self._next_rows = min(self._batch_rows_max, max(OVERLAP_ROWS_MIN, len(batch)))
             self._publish(batch, results, now_s, 0.0 if hurried else self._publish_budget_s)
             if len(self._pending) < self._next_rows:

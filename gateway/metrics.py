@@ -94,6 +94,7 @@ class Metrics:
         self.connections_held = Gauge(
             "fraudgate_http_connections_held", "Connections not read for a moment because they were told 429", registry=registry
         )
+        self.workers = Gauge("fraudgate_workers", "Gateway processes that serve", registry=registry)
         self.connections = Gauge("fraudgate_http_connections", "Open connections of the HTTP door", registry=registry)
         self.connections_refused = Counter(
             "fraudgate_http_connections_refused", "Connections that were one too many", registry=registry

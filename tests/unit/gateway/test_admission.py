@@ -53,7 +53,7 @@ class Simulated:
             if batch:
                 self.latencies += [(at_s, end_s - at_s) for at_s in batch]
                 lag_s = busy_s / 2 if busy_s / (end_s - began_s) > 0.5 else 0.0002
-                self.limit.note(end_s, end_s - batch[0], len(self.pending) + in_batch, lag_s)
+                self.limit.note(end_s, end_s - batch[in_batch // 2], len(self.pending) + in_batch, lag_s)
                 in_batch = 0
 
     def between(self, from_s: float, to_s: float) -> list[float]:
@@ -94,10 +94,21 @@ def test_the_limit_ends_at_its_bounds() -> None:
     assert AdaptiveLimit(1, BUDGET_S).limit == 1
 
 
-def test_one_late_batch_shrinks_the_limit_once() -> None:
+def test_lateness_counts_once_it_lasts_and_then_once_a_latency() -> None:
     limit = AdaptiveLimit(1000, BUDGET_S)
-    for now_s in (1.0, 1.01, 1.04):
+    for now_s in (1.0, 1.01, 1.09):
+        limit.note(now_s, 0.041, 1000, 0.02)
+    assert limit.limit == 1000
+    for now_s in (1.1, 1.11, 1.14):
         limit.note(now_s, 0.041, 1000, 0.02)
     assert limit.limit == 900
-    limit.note(1.07, 0.08, 1000, 0.02)
+    limit.note(1.15, 0.08, 1000, 0.02)
     assert limit.limit == 450
+
+
+def test_a_single_stall_refuses_nobody() -> None:
+    gateway = Simulated(0.0001, shed_s=0.000001)
+    gateway.run(1000, 5)
+    gateway.now_s += 0.5
+    gateway.run(1000, 10)
+    assert gateway.refused == []
