@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import uvloop
+
 from gateway.contracts.settings import Settings, load_settings
 from loadtest.offered import FAILED, NOT_SENT, Offered, offer, quantile
 
@@ -135,7 +137,7 @@ def chaos(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=15.0, help="for how long (default 15)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
-    phases = asyncio.run(overload(load_settings(), arguments.times, arguments.seconds))
+    phases = uvloop.run(overload(load_settings(), arguments.times, arguments.seconds))
     complaints = overload_complaints(phases)
     if arguments.json:
         print(json.dumps({"phases": [asdict(p) for p in phases], "complaints": complaints}, indent=2))

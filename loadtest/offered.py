@@ -115,6 +115,10 @@ class _Run:
     def waiting(self) -> int:
         return sum(c.busy for c in self._all) + len(self._opening)
 
+    @property
+    def has_room(self) -> bool:
+        return bool(self.idle) or len(self._all) + len(self._opening) < self._connections
+
     async def _open(self, due_s: float, transaction_id: bytes, request: bytes) -> None:
         try:
             _, caller = await asyncio.get_running_loop().create_connection(lambda: _Caller(self), self._host, self._port)
@@ -130,9 +134,6 @@ class _Run:
             if caller in self._all and caller.transport is not None and not caller.transport.is_closing():
                 caller.send(due_s, transaction_id, request)
                 return
-        if len(self._all) + len(self._opening) >= self._connections:
-            self.note(due_s, NOT_SENT)
-            return
         task = asyncio.create_task(self._open(due_s, transaction_id, request))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
@@ -141,6 +142,10 @@ class _Run:
         for caller in list(self._all):
             caller.busy = False
             self.drop(caller)
+
+
+def request_head(headers: bytes, body_bytes: int) -> bytes:
+    return b"POST /score HTTP/1.1\r\nhost: gateway\r\n%bcontent-length: %d\r\n\r\n" % (headers, body_bytes)
 
 
 async def offer(
@@ -163,12 +168,12 @@ async def offer(
     while due_s < end_s:
         now_s = time.monotonic()
         while due_s <= now_s and due_s < end_s:
-            transaction_id, body = request_of(i)
-            head = b"POST /score HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(
-                body
-            )
-            run.send(due_s, transaction_id.encode(), head + body)
             run.result.late_ms = max(run.result.late_ms, (now_s - due_s) * 1000)
+            if run.has_room:
+                transaction_id, body = request_of(i)
+                run.send(due_s, transaction_id.encode(), request_head(headers, len(body)) + body)
+            else:
+                run.note(due_s, NOT_SENT)
             i += 1
             due_s += 1 / rate(due_s - run.began_s)
         await asyncio.sleep(TICK_S)

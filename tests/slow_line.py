@@ -20,6 +20,8 @@ class SlowLine:
         self.delay_s = 0.0
         self._target_port = target_port
         self._loop = asyncio.new_event_loop()
+        self._server: asyncio.Server | None = None
+        self._writers: list[asyncio.StreamWriter] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -28,6 +30,7 @@ class SlowLine:
         except OSError:
             writer.close()
             return
+        self._writers += [writer, far_writer]
         for source, sink, delayed in ((reader, far_writer, False), (far_reader, writer, True)):
             task = self._loop.create_task(self._pass(source, sink, delayed))
             self._tasks.add(task)
@@ -44,14 +47,18 @@ class SlowLine:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(asyncio.start_server(self._serve, HOST, self.port))
+        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, HOST, self.port))
         self._loop.run_forever()
 
     async def _end(self) -> None:
+        if self._server is not None:
+            self._server.close()
         for task in list(self._tasks):
             task.cancel()
+        for writer in self._writers:
+            writer.close()
         await asyncio.sleep(0)
-        self._loop.stop()
+        self._loop.call_soon(self._loop.call_soon, self._loop.stop)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[SlowLine]:
