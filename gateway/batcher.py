@@ -18,7 +18,7 @@ from gateway.errors import DrainingError, GatewayError, OverloadedError
 from gateway.job import Job, Result, Verdict
 from gateway.metrics import Metrics
 from gateway.publisher import Publisher
-from gateway.records import decision_records, transaction_records
+from gateway.records import Record, decision_records, transaction_records
 from gateway.scorer import TAIL_BUDGET_MS, Scorer
 
 log = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ class Batcher:
             batch, hurried = self._take()
             try:
                 results = await self._scorer.decide([accepted.job for accepted in batch])
+                records = [*transaction_records(results), *decision_records(results)]
             except Exception:
                 # A bug must not leave callers waiting, nor stop the door.
                 log.exception("scorer: a batch of %d failed", len(batch))
@@ -151,7 +152,7 @@ class Batcher:
             now_s = self._clock_s()
             self._limit.note(now_s, now_s - batch[len(batch) // 2].job.received_s, len(self._in_flight), self._loop_lag_s())
             self._next_rows = min(self._batch_rows_max, max(OVERLAP_ROWS_MIN, len(batch)))
-            self._publish(batch, results, now_s, 0.0 if hurried else self._publish_budget_s)
+            self._publish(batch, results, records, now_s, 0.0 if hurried else self._publish_budget_s)
             if len(self._pending) < self._next_rows:
                 # A batch is in flight until Kafka has it: what comes meanwhile shares the next one's fixed costs, which at a few
                 # hundred requests a second is a third of the CPU. With as many waiting there is little more to share.
@@ -176,10 +177,12 @@ class Batcher:
         self._metrics.hurried.inc(len(hurried))
         return hurried, True
 
-    def _publish(self, batch: list[Accepted], results: list[Result], published_from_s: float, budget_s: float) -> None:
+    def _publish(
+        self, batch: list[Accepted], results: list[Result], records: list[Record], published_from_s: float, budget_s: float
+    ) -> None:
         """Hand over to Kafka, and answer when it has acknowledged or the budget for that is over."""
         self._next.clear()
-        acknowledged = self._publisher.send([*transaction_records(results), *decision_records(results)])
+        acknowledged = self._publisher.send(records)
         if budget_s <= 0 or acknowledged.done():
             self._finish(batch, results, published_from_s)
             return
@@ -213,7 +216,11 @@ class Batcher:
             transaction_id = accepted.job.transaction.transaction_id
             del in_flight[transaction_id]
             deciding.discard(transaction_id)
-            accepted.tell(result, now_s)
+            try:
+                accepted.tell(result, now_s)
+            except Exception:
+                # One caller's connection must not cost the others of its batch their answers.
+                log.exception("http: an answer could not be given")
         self._metrics.in_flight.set(len(in_flight))
         self._metrics.in_flight_limit.set(self._limit.limit)
         if not in_flight:

@@ -258,7 +258,7 @@ class DoorProtocol(HttpToolsProtocol):
 
     def answered(self, exchange: Exchange, result: Result | None, now_s: float) -> None:
         """The result of `exchange` is there."""
-        if self._gone:
+        if self._gone or self.transport.is_closing():
             return
         try:
             answer = answer_of(result)
@@ -298,7 +298,7 @@ class DoorProtocol(HttpToolsProtocol):
             self._read_on()
 
     def _read_on(self) -> None:
-        if not self.flow.write_paused and len(self._exchanges) <= PIPELINED_MAX:
+        if not self.transport.is_closing() and not self.flow.write_paused and len(self._exchanges) <= PIPELINED_MAX:
             self.flow.resume_reading()
 
     def forget_hold(self) -> None:
@@ -365,7 +365,11 @@ class DoorProtocol(HttpToolsProtocol):
     def end_if_late(self, now_s: float, idle_s: float, request_s: float) -> None:
         """Ends a connection that asked nothing for `idle_s`, or took `request_s` over a request or over reading an answer."""
         waited_s = now_s - self.since_s
-        if self.flow.write_paused or (self.in_request and self._slow):
+        if self.transport.is_closing():
+            # What it was told last is not read.
+            if waited_s > request_s:
+                self.transport.abort()
+        elif self.flow.write_paused or (self.in_request and self._slow):
             if waited_s > request_s:
                 self.shared.slow()
                 self.transport.abort()

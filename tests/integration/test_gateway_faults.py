@@ -39,19 +39,20 @@ class Served:
     command: RunningCommand
 
 
-@pytest.fixture
-def served(stack: Stack, settings: Settings, tmp_path: Path) -> Iterator[Served]:
+@pytest.fixture(scope="module")
+def served(stack: Stack, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A gateway with the budgets it ships with, whose Redis is behind a line of ours."""
-    write_model(tmp_path / "models")
+    folder = tmp_path_factory.mktemp("faults")
+    write_model(folder / "models")
     with SlowLine(settings.redis_port).running() as line:
         own = dataclasses.replace(
             settings,
             gateway_port=free_ports(1)[0],
-            model_dir=str(tmp_path / "models"),
+            model_dir=str(folder / "models"),
             redis_url=f"redis://{settings.host}:{line.port}/0",
             instance_id=name("faults"),
         )
-        with running_command(own, "serve", log_path=tmp_path / "gateway.log") as command:
+        with running_command(own, "serve", log_path=folder / "gateway.log") as command:
             command.wait_until(lambda: ready_without(own, "redis", "model", "kafka"), READY_WITHIN_S, "the gateway is ready")
             # The first batches of a process compile and connect.
             asyncio.run(offer(own.host, own.gateway_port, lambda _: 100.0, 3, payments(name("warm"))))
@@ -150,7 +151,7 @@ def test_a_corrupt_model_is_refused_and_without_any_the_rules_decide(served: Ser
     good = model_path.read_bytes()
     bad = bytearray(good)
     bad[len(bad) // 2] ^= 0xFF
-    write_model(Path(own.model_dir), version="2", seed=2)
+    write_model(Path(own.model_dir), version="bad", seed=2)
     [second] = [p for p in Path(own.model_dir).rglob(MODEL_FILE) if p != model_path]
     second.write_bytes(bytes(bad))
     served.command.wait_until(lambda: "model: refused" in served.command.log(), 10, "the model is refused")
@@ -233,6 +234,7 @@ def test_a_storm_of_callers_that_leave_gives_nobody_another_cards_answer(served:
     # Redis is so slow that some of its replies come after their batch gave up.
     served.line.delay_s = 0.035
     seen, wrong = storm(served.settings, 3000)
+    served.line.delay_s = 0.0
     assert wrong == 0
     assert seen > 1000
 
@@ -243,5 +245,6 @@ def test_a_storm_of_a_million_callers_mixes_nothing_up(served: Served) -> None:
     requests = int(os.environ.get("STORM_REQUESTS", "1000000"))
     served.line.delay_s = 0.03
     seen, wrong = storm(served.settings, requests)
+    served.line.delay_s = 0.0
     print(f"{requests} callers, {seen} answers seen, {wrong} of another's")
     assert wrong == 0

@@ -100,7 +100,7 @@ def test_workers_are_one_gateway_with_one_page_of_metrics(own: Settings, gateway
 
 def swap_while_serving(own: Settings, gateway: RunningCommand, rate: float, swaps: int, swap_s: float) -> tuple[Offered, Offered]:
     """(load without, load with `swaps` replacements of all workers)."""
-    before = load(own, rate, 10, name("before"))
+    before = load(own, rate, swap_s / 3, name("before"))
     done = gateway.log().count("replaced 2 workers")
     end: list[float] = []
 
@@ -130,7 +130,7 @@ def swap_while_serving(own: Settings, gateway: RunningCommand, rate: float, swap
 
 def test_workers_are_replaced_under_load_and_no_request_fails(own: Settings, gateway: RunningCommand) -> None:
     first = worker_pids(gateway)
-    before, during = swap_while_serving(own, gateway, rate=150, swaps=1, swap_s=30)
+    before, during = swap_while_serving(own, gateway, rate=150, swaps=1, swap_s=15)
     assert worker_pids(gateway).isdisjoint(first)
     assert (before.statuses()[200], during.statuses()) == (len(before.samples), {200: len(during.samples)})
     assert during.mixed_up == 0

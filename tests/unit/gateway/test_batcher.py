@@ -191,6 +191,19 @@ async def test_a_bug_in_the_scorer_fails_its_batch_and_not_the_next() -> None:
     assert await verdict_of(batcher, job_of("a")) is Verdict.DECIDED
 
 
+async def test_a_caller_that_can_not_be_told_costs_the_others_nothing() -> None:
+    scorer = GatedScorer()
+    scorer.gate.set()
+    batcher = make_batcher(scorer)
+
+    def fails(_: Result | None, __: float) -> None:
+        raise RuntimeError
+
+    batcher.submit(job_of("a"), fails)
+    assert await verdict_of(batcher, job_of("b")) is Verdict.DECIDED
+    assert batcher.in_flight == 0
+
+
 async def test_draining_takes_nothing_new_and_answers_what_it_has() -> None:
     scorer = GatedScorer()
     batcher = make_batcher(scorer)

@@ -319,6 +319,14 @@ async def test_a_caller_that_left_is_not_written_to() -> None:
     assert line.transport.written == b""
 
 
+async def test_an_answer_for_a_connection_that_is_being_closed_is_dropped() -> None:
+    line = Line()
+    line.feed(post("a"))
+    line.transport.close()
+    line.batcher.answer()
+    assert line.transport.written == b""
+
+
 async def test_who_does_not_read_its_answers_is_not_read_and_in_the_end_cut_off() -> None:
     line = Line()
     line.protocol.pause_writing()
