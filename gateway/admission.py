@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 # Fewer would cost more in fixed costs a batch than they save in waiting.
-LIMIT_LEAST = 32
+LIMIT_LEAST = 64
 # Lateness counts once every batch of so long a time was late (as in CoDel, RFC 8289): a single stall leaves nothing behind.
 INTERVAL_S = 0.1
 BACKOFF_MOST = 0.25

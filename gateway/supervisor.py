@@ -36,6 +36,9 @@ RESTART_MAX_S = 10.0
 # A worker that ran so long has not failed at start.
 PROVEN_S = 30.0
 POLICY_STATUS = 2
+# While a worker starts, its imports included, it gives way to those that serve.
+STARTING_NICENESS = 10
+CAP_SYS_NICE = 23
 
 
 @dataclass(eq=False)
@@ -105,6 +108,7 @@ class Supervisor:
         ]
         process = await asyncio.create_subprocess_exec(*argv, pass_fds=(listener.fileno(), theirs.fileno()))
         theirs.close()
+        _nice(process.pid, STARTING_NICENESS)
         worker = Worker(slot, process, ours, time.monotonic())
         self._start(self._listen(worker))
         return worker
@@ -115,6 +119,7 @@ class Supervisor:
         with contextlib.suppress(OSError):
             while said := await loop.sock_recv(worker.control, 256):
                 if b"ready" in said:
+                    _nice(worker.process.pid, 0)
                     worker.ready.set()
                 if b"released" in said:
                     worker.released.set()
@@ -216,3 +221,12 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     worker.process.kill()
                 await worker.process.wait()
+
+
+def _nice(pid: int, niceness: int) -> None:
+    """Only where it can be undone: with CAP_SYS_NICE."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    capabilities = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff")), 0)
+    if capabilities >> CAP_SYS_NICE & 1:
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, pid, niceness)

@@ -31,9 +31,6 @@ from gateway.worker_metrics import WorkerMetrics
 log = logging.getLogger(__name__)
 
 READY, RELEASED, CONSUME = b"ready\n", b"released\n", b"consume\n"
-# While a worker starts it gives way to those that serve.
-STARTING_NICENESS = 10
-CAP_SYS_NICE = 23
 
 
 class GatewayServer(uvicorn.Server):
@@ -70,7 +67,6 @@ class GatewayServer(uvicorn.Server):
     async def _listen(self, control: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         control.setblocking(False)
-        _nice(0)
         self._say(READY)
         while line := await loop.sock_recv(control, 64):
             if CONSUME in line:
@@ -116,15 +112,6 @@ def log_to_stderr(prefix: str = "") -> None:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
 
-def _nice(niceness: int) -> None:
-    """Only where it can be undone."""
-    capabilities = next(
-        (int(line.split()[1], 16) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff")), 0
-    )
-    if capabilities >> CAP_SYS_NICE & 1:
-        os.setpriority(os.PRIO_PROCESS, 0, niceness)
-
-
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="gateway.worker", description="One worker of fraudgate serve --workers.")
     parser.add_argument("--slot", type=int, required=True)
@@ -133,7 +120,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--metrics-dir", type=Path, required=True)
     parser.add_argument("--no-kafka", action="store_true")
     args = parser.parse_args(argv)
-    _nice(STARTING_NICENESS)
     settings = load_settings()
     settings = dataclasses.replace(settings, instance_id=f"{settings.instance_id}-{args.slot}")
     log_to_stderr(f"worker {args.slot} ")
