@@ -40,6 +40,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
     "Scoring": (
         Command("serve", "gateway.commands", "serve", "run the gateway: POST /score and the transactions topic"),
+        Command("reload", "gateway.commands", "reload", "replace the workers of the gateway that runs, one by one"),
         Command("score", "gateway.commands", "score", "score one transaction, given as JSON, and print the decision"),
     ),
     "Features": (
@@ -92,6 +93,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         Command("replay", "loadtest.commands", "replay", "send a public data set through Kafka or HTTP at a chosen speed"),
     ),
+    "Faults": (Command("chaos", "deploy.chaos", "chaos", "a fault on the gateway that runs, and what it cost: overload"),),
     "Benchmarks": (
         Command(
             "bench",

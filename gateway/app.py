@@ -13,8 +13,10 @@ import msgspec
 from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 
+from gateway.admission import AdaptiveLimit
 from gateway.avro import SchemaBook
 from gateway.batcher import Batcher
+from gateway.connections import Connections, Limits
 from gateway.contracts.decision import Answer
 from gateway.contracts.features import FINGERPRINT
 from gateway.contracts.registry import SchemaRegistry
@@ -32,6 +34,7 @@ from gateway.contracts.transaction import (
 from gateway.errors import HTTP_ERRORS, REFUSAL_STATUS, Problem
 from gateway.http import SCORE_PATH, Receive, Scope, ScoreDoor, Send
 from gateway.kafka import KafkaDoor
+from gateway.loop_watch import LoopWatch
 from gateway.metrics import Metrics
 from gateway.model import Model, ModelSlot
 from gateway.policy import load_policy
@@ -41,6 +44,7 @@ from gateway.redis_cluster import link_to
 from gateway.scorer import Scorer
 from gateway.store import Store
 from gateway.unobserved import Unobserved
+from gateway.worker_metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +57,12 @@ REDIS_POLL_S = 0.01
 class Gateway:
     """All parts of one gateway process. It is an ASGI application: /score goes straight to its door, the rest to FastAPI.
 
+    With `consume` it takes part in the consumer group from its start, else when `consume()` says so.
+
     Raises `PolicyRefusedError` when the policy can't serve: a gateway doesn't start without one.
     """
 
-    def __init__(self, settings: Settings, *, kafka: bool = True) -> None:
+    def __init__(self, settings: Settings, *, kafka: bool = True, consume: bool = True) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.policy = load_policy(settings.policy_path)
@@ -86,15 +92,21 @@ class Gateway:
         http_scorer, kafka_scorer = self.scorers
         kafka_scorer.deciding = http_scorer.deciding
         self.publisher = Publisher(settings.bootstrap, self.schemas, self.metrics, settings.publish_buffer_max)
+        budget_s = settings.decision_budget_ms / 1000
+        self.loop_watch = LoopWatch(self.metrics, idle=lambda: self.batcher.in_flight == 0)
         self.batcher = Batcher(
             http_scorer,
             self.publisher,
             self.metrics,
             batch_rows_max=settings.batch_rows_max,
-            in_flight_max=settings.in_flight_max,
+            limit=AdaptiveLimit(settings.in_flight_max, budget_s),
+            loop_lag_s=lambda: self.loop_watch.lag_s,
             publish_budget_s=settings.publish_budget_ms / 1000,
         )
         self.door = ScoreDoor(self.batcher, self.metrics, settings.decision_budget_ms)
+        self.connections = Connections(
+            Limits(settings.connections_max, settings.request_timeout_ms / 1000, settings.keep_alive_s), self.metrics
+        )
         self.kafka = None
         if kafka:
             self.kafka = KafkaDoor(
@@ -107,6 +119,9 @@ class Gateway:
                 batch_rows_max=settings.batch_rows_max,
             )
         self.ready = False
+        self._consumes = consume
+        # Set when there are other workers to add up with.
+        self.worker_metrics: WorkerMetrics | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.metrics.build_info.labels(CODE_VERSION, FINGERPRINT, self.policy.digest).set(1)
         self.api = _make_api(self)
@@ -124,11 +139,30 @@ class Gateway:
         await self.models.refresh()
         await self._wait_for_redis()
         self.publisher.start()
-        self._tasks = [asyncio.create_task(self.models.watch()), asyncio.create_task(self.unobserved.run())]
-        if self.kafka is not None:
-            self.kafka.start()
+        forever = (self.models.watch(), self.unobserved.run(), self.connections.watch(), self.loop_watch.run())
+        self._tasks = [asyncio.create_task(work) for work in forever]
+        if self._consumes:
+            self.consume()
+        if self.worker_metrics is not None:
+            await self.worker_metrics.start()
+        self.metrics.workers.set(1)
         self.ready = True
         log.info("gateway: ready on port %d; degraded: %s", self.settings.gateway_port, ", ".join(self.degraded()) or "nothing")
+
+    def consume(self) -> None:
+        """Join the consumer group."""
+        if self.kafka is not None:
+            self.kafka.start()
+
+    async def stop_consuming(self) -> None:
+        """Finish and commit the chunk under way and leave the consumer group."""
+        if self.kafka is not None:
+            await self.kafka.stop(DRAIN_S)
+
+    def leave(self) -> None:
+        """No longer ready; each answer from now on is the last of its connection."""
+        self.ready = False
+        self.connections.leave()
 
     async def _wait_for_redis(self) -> None:
         """Give the first connection a moment, so that a gateway started beside a healthy Redis is never degraded."""
@@ -141,8 +175,7 @@ class Gateway:
         """Take nothing new, finish and commit what is under way, deliver what is buffered, leave."""
         self.ready = False
         await self.batcher.drain(DRAIN_S)
-        if self.kafka is not None:
-            await self.kafka.stop(DRAIN_S)
+        await self.stop_consuming()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -150,6 +183,8 @@ class Gateway:
         await self.publisher.stop(DRAIN_S)
         for link in self.links:
             await link.stop()
+        if self.worker_metrics is not None:
+            await self.worker_metrics.stop()
         log.info("gateway: stopped")
 
     def degraded(self) -> list[str]:
@@ -201,7 +236,9 @@ def _make_api(gateway: Gateway) -> FastAPI:
 
     @api.get("/metrics", summary="Metrics in Prometheus' exposition format", response_class=Response)
     async def metrics() -> Response:
-        return Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4")
+        own = gateway.worker_metrics
+        text = gateway.metrics.text() if own is None else await own.text()
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:

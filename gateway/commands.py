@@ -1,9 +1,10 @@
-"""`fraudgate serve` and `fraudgate score`."""
+"""`fraudgate serve`, `fraudgate reload` and `fraudgate score`."""
 
 from __future__ import annotations
 
 import argparse
-import logging
+import asyncio
+import os
 import signal
 import sys
 import urllib.error
@@ -11,55 +12,55 @@ import urllib.request
 from collections.abc import Sequence
 
 import msgspec
-import uvicorn
 
-from gateway.app import DRAIN_S, Gateway
 from gateway.contracts.decision import Answer
 from gateway.contracts.settings import load_settings
 from gateway.errors import PolicyRefusedError, Problem
 from gateway.http import SCORE_PATH
+from gateway.supervisor import PID_FILE, POLICY_STATUS, Supervisor
+from gateway.worker import log_to_stderr, run
 
 SCORE_TIMEOUT_S = 10.0
-LISTEN_BACKLOG = 2048
-KEEP_ALIVE_S = 75
+WORKERS_MAX = 256
 
 
 def serve(argv: Sequence[str]) -> int:
     """Run the gateway until SIGTERM or SIGINT."""
     parser = argparse.ArgumentParser(prog="fraudgate serve", description="Run the gateway: POST /score and the transactions topic.")
     parser.add_argument("--no-kafka", action="store_true", help="leave the transactions topic alone; HTTP only")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="run N processes behind one socket, one a core; SIGHUP or fraudgate reload replaces them one by one",
+    )
     args = parser.parse_args(argv)
+    if args.workers is not None and not 1 <= args.workers <= WORKERS_MAX:
+        parser.error(f"--workers must be in 1..{WORKERS_MAX}")
     settings = load_settings()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    # aiokafka tells each retry of a connection; the doors say once that Kafka is down.
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    log_to_stderr()
+    if args.workers is not None:
+        return asyncio.run(Supervisor(settings, args.workers, kafka=not args.no_kafka).run())
     try:
-        gateway = Gateway(settings, kafka=not args.no_kafka)
+        return run(settings, kafka=not args.no_kafka)
     except PolicyRefusedError as exc:
         print(f"fraudgate serve: the policy can't be used: {exc}", file=sys.stderr)
-        return 2
-    config = uvicorn.Config(
-        gateway,
-        host=settings.host,
-        port=settings.gateway_port,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        lifespan="on",
-        access_log=False,
-        log_config=None,
-        log_level="warning",
-        server_header=False,
-        backlog=LISTEN_BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(DRAIN_S),
-    )
-    # uvicorn raises the signal again once it has shut down: it has been heeded by then.
-    for wanted in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(wanted, lambda *_: None)
-    server = uvicorn.Server(config)
-    server.run()
-    return 0 if server.started else 1
+        return POLICY_STATUS
+
+
+def reload(argv: Sequence[str]) -> int:
+    """Have the workers of the gateway that runs here replaced by new ones, one by one."""
+    argparse.ArgumentParser(
+        prog="fraudgate reload",
+        description="Replace the workers of fraudgate serve --workers one by one, without losing a request.",
+    ).parse_args(argv)
+    path = load_settings().home_path / PID_FILE
+    try:
+        os.kill(int(path.read_text()), signal.SIGHUP)
+    except (OSError, ValueError):
+        print(f"fraudgate reload: no gateway with workers runs here ({path})", file=sys.stderr)
+        return 1
+    return 0
 
 
 def score(argv: Sequence[str]) -> int:

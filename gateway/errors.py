@@ -60,6 +60,38 @@ class MethodNotAllowedError(GatewayError):
     text = "send a transaction with POST"
 
 
+class BadDeadlineError(GatewayError):
+    """The header with the caller's time limit can't be meant."""
+
+    http_status = 400
+    reason = "bad_deadline"
+    text = "Fraudgate-Deadline-Ms must be a whole number of milliseconds, 1 to 999999"
+
+
+class MalformedRequestError(GatewayError):
+    """What came is no HTTP request. The connection ends with this answer."""
+
+    http_status = 400
+    reason = "malformed_request"
+    text = "not an HTTP request that can be read"
+
+
+class RequestTimeoutError(GatewayError):
+    """A request was begun and not finished in time. The connection ends with this answer."""
+
+    http_status = 408
+    reason = "request_timeout"
+    text = "the request took too long to arrive"
+
+
+class HeadTooLargeError(GatewayError):
+    """Request line and headers are larger than HEAD_BYTES_MAX. The connection ends with this answer."""
+
+    http_status = 431
+    reason = "head_too_large"
+    text = "the request line and headers are too large"
+
+
 class ModelRefusedError(GatewayError):
     """A model of the local directory must not serve: a wrong checksum, fingerprint, width or golden row."""
 
@@ -80,18 +112,29 @@ REFUSAL_STATUS: dict[Refusal, int] = {
     Refusal.DUPLICATE_KEY: 400,
     Refusal.IDEMPOTENCY_CONFLICT: 409,
 }
-HTTP_ERRORS: tuple[type[GatewayError], ...] = (OverloadedError, DrainingError, InProgressError, MethodNotAllowedError)
-_TITLES = {
+HTTP_ERRORS: tuple[type[GatewayError], ...] = (
+    OverloadedError,
+    DrainingError,
+    InProgressError,
+    MethodNotAllowedError,
+    BadDeadlineError,
+    MalformedRequestError,
+    RequestTimeoutError,
+    HeadTooLargeError,
+)
+TITLES = {
     400: "Bad Request",
     405: "Method Not Allowed",
+    408: "Request Timeout",
     409: "Conflict",
     413: "Content Too Large",
     422: "Unprocessable Content",
     429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     503: "Service Unavailable",
 }
-assert set(REFUSAL_STATUS.values()) | {e.http_status for e in HTTP_ERRORS} | {500} == set(_TITLES)
+assert set(REFUSAL_STATUS.values()) | {e.http_status for e in HTTP_ERRORS} | {500} == set(TITLES)
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -115,7 +158,7 @@ def problem_of(error: RefusedError | GatewayError) -> Problem:
         status, reason, detail, field, retriable = error.http_status, error.reason, error.text, None, error.retriable
     return Problem(
         type=PROBLEM_TYPE_PREFIX + reason,
-        title=_TITLES[status],
+        title=TITLES[status],
         status=status,
         detail=detail,
         reason=reason,

@@ -1,6 +1,7 @@
-"""The HTTP door: a raw ASGI application for /score. Reads a bounded body, decodes it, waits for its result, writes JSON.
+"""The HTTP door: what POST /score does with a body, and how an answer looks. Whatever a caller sends ends in a documented answer.
 
-Whatever a caller sends ends in a documented answer; no input ends in a 5xx.
+`gateway.protocol` calls it straight from the parser of a connection; `ScoreDoor` is also a raw ASGI application that does the same
+under any ASGI server. No input ends in a 5xx.
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ from typing import Any
 import msgspec
 
 from gateway.avro import encode_transaction
-from gateway.batcher import Batcher
+from gateway.batcher import Batcher, Done
 from gateway.contracts.decision import Answer, Door
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError, decode_json
-from gateway.errors import GatewayError, Headers, InProgressError, MethodNotAllowedError, problem_reply
+from gateway.errors import (
+    BadDeadlineError,
+    GatewayError,
+    Headers,
+    InProgressError,
+    MethodNotAllowedError,
+    problem_reply,
+)
 from gateway.job import HTTP_POSITION, Job, Result, Verdict, fingerprint_of
 from gateway.metrics import Metrics
 
@@ -25,8 +33,13 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+# (status, headers, body)
+Reply = tuple[int, Headers, bytes]
 
 SCORE_PATH = "/score"
+# A caller's own time limit for its answer, milliseconds; it can only shorten the setting decision_budget_ms.
+DEADLINE_HEADER = b"fraudgate-deadline-ms"
+DEADLINE_DIGITS_MAX = 6
 # How much of a refused body is read and thrown away, so that its sender gets to see the answer.
 DISCARD_BYTES_MAX = 8 * 1024 * 1024
 DISCARD_TIMEOUT_S = 5.0
@@ -51,32 +64,13 @@ class ScoreDoor:
     ) -> None:
         self._batcher = batcher
         self._metrics = metrics
-        self._budget_s = decision_budget_ms / 1000
+        self.budget_s = decision_budget_ms / 1000
         self._now_ms = now_ms
-        self._clock_s = clock_s
+        self.clock_s = clock_s
+        self.refusal = batcher.refusal
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            status, headers, body = await self._answer(scope, receive)
-        except DisconnectedError:
-            return
-        except RefusedError as exc:
-            status, headers, body = problem_reply(exc)
-            self._metrics.refused.labels(exc.reason.value, Door.HTTP.value).inc()
-        except GatewayError as exc:
-            status, headers, body = problem_reply(exc)
-            self._metrics.refused.labels(exc.reason, Door.HTTP.value).inc()
-        if scope["method"] == "HEAD":
-            body = b""
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-    async def _answer(self, scope: Scope, receive: Receive) -> tuple[int, Headers, bytes]:
-        received_s = self._clock_s()
-        if scope["method"] != "POST":
-            raise MethodNotAllowedError
-        self._batcher.admit()
-        body = await _read(scope, receive)
+    def submit(self, body: bytes, received_s: float, budget_s: float, done: Done) -> None:
+        """Decode and hand to the batcher, which calls `done`. Raises `RefusedError`, having called nobody."""
         now_ms = self._now_ms()
         t = decode_json(body, now_ms)
         payload = encode_transaction(t)
@@ -89,28 +83,81 @@ class ScoreDoor:
             arrived_ms=now_ms,
             received_ms=now_ms,
             received_s=received_s,
-            deadline_s=received_s + self._budget_s,
+            deadline_s=received_s + budget_s,
         )
-        return _reply(await self._batcher.submit(job))
+        self._batcher.submit(job, done)
+
+    def budget_of(self, value: bytes) -> float:
+        """Seconds to answer in, from the value of the header. Raises `BadDeadlineError` unless it is a whole number above 0."""
+        if not value.isdigit() or len(value) > DEADLINE_DIGITS_MAX or int(value) == 0:
+            raise BadDeadlineError
+        return min(self.budget_s, int(value) / 1000)
+
+    def problem(self, error: RefusedError | GatewayError) -> Reply:
+        """The answer to an error, which is counted."""
+        reason = error.reason.value if isinstance(error, RefusedError) else error.reason
+        self._metrics.refused.labels(reason, Door.HTTP.value).inc()
+        return problem_reply(error)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            status, headers, body = await self._answer(scope, receive)
+        except DisconnectedError:
+            return
+        except (RefusedError, GatewayError) as exc:
+            status, headers, body = self.problem(exc)
+        if scope["method"] == "HEAD":
+            body = b""
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Reply:
+        received_s = self.clock_s()
+        if scope["method"] != "POST":
+            raise MethodNotAllowedError
+        budget_s = self.budget_s
+        for name, value in scope["headers"]:
+            if name == DEADLINE_HEADER:
+                budget_s = self.budget_of(value)
+        refusal = self.refusal()
+        if refusal is not None:
+            raise refusal
+        body = await _read(scope, receive)
+        waiter: asyncio.Future[Result | None] = asyncio.get_running_loop().create_future()
+
+        def done(result: Result | None, _: float) -> None:
+            if not waiter.done():
+                waiter.set_result(result)
+
+        self.submit(body, received_s, budget_s, done)
+        answer = answer_of(await waiter)
+        encoded = encode_answer(answer)
+        return 200, [_CONTENT_TYPE, (b"content-length", str(len(encoded)).encode())], encoded
 
 
-def _reply(result: Result) -> tuple[int, Headers, bytes]:
+def answer_of(result: Result | None) -> Answer:
+    """The decision of a result. Raises what has to be answered instead."""
+    if result is None:
+        raise GatewayError
     if result.verdict is Verdict.CONFLICT:
         raise RefusedError(Refusal.IDEMPOTENCY_CONFLICT, "transaction_id")
     if result.answer is None:
         raise InProgressError
-    body = encode_answer(result.answer)
-    return 200, [_CONTENT_TYPE, (b"content-length", str(len(body)).encode())], body
+    return result.answer
 
 
 def encode_answer(answer: Answer) -> bytes:
     return _encoder.encode(answer)
 
 
+def declares_too_much(content_length: bytes) -> bool:
+    return content_length.isdigit() and int(content_length[:20]) > MESSAGE_BYTES_MAX
+
+
 async def _read(scope: Scope, receive: Receive) -> bytes:
     """The body, of at most MESSAGE_BYTES_MAX. Raises `RefusedError` once it is known to be larger and mostly thrown away."""
     for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > MESSAGE_BYTES_MAX:
+        if name == b"content-length" and declares_too_much(value):
             await _discard(receive)
             raise RefusedError(Refusal.TOO_LARGE)
     parts, size, more = [], 0, True

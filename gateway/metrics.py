@@ -75,6 +75,35 @@ class Metrics:
         )
         self.batch_rows = BatchHistogram("fraudgate_batch_rows", "Transactions in a micro-batch", BATCH_BOUNDS, "door", registry)
         self.in_flight = Gauge("fraudgate_in_flight", "Transactions accepted over HTTP and not yet answered", registry=registry)
+        self.hurried = Counter(
+            "fraudgate_hurried", "Transactions decided without Redis because their deadline was too near", registry=registry
+        )
+        self.in_flight_limit = Gauge(
+            "fraudgate_in_flight_limit", "Transactions that may be in flight over HTTP, as admission found it", registry=registry
+        )
+        self.pause_ms = BatchHistogram(
+            "fraudgate_pause_ms",
+            "How late the event loop came to what was due (loop), pauses of the garbage collector (gc), milliseconds",
+            STEP_BOUNDS_MS,
+            "of",
+            registry,
+        )
+        self.loop_lag_max_ms = Gauge(
+            "fraudgate_loop_lag_max_ms", "Latest the event loop came to what was due in the last second", registry=registry
+        )
+        self.connections_held = Gauge(
+            "fraudgate_http_connections_held", "Connections not read for a moment because they were told 429", registry=registry
+        )
+        self.workers = Gauge("fraudgate_workers", "Gateway processes that serve", registry=registry)
+        self.connections = Gauge("fraudgate_http_connections", "Open connections of the HTTP door", registry=registry)
+        self.connections_refused = Counter(
+            "fraudgate_http_connections_refused", "Connections that were one too many", registry=registry
+        )
+        self.connections_slow = Counter(
+            "fraudgate_http_connections_slow",
+            "Connections ended because a request took too long to arrive or an answer to be read",
+            registry=registry,
+        )
         self.refused = Counter("fraudgate_refused", "Inputs refused, by reason and door", ["reason", "door"], registry=registry)
         self.degraded = Counter("fraudgate_degraded", "Decisions made without something, by kind", ["kind"], registry=registry)
         self.duplicates = Counter(

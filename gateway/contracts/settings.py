@@ -74,6 +74,11 @@ class Settings:
     idempotency_window_s: int = _setting(600, "how long a retry gets the same answer, seconds", least=1, most=86_400)
     batch_rows_max: int = _setting(256, "most transactions in one micro-batch", least=1, most=512)
     in_flight_max: int = _setting(4096, "most transactions accepted and not yet answered", least=1, most=100_000)
+    connections_max: int = _setting(10_000, "most open connections of one gateway process", least=1, most=1_000_000)
+    request_timeout_ms: int = _setting(
+        10_000, "longest time for one HTTP request to arrive or its answer to be read, milliseconds", least=10, most=600_000
+    )
+    keep_alive_s: int = _setting(75, "how long a connection may be idle, seconds", least=1, most=86_400)
     decision_budget_ms: int = _setting(80, "time to answer in, milliseconds", least=5, most=10_000)
     feature_budget_ms: int = _setting(40, "part of it to wait for Redis, milliseconds", least=1, most=10_000)
     publish_budget_ms: int = _setting(

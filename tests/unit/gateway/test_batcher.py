@@ -3,11 +3,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from gateway.batcher import Batcher
+from gateway.admission import AdaptiveLimit
+from gateway.batcher import HURRY_S, OVERLAP_ROWS_MIN, Batcher
 from gateway.errors import DrainingError, OverloadedError
 from gateway.job import Job, Result, Verdict
 from gateway.metrics import Metrics
 from gateway.records import Record
+from gateway.scorer import TAIL_BUDGET_MS
 from tests.unit.gateway.factories import decided, make_job, make_transaction
 
 pytestmark = pytest.mark.anyio
@@ -53,10 +55,22 @@ def make_batcher(
         publisher or StubPublisher(),  # type: ignore[arg-type]
         Metrics(),
         batch_rows_max=rows,
-        in_flight_max=in_flight,
+        limit=AdaptiveLimit(in_flight, 0.08),
         publish_budget_s=publish_budget_s,
         clock_s=lambda: 0.0,
     )
+
+
+def submit(batcher: Batcher, job: Job) -> asyncio.Future[Result | None]:
+    """The future of what the batcher tells the caller."""
+    told: asyncio.Future[Result | None] = asyncio.get_running_loop().create_future()
+    batcher.submit(job, lambda result, _: told.set_result(result))
+    return told
+
+
+async def verdict_of(batcher: Batcher, job: Job) -> Verdict | None:
+    result = await submit(batcher, job)
+    return None if result is None else result.verdict
 
 
 def job_of(name: str, **changes: int) -> Job:
@@ -71,16 +85,16 @@ async def turns(n: int = 5) -> None:
 async def test_the_next_batch_collects_while_one_is_in_flight() -> None:
     scorer = GatedScorer()
     batcher = make_batcher(scorer)
-    first = batcher.submit(job_of("a"))
+    first = submit(batcher, job_of("a"))
     await turns()
     assert scorer.batches == [["a"]]
-    rest = [batcher.submit(job_of(name)) for name in "bcdef"]
+    rest = [submit(batcher, job_of(name)) for name in "bcdef"]
     await turns()
     assert scorer.batches == [["a"]]
     scorer.gate.set()
     results = await asyncio.gather(first, *rest)
     assert scorer.batches == [["a"], ["b", "c", "d"], ["e", "f"]]
-    assert [r.job.transaction.transaction_id for r in results] == list("abcdef")
+    assert [r.job.transaction.transaction_id for r in results if r is not None] == list("abcdef")
     assert batcher.in_flight == 0
     assert scorer.deciding == set()
 
@@ -88,7 +102,7 @@ async def test_the_next_batch_collects_while_one_is_in_flight() -> None:
 async def test_both_records_of_a_decision_are_published_before_the_reply() -> None:
     scorer, publisher = GatedScorer(), StubPublisher()
     scorer.gate.set()
-    await make_batcher(scorer, publisher).submit(job_of("a"))
+    await submit(make_batcher(scorer, publisher), job_of("a"))
     assert [r.topic for r in publisher.sent] == ["transactions", "decisions"]
     assert publisher.sent[0].headers == [("fraudgate-scored", b"http")]
     assert {r.key for r in publisher.sent} == {b"card-1"}
@@ -98,7 +112,47 @@ async def test_a_silent_kafka_costs_the_publish_budget_and_no_answer() -> None:
     scorer = GatedScorer()
     scorer.gate.set()
     batcher = make_batcher(scorer, StubPublisher(acknowledges=False), publish_budget_s=0.01)
-    assert (await batcher.submit(job_of("a"))).verdict is Verdict.DECIDED
+    assert await verdict_of(batcher, job_of("a")) is Verdict.DECIDED
+
+
+async def test_what_waits_for_kafka_holds_the_next_batch_up_until_as_many_are_waiting() -> None:
+    scorer = GatedScorer()
+    scorer.gate.set()
+    batcher = make_batcher(scorer, StubPublisher(acknowledges=False), rows=100, publish_budget_s=30)
+    submit(batcher, job_of("first"))
+    await turns()
+    for i in range(OVERLAP_ROWS_MIN - 1):
+        submit(batcher, job_of(f"t{i}"))
+    await turns()
+    assert [len(batch) for batch in scorer.batches] == [1]
+    submit(batcher, job_of("last"))
+    await turns()
+    assert [len(batch) for batch in scorer.batches] == [1, OVERLAP_ROWS_MIN]
+
+
+async def test_all_that_one_pass_of_the_loop_brought_is_one_batch() -> None:
+    scorer = GatedScorer()
+    scorer.gate.set()
+    batcher = make_batcher(scorer)
+    await asyncio.gather(*[submit(batcher, job_of(name)) for name in "abc"])
+    assert scorer.batches == [["a", "b", "c"]]
+
+
+async def test_who_can_not_wait_for_redis_is_decided_first_and_alone() -> None:
+    scorer = GatedScorer()
+    scorer.gate.set()
+    batcher = make_batcher(scorer, StubPublisher(acknowledges=False), publish_budget_s=30)
+    jobs = {name: job_of(name) for name in "abc"}
+    jobs["a"].deadline_s, jobs["b"].deadline_s, jobs["c"].deadline_s = HURRY_S, -1.0, HURRY_S - 0.001
+    told = {name: submit(batcher, job) for name, job in jobs.items()}
+    await told["b"]
+    await told["c"]
+    await turns()
+    assert scorer.batches == [["b", "c"], ["a"]]
+    # What the scorer waits for Redis ends here, and what is late already stays late.
+    assert jobs["c"].deadline_s == TAIL_BUDGET_MS / 1000
+    assert jobs["b"].deadline_s == -1.0
+    assert not told["a"].done()
 
 
 async def test_one_more_than_the_limit_is_refused_before_it_is_read() -> None:
@@ -106,21 +160,22 @@ async def test_one_more_than_the_limit_is_refused_before_it_is_read() -> None:
     batcher = make_batcher(scorer, in_flight=2)
     waiters = []
     for name in "ab":
-        batcher.admit()
-        waiters.append(batcher.submit(job_of(name)))
-    with pytest.raises(OverloadedError):
-        batcher.admit()
+        assert batcher.refusal() is None
+        waiters.append(submit(batcher, job_of(name)))
+    assert batcher.refusal() is OverloadedError
     scorer.gate.set()
     await asyncio.gather(*waiters)
-    batcher.admit()
+    assert batcher.refusal() is None
 
 
 async def test_a_retry_in_flight_waits_for_the_first_and_is_scored_once() -> None:
     scorer = GatedScorer()
     batcher = make_batcher(scorer)
-    first, retry = batcher.submit(job_of("a")), batcher.submit(job_of("a"))
-    other = batcher.submit(job_of("a", amount_minor=2))
-    assert (await other).verdict is Verdict.CONFLICT
+    first, retry = submit(batcher, job_of("a")), submit(batcher, job_of("a"))
+    other = submit(batcher, job_of("a", amount_minor=2))
+    conflict = await other
+    assert conflict is not None
+    assert conflict.verdict is Verdict.CONFLICT
     scorer.gate.set()
     assert await first is await retry
     assert scorer.batches == [["a"]]
@@ -131,20 +186,31 @@ async def test_a_bug_in_the_scorer_fails_its_batch_and_not_the_next() -> None:
     scorer.gate.set()
     scorer.error = ZeroDivisionError()
     batcher = make_batcher(scorer)
-    with pytest.raises(ZeroDivisionError):
-        await batcher.submit(job_of("a"))
+    assert await submit(batcher, job_of("a")) is None
     scorer.error = None
-    assert (await batcher.submit(job_of("a"))).verdict is Verdict.DECIDED
+    assert await verdict_of(batcher, job_of("a")) is Verdict.DECIDED
+
+
+async def test_a_caller_that_can_not_be_told_costs_the_others_nothing() -> None:
+    scorer = GatedScorer()
+    scorer.gate.set()
+    batcher = make_batcher(scorer)
+
+    def fails(_: Result | None, __: float) -> None:
+        raise RuntimeError
+
+    batcher.submit(job_of("a"), fails)
+    assert await verdict_of(batcher, job_of("b")) is Verdict.DECIDED
+    assert batcher.in_flight == 0
 
 
 async def test_draining_takes_nothing_new_and_answers_what_it_has() -> None:
     scorer = GatedScorer()
     batcher = make_batcher(scorer)
-    waiter = batcher.submit(job_of("a"))
+    waiter = submit(batcher, job_of("a"))
     draining = asyncio.create_task(batcher.drain(5))
     await turns()
-    with pytest.raises(DrainingError):
-        batcher.admit()
+    assert batcher.refusal() is DrainingError
     assert not draining.done()
     scorer.gate.set()
     await draining

@@ -5,9 +5,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from gateway.batcher import Done
 from gateway.contracts.decision import Answer
 from gateway.contracts.transaction import MESSAGE_BYTES_MAX, encode_json
-from gateway.errors import OverloadedError, Problem
+from gateway.errors import GatewayError, OverloadedError, Problem
 from gateway.http import ScoreDoor
 from gateway.job import Job, Result, Verdict
 from gateway.metrics import Metrics
@@ -26,15 +27,12 @@ class StubBatcher:
         self._full = full
         self.jobs: list[Job] = []
 
-    def admit(self) -> None:
-        if self._full:
-            raise OverloadedError
+    def refusal(self) -> type[GatewayError] | None:
+        return OverloadedError if self._full else None
 
-    def submit(self, job: Job) -> asyncio.Future[Result]:
+    def submit(self, job: Job, done: Done) -> None:
         self.jobs.append(job)
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        future.set_result(decided(job) if self._verdict is Verdict.DECIDED else Result(job, self._verdict))
-        return future
+        done(decided(job) if self._verdict is Verdict.DECIDED else Result(job, self._verdict), 5.0)
 
 
 class Caller:
@@ -157,6 +155,19 @@ async def test_what_can_not_be_answered_is_a_409_with_its_reason(verdict: Verdic
     status, headers, body = await call(GOOD, batcher=StubBatcher(verdict))
     assert (status, msgspec.json.decode(body, type=Problem).reason) == (409, reason)
     assert (b"retry-after" in headers) == (verdict is Verdict.IN_PROGRESS)
+
+
+@pytest.mark.parametrize(("value", "deadline_s"), [(b"20", 5.02), (b"80", 5.08), (b"999999", 5.08)])
+async def test_a_callers_own_deadline_can_only_shorten_the_budget(value: bytes, deadline_s: float) -> None:
+    batcher = StubBatcher()
+    assert (await call(GOOD, batcher=batcher, headers=[(b"fraudgate-deadline-ms", value)]))[0] == 200
+    assert batcher.jobs[0].deadline_s == pytest.approx(deadline_s)
+
+
+@pytest.mark.parametrize("value", [b"", b"0", b"-1", b"1.5", b"soon", b"1000000", b"1" * 5000])
+async def test_a_deadline_that_can_not_be_meant_is_refused(value: bytes) -> None:
+    status, _, body = await call(GOOD, headers=[(b"fraudgate-deadline-ms", value)])
+    assert (status, msgspec.json.decode(body, type=Problem).reason) == (400, "bad_deadline")
 
 
 async def test_a_caller_that_leaves_in_the_middle_is_not_answered() -> None:

@@ -1,0 +1,136 @@
+"""One process that serves: the whole of `fraudgate serve` without --workers, or a worker of `gateway.supervisor`.
+
+A worker gets the listening socket, a control line and a directory for metrics from its supervisor. On the line it says `ready` when it
+serves and `released` when it has left the consumer group; it is told `consume` when the worker before it has left, since two of one
+instance would fence each other. When the line breaks, the supervisor is gone and the worker leaves too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from gateway.app import DRAIN_S, Gateway
+from gateway.contracts.settings import Settings, load_settings
+from gateway.errors import PolicyRefusedError
+from gateway.protocol import protocol_of
+from gateway.supervisor import LISTEN_BACKLOG, POLICY_STATUS
+from gateway.worker_metrics import WorkerMetrics
+
+log = logging.getLogger(__name__)
+
+READY, RELEASED, CONSUME = b"ready\n", b"released\n", b"consume\n"
+
+
+class GatewayServer(uvicorn.Server):
+    """uvicorn's server, which leaves in our order: no new connections, out of the consumer group, last answers, then the rest."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, control: socket.socket | None = None) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._control = control
+        self._listening: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._control is not None and self.started:
+            self._listening = asyncio.create_task(self._listen(self._control))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._gateway.leave()
+        leaving = asyncio.create_task(self._leave_group())
+        await super().shutdown(sockets)
+        await leaving
+        if self._listening is not None:
+            self._listening.cancel()
+
+    async def _leave_group(self) -> None:
+        await self._gateway.stop_consuming()
+        self._say(RELEASED)
+
+    def _say(self, line: bytes) -> None:
+        if self._control is not None:
+            with contextlib.suppress(OSError):
+                self._control.send(line)
+
+    async def _listen(self, control: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        control.setblocking(False)
+        self._say(READY)
+        while line := await loop.sock_recv(control, 64):
+            if CONSUME in line:
+                self._gateway.consume()
+        log.warning("worker: the supervisor is gone, leaving")
+        self.should_exit = True
+
+
+def run(settings: Settings, *, kafka: bool) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status. Raises `PolicyRefusedError`."""
+    return _serve(settings, Gateway(settings, kafka=kafka), None, None)
+
+
+def _serve(settings: Settings, gateway: Gateway, socket_: socket.socket | None, control: socket.socket | None) -> int:
+    config = uvicorn.Config(
+        gateway,
+        host=settings.host,
+        port=settings.gateway_port,
+        loop="uvloop",
+        http=protocol_of(gateway.door, gateway.connections),
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        backlog=LISTEN_BACKLOG,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=int(DRAIN_S),
+    )
+    # uvicorn raises the signal again once it has shut down: it has been heeded by then.
+    for wanted in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(wanted, lambda *_: None)
+    server = GatewayServer(config, gateway, control)
+    server.run(None if socket_ is None else [socket_])
+    return 0 if server.started else 1
+
+
+def log_to_stderr(prefix: str = "") -> None:
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s {prefix}%(message)s", stream=sys.stderr)
+    # aiokafka tells each retry of a connection; the doors say once that Kafka is down.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="gateway.worker", description="One worker of fraudgate serve --workers.")
+    parser.add_argument("--slot", type=int, required=True)
+    parser.add_argument("--listen-fd", type=int, required=True)
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--metrics-dir", type=Path, required=True)
+    parser.add_argument("--no-kafka", action="store_true")
+    args = parser.parse_args(argv)
+    settings = load_settings()
+    settings = dataclasses.replace(settings, instance_id=f"{settings.instance_id}-{args.slot}")
+    log_to_stderr(f"worker {args.slot} ")
+    try:
+        gateway = Gateway(settings, kafka=not args.no_kafka, consume=False)
+    except PolicyRefusedError as exc:
+        print(f"fraudgate serve: the policy can't be used: {exc}", file=sys.stderr)  # noqa: T201
+        return POLICY_STATUS
+    gateway.worker_metrics = WorkerMetrics(gateway.metrics.registry, args.metrics_dir, f"{args.slot}-{os.getpid()}")
+    return _serve(settings, gateway, socket.socket(fileno=args.listen_fd), socket.socket(fileno=args.control_fd))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
