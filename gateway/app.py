@@ -18,7 +18,7 @@ from gateway.batcher import Batcher
 from gateway.contracts.decision import Answer
 from gateway.contracts.features import FINGERPRINT
 from gateway.contracts.registry import SchemaRegistry
-from gateway.contracts.settings import Settings
+from gateway.contracts.settings import EXACTLY_ONCE, Settings
 from gateway.contracts.transaction import (
     AMOUNT_MINOR_MAX,
     AMOUNT_MINOR_MIN,
@@ -32,6 +32,7 @@ from gateway.contracts.transaction import (
 from gateway.errors import HTTP_ERRORS, REFUSAL_STATUS, Problem
 from gateway.http import SCORE_PATH, Receive, Scope, ScoreDoor, Send
 from gateway.kafka import KafkaDoor
+from gateway.kafka_link import Link
 from gateway.metrics import Metrics
 from gateway.model import Model, ModelSlot
 from gateway.policy import load_policy
@@ -41,6 +42,7 @@ from gateway.redis_cluster import link_to
 from gateway.scorer import Scorer
 from gateway.store import Store
 from gateway.unobserved import Unobserved
+from gateway.watchdog import EXIT_STUCK, GroupProbe, Watchdog, leave_process
 
 log = logging.getLogger(__name__)
 
@@ -101,15 +103,39 @@ class Gateway:
                 kafka_scorer,
                 self.schemas,
                 self.metrics,
-                bootstrap=settings.bootstrap,
-                group=settings.consumer_group,
-                instance=settings.instance_id,
+                self._make_link,
                 batch_rows_max=settings.batch_rows_max,
             )
+        self.watchdog: Watchdog | None = None
+        # What the process is to end with: not 0 when it can't go on.
+        self.exit_status = 0
         self.ready = False
         self._tasks: list[asyncio.Task[None]] = []
         self.metrics.build_info.labels(CODE_VERSION, FINGERPRINT, self.policy.digest).set(1)
         self.api = _make_api(self)
+
+    def _make_link(self) -> Link:
+        settings = self.settings
+        return Link(
+            settings.bootstrap,
+            settings.consumer_group,
+            settings.instance_id,
+            self.schemas,
+            exactly_once=settings.kafka_delivery == EXACTLY_ONCE,
+        )
+
+    def _watch(self, kafka: KafkaDoor) -> None:
+        settings = self.settings
+        if settings.kafka_watchdog_s:
+            probe = GroupProbe(settings.bootstrap, settings.consumer_group)
+            self.watchdog = Watchdog(
+                probe, settings.kafka_watchdog_s, ours=kafka.partitions, restart=kafka.restart_session, leave=self._leave
+            )
+            self.watchdog.start()
+
+    def _leave(self) -> None:
+        self.exit_status = EXIT_STUCK
+        leave_process()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == SCORE_PATH:
@@ -127,6 +153,7 @@ class Gateway:
         self._tasks = [asyncio.create_task(self.models.watch()), asyncio.create_task(self.unobserved.run())]
         if self.kafka is not None:
             self.kafka.start()
+            self._watch(self.kafka)
         self.ready = True
         log.info("gateway: ready on port %d; degraded: %s", self.settings.gateway_port, ", ".join(self.degraded()) or "nothing")
 
@@ -140,6 +167,8 @@ class Gateway:
     async def stop(self) -> None:
         """Take nothing new, finish and commit what is under way, deliver what is buffered, leave."""
         self.ready = False
+        if self.watchdog is not None:
+            self.watchdog.stop()
         await self.batcher.drain(DRAIN_S)
         if self.kafka is not None:
             await self.kafka.stop(DRAIN_S)

@@ -59,7 +59,7 @@ def serve(argv: Sequence[str]) -> int:
         signal.signal(wanted, lambda *_: None)
     server = uvicorn.Server(config)
     server.run()
-    return 0 if server.started else 1
+    return gateway.exit_status if server.started else 1
 
 
 def score(argv: Sequence[str]) -> int:

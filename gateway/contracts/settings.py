@@ -14,6 +14,7 @@ from typing import Any
 from gateway.contracts.redis_address import cluster_seeds, is_cluster
 
 ENV_PREFIX = "FRAUDGATE_"
+EXACTLY_ONCE, AT_LEAST_ONCE = "exactly_once", "at_least_once"
 PORT_MAX = 65_535
 
 
@@ -65,6 +66,19 @@ class Settings:
     kafka_replication: int = _setting(1, "replicas of each topic that fraudgate creates", least=1, most=16)
     consumer_group: str = _setting("fraudgate-gateway", "consumer group of the Kafka door")
     instance_id: str = _setting("0", "name of this gateway among its replicas; its Kafka transactions are fenced by it")
+
+    kafka_delivery: str = _setting(
+        "exactly_once",
+        "how the Kafka door commits: exactly_once, in transactions, or at_least_once, which is faster and may repeat receipts after"
+        " a crash",
+    )
+    kafka_watchdog_s: int = _setting(
+        60,
+        "how long a partition with something to consume may stand still before the Kafka door starts anew, and as long again until the"
+        " process ends, seconds; 0: for ever",
+        least=0,
+        most=3600,
+    )
 
     tables_uri: str = _setting("", "root of the Delta tables, a directory or s3a://bucket/prefix; empty: <home>/tables")
     checkpoints_uri: str = _setting("", "root of the streaming checkpoints; empty: <home>/checkpoints")
@@ -204,6 +218,8 @@ def load_settings(env: Mapping[str, str] | None = None) -> Settings:
         raise SettingError("FRAUDGATE_FEATURE_BUDGET_MS must be less than FRAUDGATE_DECISION_BUDGET_MS")
     if settings.dedup_window_s < settings.idempotency_window_s:
         raise SettingError("FRAUDGATE_DEDUP_WINDOW_S must be at least FRAUDGATE_IDEMPOTENCY_WINDOW_S")
+    if settings.kafka_delivery not in (EXACTLY_ONCE, AT_LEAST_ONCE):
+        raise SettingError(f"FRAUDGATE_KAFKA_DELIVERY must be {EXACTLY_ONCE} or {AT_LEAST_ONCE}")
     if is_cluster(settings.redis_url):
         try:
             cluster_seeds(settings.redis_url)
