@@ -40,6 +40,7 @@ from gateway.publisher import Publisher
 from gateway.recent import RecentDecisions
 from gateway.redis_cluster import link_to
 from gateway.scorer import Scorer
+from gateway.spool import Spool
 from gateway.store import Store
 from gateway.unobserved import Unobserved
 from gateway.watchdog import EXIT_STUCK, GroupProbe, Watchdog, leave_process
@@ -49,6 +50,9 @@ log = logging.getLogger(__name__)
 CODE_VERSION = version("fraudgate")
 DRAIN_S = 10.0
 REDIS_WAIT_S = 1.0
+# How much of the publish budget Kafka has before a record goes to the local log, and the least, seconds.
+SPOOL_AFTER_PART = 0.75
+SPOOL_AFTER_LEAST_S = 0.005
 REDIS_POLL_S = 0.01
 
 
@@ -87,7 +91,16 @@ class Gateway:
         ]
         http_scorer, kafka_scorer = self.scorers
         kafka_scorer.deciding = http_scorer.deciding
-        self.publisher = Publisher(settings.bootstrap, self.schemas, self.metrics, settings.publish_buffer_max)
+        self.publisher = Publisher(
+            settings.bootstrap,
+            self.schemas,
+            self.metrics,
+            settings.publish_buffer_max,
+            self._open_spool if settings.spool_mb_max else None,
+            # What a caller waits for is in the log before the wait is over.
+            spool_after_s=max(SPOOL_AFTER_LEAST_S, settings.publish_budget_ms / 1000 * SPOOL_AFTER_PART),
+            sync_s=settings.spool_sync_ms / 1000,
+        )
         self.batcher = Batcher(
             http_scorer,
             self.publisher,
@@ -113,6 +126,9 @@ class Gateway:
         self._tasks: list[asyncio.Task[None]] = []
         self.metrics.build_info.labels(CODE_VERSION, FINGERPRINT, self.policy.digest).set(1)
         self.api = _make_api(self)
+
+    def _open_spool(self) -> Spool:
+        return Spool(self.settings.spool_path, self.settings.spool_mb_max * 2**20)
 
     def _make_link(self) -> Link:
         settings = self.settings

@@ -93,7 +93,21 @@ class Settings:
     publish_budget_ms: int = _setting(
         20, "longest wait for Kafka to acknowledge a receipt before an HTTP reply, milliseconds", least=0, most=10_000
     )
-    publish_buffer_max: int = _setting(100_000, "most receipts waiting for Kafka", least=1, most=10_000_000)
+    publish_buffer_max: int = _setting(100_000, "most receipts waiting for Kafka in memory", least=1, most=10_000_000)
+    spool_mb_max: int = _setting(
+        256,
+        "most that the local log holds of what Kafka can't take, MiB; 0: no log, receipts wait in memory alone",
+        least=0,
+        most=1_048_576,
+    )
+    spool_dir: str = _setting("", "directory of the local log, a folder in it for each instance; empty: <home>/spool")
+    spool_sync_ms: int = _setting(
+        1000,
+        "how often the local log is synchronised to the disk, milliseconds; what came since is lost when the machine fails. 0: when"
+        " the kernel does",
+        least=0,
+        most=600_000,
+    )
 
     bronze_trigger_ms: int = _setting(2000, "trigger of the stream from Kafka to bronze, milliseconds", least=0, most=600_000)
     silver_trigger_ms: int = _setting(
@@ -178,6 +192,12 @@ class Settings:
     @property
     def models_path(self) -> Path:
         return Path(self.model_dir).expanduser().absolute() if self.model_dir else self.home_path / "models"
+
+    @property
+    def spool_path(self) -> Path:
+        """The local log of this instance."""
+        root = Path(self.spool_dir).expanduser().absolute() if self.spool_dir else self.home_path / "spool"
+        return root / self.instance_id
 
     @property
     def schemas_path(self) -> Path:
