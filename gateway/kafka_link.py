@@ -48,6 +48,7 @@ assert CHUNK_TIMEOUT_MS > COMMIT_TIMEOUT_S * 1000
 SLICE_S = 0.5
 METADATA_TIMEOUT_S = 5.0
 PRODUCERS = 2
+RECONNECT_MS_MAX = 1000
 
 
 class LinkLostError(Exception):
@@ -94,7 +95,12 @@ class Link:
         self.quiet.set()
         self.membership: Membership | None = None
         name = f"{group}-{instance}"
-        common = {"bootstrap.servers": bootstrap, "log_level": 2, "socket.nagle.disable": True}
+        common = {
+            "bootstrap.servers": bootstrap,
+            "log_level": 0,
+            "socket.nagle.disable": True,
+            "reconnect.backoff.max.ms": RECONNECT_MS_MAX,
+        }
         producer = common | {
             "enable.idempotence": True,
             # Collected until they are flushed, and sent in whole batches then.
@@ -111,24 +117,22 @@ class Link:
             self._producers = [Producer(producer | transactional | {"transactional.id": f"{name}-{i}"}) for i in range(PRODUCERS)]
         else:
             self._producers = [Producer(producer)]
-        self._consumer = Consumer(
-            common
-            | {
-                "group.id": group,
-                "group.instance.id": name,
-                "isolation.level": "read_committed",
-                "enable.auto.commit": False,
-                "enable.auto.offset.store": False,
-                "auto.offset.reset": "earliest",
-                "fetch.min.bytes": FETCH_BYTES_MIN,
-                "fetch.wait.max.ms": FETCH_WAIT_MS,
-                "queued.max.messages.kbytes": FETCHED_KB_MAX,
-                "session.timeout.ms": SESSION_TIMEOUT_MS,
-                "heartbeat.interval.ms": HEARTBEAT_MS,
-                "max.poll.interval.ms": CHUNK_TIMEOUT_MS,
-                "error_cb": self._note_error,
-            }
-        )
+        self._consumer: Any = None
+        self._consumer_options = common | {
+            "group.id": group,
+            "group.instance.id": name,
+            "isolation.level": "read_committed",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "earliest",
+            "fetch.min.bytes": FETCH_BYTES_MIN,
+            "fetch.wait.max.ms": FETCH_WAIT_MS,
+            "queued.max.messages.kbytes": FETCHED_KB_MAX,
+            "session.timeout.ms": SESSION_TIMEOUT_MS,
+            "heartbeat.interval.ms": HEARTBEAT_MS,
+            "max.poll.interval.ms": CHUNK_TIMEOUT_MS,
+            "error_cb": self._note_error,
+        }
 
     def open(self) -> None:
         """Fence a predecessor of the same name, which aborts its open transactions, then ask to join the group."""
@@ -136,6 +140,8 @@ class Link:
         if self._exactly_once:
             for producer in self._producers:
                 self._until(deadline_s, producer.init_transactions)
+        # Made only now, so that it has nothing to tell of a broker that was down before.
+        self._consumer = Consumer(self._consumer_options)
         self._consumer.subscribe([TRANSACTIONS], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
     def poll(self) -> tuple[Membership | None, list[Polled]]:
@@ -198,7 +204,8 @@ class Link:
 
     def close_consumer(self) -> None:
         """In the thread that polls, after `abandon`, or when nothing is under way."""
-        self._consumer.close()
+        if self._consumer is not None:
+            self._consumer.close()
 
     def _produce(self, producer: Producer, records: Sequence[Record]) -> None:
         ids = {topic: self._schemas.id_of(topic) for topic in {r.topic for r in records}}

@@ -39,6 +39,19 @@ class Receipts(Tail):
         self._counted = len(self.messages)
         return self.counts
 
+    def wait_decided(self, ids: set[str], within_s: float) -> float:
+        """Read until all of `ids` are decided, others may come all the time. How long it took, in seconds."""
+        began_s = time.monotonic()
+        while self.decided(ids) < len(ids):
+            assert time.monotonic() < began_s + within_s, f"{len(ids) - self.decided(ids)} not within {within_s:.0f} s"
+            self.read_for(0.3)
+        return time.monotonic() - began_s
+
+    def read_for(self, seconds: float) -> None:
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            self.messages += [m for m in self._consumer.consume(500, timeout=0.1) if m.error() is None]
+
     def decided(self, ids: set[str]) -> int:
         return len(ids & self.count().keys())
 
