@@ -91,6 +91,7 @@ class Link:
         self._abandoned = threading.Event()
         self._failed: list[KafkaError] = []
         self._all_down = False
+        self._closing = False
         self.quiet = threading.Event()
         self.quiet.set()
         self.membership: Membership | None = None
@@ -204,6 +205,7 @@ class Link:
 
     def close_consumer(self) -> None:
         """In the thread that polls, after `abandon`, or when nothing is under way."""
+        self._closing = True
         if self._consumer is not None:
             self._consumer.close()
 
@@ -244,6 +246,9 @@ class Link:
             raise LinkLostError(str(exc)) from exc
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        if self._closing:
+            # An assignment that comes while the consumer closes; asked for its membership then, librdkafka would wait for ever.
+            return
         metadata = consumer.consumer_group_metadata()
         # A member that was thrown out meanwhile has no name, and offsets without one are committed unfenced.
         known = bool(consumer.memberid())

@@ -140,18 +140,24 @@ def test_a_gateway_stopped_past_its_session_and_resumed(tail: Receipts, settings
 def test_a_rebalance_every_5_seconds_for_two_minutes(tail: Receipts, settings: Settings, tmp_path: Path) -> None:
     flow = Flow(settings, RATE)
     rebalances = 0
+    options = {
+        "bootstrap.servers": settings.bootstrap,
+        "group.id": settings.consumer_group,
+        "enable.auto.commit": False,
+        "log_level": 0,
+    }
     try:
         with gateways(settings, tmp_path, 2):
             until_s = time.monotonic() + 120
             while time.monotonic() < until_s:
                 # A member that joins, holds its partitions for a moment and leaves: two rebalances.
-                visitor = Consumer({"bootstrap.servers": settings.bootstrap, "group.id": settings.consumer_group, "log_level": 0})
+                visitor = Consumer(options)
                 visitor.subscribe([TRANSACTIONS])
-                visitor.poll(5)
-                visitor.close()
-                tail.read_some(RATE)
-                rebalances += 2
+                visitor.poll(2)
                 tail.read_for(2.5)
+                visitor.close()
+                tail.read_for(2.5)
+                rebalances += 2
             sent = flow.end()
             assert_each_decided_once(tail, sent, f"{rebalances} rebalances in two minutes")
     finally:
@@ -174,3 +180,14 @@ def test_the_broker_killed_and_restarted(stack: Stack, tail: Receipts, settings:
             assert_each_decided_once(tail, sent, "the broker killed three times")
     finally:
         flow.end()
+
+
+@pytest.mark.parametrize("after_polls", range(0, 40, 4))
+def test_a_link_that_is_closed_while_it_joins_does_not_hang(stack: Stack, settings: Settings, after_polls: int) -> None:
+    link = make_link(settings, name("group"), "brief")
+    link.open()
+    wait_until(iter([False] * after_polls + [True]).__next__, 10, "a moment has passed")
+    link.abandon()
+    link.close_producers()
+    link.close_consumer()
+    assert link.membership is None
