@@ -91,7 +91,6 @@ class Link:
         self._abandoned = threading.Event()
         self._failed: list[KafkaError] = []
         self._all_down = False
-        self._closing = False
         self.quiet = threading.Event()
         self.quiet.set()
         self.membership: Membership | None = None
@@ -189,7 +188,10 @@ class Link:
 
     def end_of(self, partition: int) -> int | None:
         """The end of a partition as the last fetch saw it."""
-        end = self._consumer.get_watermark_offsets(TopicPartition(TRANSACTIONS, partition), cached=True)
+        consumer = self._consumer
+        if consumer is None:
+            return None
+        end = consumer.get_watermark_offsets(TopicPartition(TRANSACTIONS, partition), cached=True)
         return None if end is None or end[1] < 0 else int(end[1])
 
     def abandon(self) -> None:
@@ -205,9 +207,8 @@ class Link:
 
     def close_consumer(self) -> None:
         """In the thread that polls, after `abandon`, or when nothing is under way."""
-        self._closing = True
-        if self._consumer is not None:
-            self._consumer.close()
+        # Not `close`: a static member leaves no group by it, and in the middle of a join it waits for ever, holding the interpreter.
+        self._consumer = None
 
     def _produce(self, producer: Producer, records: Sequence[Record]) -> None:
         ids = {topic: self._schemas.id_of(topic) for topic in {r.topic for r in records}}
@@ -246,9 +247,6 @@ class Link:
             raise LinkLostError(str(exc)) from exc
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        if self._closing:
-            # An assignment that comes while the consumer closes; asked for its membership then, librdkafka would wait for ever.
-            return
         metadata = consumer.consumer_group_metadata()
         # A member that was thrown out meanwhile has no name, and offsets without one are committed unfenced.
         known = bool(consumer.memberid())

@@ -186,7 +186,8 @@ def test_the_broker_killed_and_restarted(stack: Stack, tail: Receipts, settings:
 def test_a_link_that_is_closed_while_it_joins_does_not_hang(stack: Stack, settings: Settings, after_polls: int) -> None:
     link = make_link(settings, name("group"), "brief")
     link.open()
-    wait_until(iter([False] * after_polls + [True]).__next__, 10, "a moment has passed")
+    moments = iter([False] * after_polls + [True])
+    wait_until(lambda: next(moments), 10, "a moment has passed")
     link.abandon()
     link.close_producers()
     link.close_consumer()
