@@ -20,7 +20,7 @@ from gateway.connections import Connections, Limits
 from gateway.contracts.decision import Answer
 from gateway.contracts.features import FINGERPRINT
 from gateway.contracts.registry import SchemaRegistry
-from gateway.contracts.settings import Settings
+from gateway.contracts.settings import EXACTLY_ONCE, Settings
 from gateway.contracts.transaction import (
     AMOUNT_MINOR_MAX,
     AMOUNT_MINOR_MIN,
@@ -34,6 +34,7 @@ from gateway.contracts.transaction import (
 from gateway.errors import HTTP_ERRORS, REFUSAL_STATUS, Problem
 from gateway.http import SCORE_PATH, Receive, Scope, ScoreDoor, Send
 from gateway.kafka import KafkaDoor
+from gateway.kafka_link import Link
 from gateway.loop_watch import LoopWatch
 from gateway.metrics import Metrics
 from gateway.model import Model, ModelSlot
@@ -42,8 +43,10 @@ from gateway.publisher import Publisher
 from gateway.recent import RecentDecisions
 from gateway.redis_cluster import link_to
 from gateway.scorer import Scorer
+from gateway.spool import Spool
 from gateway.store import Store
 from gateway.unobserved import Unobserved
+from gateway.watchdog import EXIT_STUCK, GroupProbe, Watchdog, leave_process
 from gateway.worker_metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,9 @@ log = logging.getLogger(__name__)
 CODE_VERSION = version("fraudgate")
 DRAIN_S = 10.0
 REDIS_WAIT_S = 1.0
+# How much of the publish budget Kafka has before a record goes to the local log, and the least, seconds.
+SPOOL_AFTER_PART = 0.75
+SPOOL_AFTER_LEAST_S = 0.005
 REDIS_POLL_S = 0.01
 
 
@@ -91,7 +97,16 @@ class Gateway:
         ]
         http_scorer, kafka_scorer = self.scorers
         kafka_scorer.deciding = http_scorer.deciding
-        self.publisher = Publisher(settings.bootstrap, self.schemas, self.metrics, settings.publish_buffer_max)
+        self.publisher = Publisher(
+            settings.bootstrap,
+            self.schemas,
+            self.metrics,
+            settings.publish_buffer_max,
+            self._open_spool if settings.spool_mb_max else None,
+            # What a caller waits for is in the log before the wait is over.
+            spool_after_s=max(SPOOL_AFTER_LEAST_S, settings.publish_budget_ms / 1000 * SPOOL_AFTER_PART),
+            sync_s=settings.spool_sync_ms / 1000,
+        )
         budget_s = settings.decision_budget_ms / 1000
         self.loop_watch = LoopWatch(self.metrics, idle=lambda: self.batcher.in_flight == 0)
         self.batcher = Batcher(
@@ -113,11 +128,12 @@ class Gateway:
                 kafka_scorer,
                 self.schemas,
                 self.metrics,
-                bootstrap=settings.bootstrap,
-                group=settings.consumer_group,
-                instance=settings.instance_id,
+                self._make_link,
                 batch_rows_max=settings.batch_rows_max,
             )
+        self.watchdog: Watchdog | None = None
+        # What the process is to end with: not 0 when it can't go on.
+        self.exit_status = 0
         self.ready = False
         self._consumes = consume
         # Set when there are other workers to add up with.
@@ -125,6 +141,32 @@ class Gateway:
         self._tasks: list[asyncio.Task[None]] = []
         self.metrics.build_info.labels(CODE_VERSION, FINGERPRINT, self.policy.digest).set(1)
         self.api = _make_api(self)
+
+    def _open_spool(self) -> Spool:
+        return Spool(self.settings.spool_path, self.settings.spool_mb_max * 2**20)
+
+    def _make_link(self) -> Link:
+        settings = self.settings
+        return Link(
+            settings.bootstrap,
+            settings.consumer_group,
+            settings.instance_id,
+            self.schemas,
+            exactly_once=settings.kafka_delivery == EXACTLY_ONCE,
+        )
+
+    def _watch(self, kafka: KafkaDoor) -> None:
+        settings = self.settings
+        if settings.kafka_watchdog_s:
+            probe = GroupProbe(settings.bootstrap, settings.consumer_group)
+            self.watchdog = Watchdog(
+                probe, settings.kafka_watchdog_s, ours=kafka.partitions, restart=kafka.restart_session, leave=self._leave
+            )
+            self.watchdog.start()
+
+    def _leave(self) -> None:
+        self.exit_status = EXIT_STUCK
+        leave_process()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == SCORE_PATH:
@@ -153,9 +195,12 @@ class Gateway:
         """Join the consumer group."""
         if self.kafka is not None:
             self.kafka.start()
+            self._watch(self.kafka)
 
     async def stop_consuming(self) -> None:
         """Finish and commit the chunk under way and leave the consumer group."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
         if self.kafka is not None:
             await self.kafka.stop(DRAIN_S)
 

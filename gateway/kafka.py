@@ -1,9 +1,10 @@
 """The Kafka door: transactions in, receipts, quarantine, alerts and consumed offsets out, one Kafka transaction a chunk.
 
-A chunk is what one poll brings, of all partitions. A message that can't be read goes to quarantine by itself; its neighbours are
-scored. One session is a producer and a consumer: the producer starts first, which fences a predecessor of the same instance and
-aborts its open transaction, so that the consumer finds the offsets that were really committed. Any trouble with Kafka ends the
-session, whose transaction never commits, and a new session starts from those offsets.
+A chunk is what one poll brings, of all partitions. A message that can't be read goes to quarantine by itself, and so does one that the
+scorer fails for; their neighbours are scored. While a chunk is committed the next one is read and scored.
+
+One session is one `Link` (gateway/kafka_link.py). Any trouble with Kafka ends it, its open transaction is never seen, and a new session
+starts from the offsets that were really committed. What fences a gateway that lost its partitions stands in docs/exactly_once.md.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import heapq
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import TopicPartition
+from confluent_kafka import KafkaException
 
 from gateway import avro
 from gateway.avro import SchemaBook
@@ -28,30 +30,24 @@ from gateway.contracts.registry import RegistryUnavailableError
 from gateway.contracts.topics import QUARANTINE, SCORED_HEADER, TRANSACTIONS
 from gateway.contracts.transaction import RefusedError
 from gateway.job import Job, Result, Verdict, fingerprint_of, kafka_position
+from gateway.kafka_link import CHUNK_RECORDS_MAX, Link, LinkLostError, Membership, Polled
 from gateway.metrics import Metrics
-from gateway.publisher import stop_producer
-from gateway.records import BATCH_BYTES_MAX, REQUEST_BYTES_MAX, Record, decision_records, send_all
+from gateway.poison import PoisonFilter
+from gateway.records import Record, decision_records
 from gateway.scorer import Scorer
 
 log = logging.getLogger(__name__)
 
-CHUNK_RECORDS_MAX = 512
-POLL_MS = 200
-# aiokafka asks a broker for those partitions alone of which nothing is buffered, and waits this long for them before it asks for
-# the others: its default of 500 ms would be their latency.
-FETCH_WAIT_MS = 20
+# Chunks that aren't full begin this far apart: each costs about 2.5 ms of CPU beside its records.
+CHUNK_INTERVAL_S = 0.01
 # A chunk of nothing but records to skip (scored over HTTP) is committed with the next one, or after this time.
 SKIPPED_COMMIT_S = 1.0
 RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 5.0
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 3.0
-TRANSACTION_TIMEOUT_MS = 30_000
-# A commit that takes longer has lost its transaction to the broker's timeout.
-COMMIT_TIMEOUT_S = TRANSACTION_TIMEOUT_MS / 1000
-SESSION_TIMEOUT_MS = 10_000
-HEARTBEAT_MS = 2000
+CLOSE_TIMEOUT_S = 5.0
 REASON_HEADER = "reason"
+# The reason of a message that can be read and that the scorer fails for.
+FAILED = "failed"
 # The quarantine topic takes messages twice as large as the others, so that original and envelope fit; a key may not come on top.
 QUARANTINE_KEY_BYTES_MAX = 1024
 
@@ -63,63 +59,78 @@ class Chunk:
     jobs: list[Job] = field(default_factory=list)
     sources: list[Any] = field(default_factory=list)
     quarantined: list[Record] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
     skipped: int = 0
     next_offsets: dict[TopicPartition, int] = field(default_factory=dict)
 
 
 class KafkaDoor:
-    """Runs sessions until stopped."""
+    """Runs sessions until stopped. `make_link` makes the link of a new session."""
 
     def __init__(
         self,
         scorer: Scorer,
         schemas: SchemaBook,
         metrics: Metrics,
+        make_link: Callable[[], Link],
         *,
-        bootstrap: str,
-        group: str,
-        instance: str,
         batch_rows_max: int,
     ) -> None:
-        self._scorer = scorer
+        self._poison = PoisonFilter(scorer.decide)
         self._schemas = schemas
         self._metrics = metrics
-        self._bootstrap = bootstrap
-        self._group = group
-        self._instance = instance
+        self._make_link = make_link
         self._batch_rows_max = batch_rows_max
-        # Where partitions go on behind records that were skipped, not committed yet.
+        # Where partitions go on behind records that were skipped, not committed yet, and the membership they came by.
         self._carried: dict[TopicPartition, int] = {}
+        self._carried_by: Membership | None = None
         self._committed_s = 0.0
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._current: asyncio.Task[None] | None = None
+        self._link: Link | None = None
         self.connected = False
 
     def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run())
 
     async def stop(self, timeout_s: float) -> None:
-        """Finish the chunk under way, commit it and leave the group, within `timeout_s` seconds."""
+        """Finish the chunk under way, commit it and leave, within `timeout_s` seconds."""
         self._stopping.set()
         if self._task is None:
             return
         _, late = await asyncio.wait({self._task}, timeout=timeout_s)
         if late:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            self._give_up()
+            await asyncio.wait({self._task}, timeout=CLOSE_TIMEOUT_S)
+
+    def partitions(self) -> frozenset[int] | None:
+        """What this gateway is to move, None while it is in no group. From any thread."""
+        link = self._link
+        membership = None if link is None else link.membership
+        return None if membership is None else membership.partitions
+
+    def restart_session(self) -> None:
+        """End the session, whatever it is at, and begin another. From any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._give_up)
+
+    def _give_up(self) -> None:
+        if self._link is not None:
+            self._link.abandon()
+        if self._current is not None:
+            self._current.cancel()
 
     async def _run(self) -> None:
         pause_s = RETRY_FIRST_S
         while not self._stopping.is_set():
             began_s = time.monotonic()
-            try:
-                await self._session()
-            except (KafkaError, OSError, RegistryUnavailableError) as exc:
-                log.warning("kafka: the session ended (%r), a new one starts", exc)
-            except Exception:
-                # A bug must not end the door for good: the chunk is tried again, and the log tells.
-                log.exception("kafka: the session failed")
+            self._current = asyncio.create_task(self._session())
+            await asyncio.wait({self._current})
+            if not self._current.cancelled():
+                _tell(self._current.exception())
             self.connected = False
             if time.monotonic() - began_s > RETRY_MAX_S:
                 pause_s = RETRY_FIRST_S
@@ -133,83 +144,94 @@ class KafkaDoor:
             stopped.cancel()
 
     async def _session(self) -> None:
-        """One producer and one consumer, until told to stop. Raises `KafkaError`, OSError or `RegistryUnavailableError`."""
+        """One link, until told to stop. Raises `LinkLostError`, KafkaException, OSError or `RegistryUnavailableError`."""
         if not self._schemas.complete:
             await self._schemas.resolve()
-        producer = AIOKafkaProducer(
-            bootstrap_servers=self._bootstrap,
-            transactional_id=f"{self._group}-{self._instance}",
-            transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
-            max_batch_size=BATCH_BYTES_MAX,
-            max_request_size=REQUEST_BYTES_MAX,
-        )
-        consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap,
-            group_id=self._group,
-            group_instance_id=f"{self._group}-{self._instance}",
-            isolation_level="read_committed",
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            fetch_max_wait_ms=FETCH_WAIT_MS,
-            session_timeout_ms=SESSION_TIMEOUT_MS,
-            heartbeat_interval_ms=HEARTBEAT_MS,
-        )
-        idle = asyncio.Event()
-        idle.set()
+        loop = asyncio.get_running_loop()
+        # A link's two threads end with it: a call that hangs takes no successor with it.
+        polls, commits = ThreadPoolExecutor(1, "kafka-poll"), ThreadPoolExecutor(1, "kafka-commit")
+        link = self._link = self._make_link()
+        committing: asyncio.Task[None] | None = None
         self._carried.clear()
         try:
-            async with asyncio.timeout(START_TIMEOUT_S):
-                await producer.start()
-                consumer.subscribe([TRANSACTIONS], listener=_WaitForChunk(idle, self._carried))
-                await consumer.start()
-            self.connected = True
+            await loop.run_in_executor(commits, link.open)
             self._metrics.kafka_sessions.inc()
-            log.info("kafka: consuming %s in group %s", TRANSACTIONS, self._group)
+            log.info("kafka: consuming %s", TRANSACTIONS)
             while not self._stopping.is_set():
-                polled = await consumer.getmany(timeout_ms=POLL_MS, max_records=CHUNK_RECORDS_MAX)
-                if not polled:
+                began_s = time.monotonic()
+                membership, messages = await loop.run_in_executor(polls, link.poll)
+                self.connected = membership is not None
+                if committing is not None and committing.done():
+                    await committing
+                    committing = None
+                chunk, results, records = await self._decide(messages, membership)
+                if membership is None or not self._due(results, records):
                     continue
-                idle.clear()
-                try:
-                    self._note_lag(consumer, await self._chunk(producer, polled))
-                finally:
-                    idle.set()
+                if committing is not None:
+                    await committing
+                link.quiet.clear()
+                offsets = {p.partition: offset for p, offset in self._carried.items()}
+                self._carried.clear()
+                self._committed_s = time.monotonic()
+                committed = loop.run_in_executor(commits, link.commit, records, offsets, membership)
+                committing = asyncio.create_task(self._note_commit(committed, link, chunk, results))
+                if len(messages) < CHUNK_RECORDS_MAX:
+                    await asyncio.sleep(max(0.0, began_s + CHUNK_INTERVAL_S - time.monotonic()))
+            if committing is not None:
+                await committing
         finally:
-            await _stop_consumer(consumer)
-            await stop_producer(producer, STOP_TIMEOUT_S)
+            self._link = None
+            link.abandon()
+            if committing is not None:
+                committing.cancel()
+            for executor, close in ((commits, link.close_producers), (polls, link.close_consumer)):
+                await asyncio.wait({loop.run_in_executor(executor, close)}, timeout=CLOSE_TIMEOUT_S)
+                executor.shutdown(wait=False)
 
-    async def _chunk(self, producer: AIOKafkaProducer, polled: dict[TopicPartition, list[Any]]) -> dict[TopicPartition, int]:
-        """Decide and commit what one poll brought. Returns where each partition goes on."""
+    def _due(self, results: Sequence[Result], records: Sequence[Record]) -> bool:
+        """True when there is something to commit now. What was only skipped waits a little for company."""
+        if results or records:
+            return True
+        return bool(self._carried) and time.monotonic() - self._committed_s > SKIPPED_COMMIT_S
+
+    async def _decide(self, messages: Sequence[Polled], membership: Membership | None) -> tuple[Chunk, list[Result], list[Record]]:
+        """Sort out and decide what one poll brought, for the partitions of `membership`."""
+        if membership is not self._carried_by:
+            # Another may own them now, and what was skipped is skipped again.
+            self._carried.clear()
+            self._carried_by = membership
+        if not messages:
+            return Chunk(), [], []
+        if membership is None:
+            raise LinkLostError("messages came without partitions")
         received_s = time.monotonic()
-        await self._schemas.learn([m.value for messages in polled.values() for m in messages if m.value is not None])
+        await self._schemas.learn([m.value for m in messages if m.value is not None])
+        polled: dict[TopicPartition, list[Any]] = {}
+        for m in messages:
+            polled.setdefault(TopicPartition(m.topic, m.partition), []).append(m)
         chunk = self._sort_out(polled, received_s)
-        results: list[Result] = []
+        found: list[Result | None] = []
         for i in range(0, len(chunk.jobs), self._batch_rows_max):
-            results += await self._scorer.decide(chunk.jobs[i : i + self._batch_rows_max])
+            found += await self._poison.decide(chunk.jobs[i : i + self._batch_rows_max])
             # The HTTP door's batches go between ours.
             await asyncio.sleep(0)
+        results = [result for result in found if result is not None]
         records = decision_records(results) + chunk.quarantined
-        for result, source in zip(results, chunk.sources, strict=True):
-            if result.verdict is Verdict.CONFLICT:
+        for result, source in zip(found, chunk.sources, strict=True):
+            if result is None:
+                chunk.refusals.append(FAILED)
+                records.append(_quarantine(source, FAILED))
+            elif result.verdict is Verdict.CONFLICT:
                 chunk.refusals.append(Refusal.IDEMPOTENCY_CONFLICT)
-                records.append(_quarantine(source, RefusedError(Refusal.IDEMPOTENCY_CONFLICT, "transaction_id")))
-        published_from_s = time.monotonic()
+                records.append(_quarantine(source, Refusal.IDEMPOTENCY_CONFLICT.value, "transaction_id"))
         self._carried.update(chunk.next_offsets)
-        if results or records or published_from_s - self._committed_s > SKIPPED_COMMIT_S:
-            async with asyncio.timeout(COMMIT_TIMEOUT_S):
-                await self._commit(producer, records, dict(self._carried))
-            self._carried.clear()
-            self._committed_s = published_from_s
-            self._count(chunk, results, published_from_s)
-        return chunk.next_offsets
+        return chunk, results, records
 
-    async def _commit(self, producer: AIOKafkaProducer, records: Sequence[Record], next_offsets: dict[TopicPartition, int]) -> None:
-        """Records and offsets, all or nothing. An error leaves the transaction open: the next session's producer aborts it."""
-        await producer.begin_transaction()
-        for future in await send_all(producer, records, self._schemas):
-            await future
-        await producer.send_offsets_to_transaction(next_offsets, self._group)
-        await producer.commit_transaction()
+    async def _note_commit(self, committed: asyncio.Future[None], link: Link, chunk: Chunk, results: Sequence[Result]) -> None:
+        began_s = time.monotonic()
+        await committed
+        self._count(chunk, results, began_s)
+        self._note_lag(link, chunk.next_offsets)
 
     def _sort_out(self, polled: dict[TopicPartition, list[Any]], received_s: float) -> Chunk:
         chunk = Chunk()
@@ -227,7 +249,7 @@ class KafkaDoor:
                     t = self._schemas.decode_transaction(m.value, arrived_ms)
                 except RefusedError as exc:
                     chunk.refusals.append(exc.reason)
-                    chunk.quarantined.append(_quarantine(m, exc))
+                    chunk.quarantined.append(_quarantine(m, exc.reason.value, exc.field))
                     continue
                 payload = avro.encode_transaction(t)
                 job = Job(
@@ -261,30 +283,21 @@ class KafkaDoor:
         if duplicates:
             metrics.duplicates.labels(door).inc(duplicates)
         for reason, n in Counter(chunk.refusals).items():
-            metrics.refused.labels(reason.value, door).inc(n)
+            metrics.refused.labels(str(reason), door).inc(n)
 
-    def _note_lag(self, consumer: AIOKafkaConsumer, next_offsets: dict[TopicPartition, int]) -> None:
-        assigned = consumer.assignment()
+    def _note_lag(self, link: Link, next_offsets: dict[TopicPartition, int]) -> None:
         for partition, next_offset in next_offsets.items():
-            end = consumer.highwater(partition) if partition in assigned else None
+            end = link.end_of(partition.partition)
             if end is not None:
                 self._metrics.lag.labels(str(partition.partition)).set(max(0, end - next_offset))
 
 
-class _WaitForChunk(ConsumerRebalanceListener):  # type: ignore[misc]
-    """A partition is given away only when the chunk that may hold its records is committed or given up."""
-
-    def __init__(self, idle: asyncio.Event, carried: dict[TopicPartition, int]) -> None:
-        self._idle = idle
-        self._carried = carried
-
-    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        await self._idle.wait()
-        # Another may own them next, and what was skipped is skipped again.
-        self._carried.clear()
-
-    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        log.info("kafka: assigned partitions %s", sorted(p.partition for p in assigned))
+def _tell(exc: BaseException | None) -> None:
+    """What ended a session. A bug must not end the door for good: the chunk is tried again, and the log tells."""
+    if isinstance(exc, (LinkLostError, KafkaException, OSError, RegistryUnavailableError)):
+        log.warning("kafka: the session ended (%s), a new one starts", exc)
+    elif exc is not None:
+        log.error("kafka: the session failed", exc_info=exc)
 
 
 def merge_by_event_time(partitions: Sequence[Sequence[tuple[Job, Any]]]) -> Iterator[tuple[Job, Any]]:
@@ -295,12 +308,12 @@ def merge_by_event_time(partitions: Sequence[Sequence[tuple[Job, Any]]]) -> Iter
     return heapq.merge(*partitions, key=lambda item: item[0].transaction.event_time_ms)
 
 
-def _quarantine(m: Any, refused: RefusedError) -> Record:
-    """One refused message with its original bytes, keyed as it came."""
+def _quarantine(m: Any, reason: str, at_field: str | None = None) -> Record:
+    """One message that is not decided, with its original bytes, keyed as it came."""
     payload = avro.encode_quarantined(
         {
-            "reason": refused.reason.value,
-            "field": refused.field,
+            "reason": reason,
+            "field": at_field,
             "topic": m.topic,
             "partition": m.partition,
             "offset": m.offset,
@@ -311,12 +324,4 @@ def _quarantine(m: Any, refused: RefusedError) -> Record:
         }
     )
     key = None if m.key is None else m.key[:QUARANTINE_KEY_BYTES_MAX]
-    return Record(QUARANTINE, key, payload, [(REASON_HEADER, refused.reason.value.encode())])
-
-
-async def _stop_consumer(consumer: AIOKafkaConsumer) -> None:
-    try:
-        async with asyncio.timeout(STOP_TIMEOUT_S):
-            await consumer.stop()
-    except (KafkaError, OSError) as exc:
-        log.debug("kafka: the consumer didn't stop cleanly: %r", exc)
+    return Record(QUARANTINE, key, payload, [(REASON_HEADER, reason.encode())])

@@ -103,7 +103,7 @@ def _serve(settings: Settings, gateway: Gateway, socket_: socket.socket | None, 
         signal.signal(wanted, lambda *_: None)
     server = GatewayServer(config, gateway, control)
     server.run(None if socket_ is None else [socket_])
-    return 0 if server.started else 1
+    return gateway.exit_status if server.started else 1
 
 
 def log_to_stderr(prefix: str = "") -> None:

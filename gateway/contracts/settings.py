@@ -14,6 +14,7 @@ from typing import Any
 from gateway.contracts.redis_address import cluster_seeds, is_cluster
 
 ENV_PREFIX = "FRAUDGATE_"
+EXACTLY_ONCE, AT_LEAST_ONCE = "exactly_once", "at_least_once"
 PORT_MAX = 65_535
 
 
@@ -66,6 +67,19 @@ class Settings:
     consumer_group: str = _setting("fraudgate-gateway", "consumer group of the Kafka door")
     instance_id: str = _setting("0", "name of this gateway among its replicas; its Kafka transactions are fenced by it")
 
+    kafka_delivery: str = _setting(
+        "exactly_once",
+        "how the Kafka door commits: exactly_once, in transactions, or at_least_once, which is faster and may repeat receipts after"
+        " a crash",
+    )
+    kafka_watchdog_s: int = _setting(
+        60,
+        "how long a partition with something to consume may stand still before the Kafka door starts anew, and as long again until the"
+        " process ends, seconds; 0: for ever",
+        least=0,
+        most=3600,
+    )
+
     tables_uri: str = _setting("", "root of the Delta tables, a directory or s3a://bucket/prefix; empty: <home>/tables")
     checkpoints_uri: str = _setting("", "root of the streaming checkpoints; empty: <home>/checkpoints")
     model_dir: str = _setting("", "the gateway's local model directory; empty: <home>/models")
@@ -84,7 +98,21 @@ class Settings:
     publish_budget_ms: int = _setting(
         20, "longest wait for Kafka to acknowledge a receipt before an HTTP reply, milliseconds", least=0, most=10_000
     )
-    publish_buffer_max: int = _setting(100_000, "most receipts waiting for Kafka", least=1, most=10_000_000)
+    publish_buffer_max: int = _setting(100_000, "most receipts waiting for Kafka in memory", least=1, most=10_000_000)
+    spool_mb_max: int = _setting(
+        256,
+        "most that the local log holds of what Kafka can't take, MiB; 0: no log, receipts wait in memory alone",
+        least=0,
+        most=1_048_576,
+    )
+    spool_dir: str = _setting("", "directory of the local log, a folder in it for each instance; empty: <home>/spool")
+    spool_sync_ms: int = _setting(
+        1000,
+        "how often the local log is synchronised to the disk, milliseconds; what came since is lost when the machine fails. 0: when"
+        " the kernel does",
+        least=0,
+        most=600_000,
+    )
 
     bronze_trigger_ms: int = _setting(2000, "trigger of the stream from Kafka to bronze, milliseconds", least=0, most=600_000)
     silver_trigger_ms: int = _setting(
@@ -171,6 +199,12 @@ class Settings:
         return Path(self.model_dir).expanduser().absolute() if self.model_dir else self.home_path / "models"
 
     @property
+    def spool_path(self) -> Path:
+        """The local log of this instance."""
+        root = Path(self.spool_dir).expanduser().absolute() if self.spool_dir else self.home_path / "spool"
+        return root / self.instance_id
+
+    @property
     def schemas_path(self) -> Path:
         """The local copy of the schema registry's answers."""
         return self.home_path / "schemas"
@@ -209,6 +243,8 @@ def load_settings(env: Mapping[str, str] | None = None) -> Settings:
         raise SettingError("FRAUDGATE_FEATURE_BUDGET_MS must be less than FRAUDGATE_DECISION_BUDGET_MS")
     if settings.dedup_window_s < settings.idempotency_window_s:
         raise SettingError("FRAUDGATE_DEDUP_WINDOW_S must be at least FRAUDGATE_IDEMPOTENCY_WINDOW_S")
+    if settings.kafka_delivery not in (EXACTLY_ONCE, AT_LEAST_ONCE):
+        raise SettingError(f"FRAUDGATE_KAFKA_DELIVERY must be {EXACTLY_ONCE} or {AT_LEAST_ONCE}")
     if is_cluster(settings.redis_url):
         try:
             cluster_seeds(settings.redis_url)

@@ -84,12 +84,7 @@ MUTANTS = (
         "start + SEEN_STEP_MS <= edge",
         "start + SEEN_STEP_MS < edge",
     ),
-    Mutant(
-        "the last event may be one that the head no longer counts",
-        "features",
-        "if recent and (when > last_ms",
-        "if (when > last_ms",
-    ),
+    Mutant("an event that comes later counts", "features", "if age <= 0 or when > t_ms:", "if age <= 0:"),
     Mutant("of two last events at one instant the first is taken", "features", "place > last_seq", "place < last_seq"),
     Mutant(
         "an event on an edge goes to the tile before",

@@ -12,7 +12,7 @@ from gateway.job import Job
 from gateway.kafka import KafkaDoor, merge_by_event_time
 from gateway.metrics import Metrics
 from gateway.records import partition_of
-from tests.unit.gateway.factories import NOW_MS, StubStore, make_job, make_transaction
+from tests.unit.gateway.factories import NOW_MS, make_job, make_transaction
 
 
 def record_of(value: bytes, partition: int, offset: int, *, headers: tuple[tuple[str, bytes], ...] = ()) -> Any:
@@ -37,15 +37,9 @@ def test_a_card_goes_where_every_other_producer_puts_it() -> None:
 
 
 def test_a_chunk_is_sorted_out_message_by_message() -> None:
-    door = KafkaDoor(
-        StubStore(None),  # type: ignore[arg-type]
-        SchemaBook(SchemaRegistry("http://127.0.0.1:9/")),
-        Metrics(),
-        bootstrap="127.0.0.1:9",
-        group="g",
-        instance="0",
-        batch_rows_max=10,
-    )
+    schemas = SchemaBook(SchemaRegistry("http://127.0.0.1:9/"))
+    unused: Any = SimpleNamespace(decide=None)
+    door = KafkaDoor(unused, schemas, Metrics(), unused, batch_rows_max=10)
     good, other = (encode_json(make_transaction(name)) for name in ("good", "other"))
     polled = {
         TopicPartition("transactions", 0): [

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from gateway.contracts.features import RequestColumns
 from gateway.job import Job
 from gateway.metrics import Metrics
+from gateway.requests import Requests
 from gateway.store import Observation
 from gateway.unobserved import BATCH_ROWS_MAX, Unobserved
 from tests.helpers import until
@@ -26,9 +26,7 @@ class FlakyStore(StubStore):
         self.silent_calls = silent_calls
         self.observed: list[str] = []
 
-    async def observe(
-        self, batch: Sequence[Job], _request: RequestColumns, timeout_s: float, update: bool = True
-    ) -> Observation | None:
+    async def observe(self, batch: Sequence[Job], _requests: Requests, timeout_s: float, update: bool = True) -> Observation | None:
         assert update
         assert timeout_s > 0
         if self.silent_calls:

@@ -1,0 +1,253 @@
+"""A bounded local log of what Kafka can't take now: entries are appended, read in order, and forgotten once delivered.
+
+A directory of segments, each a sequence of entries: a header (length, CRC-32, number of records, time) and a payload that this file
+doesn't look into. Beside them the file `cursor` says how far delivery has got and what it is at: everything before `start` is delivered,
+what lies between `start` and `end` may be, and `note` is what its sender needs to find out. An append is one write to the page cache:
+it survives the end of the process in any form at once, and that of the machine from the next `sync` on. A write that was cut short is
+cut off when the log is opened. One process at a time has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+log = logging.getLogger(__name__)
+
+SEGMENT_BYTES = 8 * 1024 * 1024
+# length of the payload, CRC-32 of the rest of the header and the payload, records in it, written at (ms)
+HEADER = struct.Struct("<IIIq")
+CHECKED_FROM = 8
+# Nothing longer is ever written; a longer length is damage.
+PAYLOAD_BYTES_MAX = 64 * 1024 * 1024
+SUFFIX = ".log"
+
+
+class Position(NamedTuple):
+    segment: int
+    offset: int
+
+
+class Entry(NamedTuple):
+    """One entry, from `start` to before `end`."""
+
+    start: Position
+    end: Position
+    records: int
+    written_ms: int
+    payload: bytes
+
+
+class Cursor(msgspec.Struct, array_like=True):
+    start: Position
+    end: Position
+    note: bytes
+
+
+class Spool:
+    """Raises BlockingIOError when another process has the directory, other OSErrors for what the disk does."""
+
+    def __init__(
+        self,
+        directory: Path,
+        bytes_max: int,
+        segment_bytes: int = SEGMENT_BYTES,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._directory = directory
+        self._bytes_max = bytes_max
+        self._segment_bytes = segment_bytes
+        self._now_ms = now_ms
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise
+        self._file: int | None = None
+        self._dirty = False
+        self.bytes = self.records = 0
+        self.oldest_ms: int | None = None
+        self._tail = Position(0, 0)
+        self._cursor = self._read_cursor()
+        self._segments = sorted(int(p.stem) for p in directory.glob(f"*{SUFFIX}"))
+        if self._cursor is not None and self._cursor.start.segment not in self._segments:
+            # A segment goes when all of it is delivered, hence all that was under way.
+            self._cursor = Cursor(self._cursor.end, self._cursor.end, b"")
+        self._head = self._recover()
+
+    @property
+    def pending(self) -> tuple[Position, bytes] | None:
+        """Where a delivery that may have happened ends, and its note."""
+        if self._cursor is None or self._cursor.start == self._cursor.end:
+            return None
+        return self._cursor.end, self._cursor.note
+
+    def append(self, payload: bytes, records: int) -> bool:
+        """False, and nothing is written, when it would be more than the bound."""
+        size = HEADER.size + len(payload)
+        if self.bytes + size > self._bytes_max:
+            return False
+        assert len(payload) <= PAYLOAD_BYTES_MAX
+        if self._file is None or self._tail.offset >= self._segment_bytes:
+            self._next_segment()
+        assert self._file is not None
+        now_ms = self._now_ms()
+        header = HEADER.pack(len(payload), 0, records, now_ms)
+        crc = zlib.crc32(payload, zlib.crc32(header[CHECKED_FROM:]))
+        whole = HEADER.pack(len(payload), crc, records, now_ms) + payload
+        written = os.write(self._file, whole)
+        if written < len(whole):
+            os.ftruncate(self._file, self._tail.offset)
+            raise OSError("the disk took only part of an entry")
+        self._tail = Position(self._tail.segment, self._tail.offset + size)
+        self._dirty = True
+        self.bytes += size
+        self.records += records
+        if self.oldest_ms is None:
+            self.oldest_ms = now_ms
+        return True
+
+    def read(self, bytes_max: int, until: Position | None = None) -> list[Entry]:
+        """The oldest entries that aren't delivered, up to `bytes_max` or one, and none from `until` on."""
+        found: list[Entry] = []
+        at, size = self._head, 0
+        while until is None or at < until:
+            entry = self._entry_at(at)
+            if entry is None:
+                following = [s for s in self._segments if s > at.segment]
+                if not following:
+                    break
+                at = Position(following[0], 0)
+                continue
+            size += len(entry.payload)
+            if found and size > bytes_max and until is None:
+                break
+            found.append(entry)
+            at = entry.end
+        return found
+
+    def begin(self, end: Position, note: bytes) -> None:
+        """What lies before `end` is about to be sent."""
+        self._write_cursor(Cursor(self._head, end, note))
+
+    def delivered(self, entries: list[Entry]) -> None:
+        """`entries`, the oldest ones, are delivered."""
+        end = entries[-1].end
+        self.records -= sum(e.records for e in entries)
+        self.bytes -= sum(HEADER.size + len(e.payload) for e in entries)
+        if not self.records:
+            self._clear()
+            return
+        self._write_cursor(Cursor(end, end, b""))
+        self._head = end
+        for segment in [s for s in self._segments if s < end.segment]:
+            self._path(segment).unlink()
+            self._segments.remove(segment)
+        following = self.read(1)
+        self.oldest_ms = following[0].written_ms if following else None
+
+    def sync(self) -> None:
+        """What was appended survives the end of the machine too. May be called from another thread."""
+        if self._dirty and self._file is not None:
+            self._dirty = False
+            # The file may be closed meanwhile, since all of it was delivered.
+            with contextlib.suppress(OSError):
+                os.fsync(self._file)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        os.close(self._lock)
+
+    def _clear(self) -> None:
+        """All is delivered. The segments go before the cursor that says so, the oldest first."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        self._write_cursor(Cursor(self._tail, self._tail, b""))
+        for segment in self._segments:
+            self._path(segment).unlink()
+        # Numbers go on, so that the cursor never means another segment.
+        self._segments = []
+        self._head = Position(self._tail.segment + 1, 0)
+        self._tail = self._head
+        self.bytes = self.records = 0
+        self.oldest_ms = None
+
+    def _next_segment(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file)
+            os.close(self._file)
+        number = self._tail.segment + 1
+        self._file = os.open(self._path(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._segments.append(number)
+        self._tail = Position(number, 0)
+        if not self.records:
+            self._head = self._tail
+
+    def _recover(self) -> Position:
+        """Count what is there, cut off what is damaged, and find where to go on."""
+        head = self._cursor.start if self._cursor is not None else Position(self._segments[0] if self._segments else 0, 0)
+        for segment in [s for s in self._segments if s < head.segment]:
+            self._path(segment).unlink()
+            self._segments.remove(segment)
+        self._tail = Position(max([head.segment, *self._segments]), 0)
+        for segment in self._segments:
+            at = head if segment == head.segment else Position(segment, 0)
+            while (entry := self._entry_at(at)) is not None:
+                self.records += entry.records
+                self.bytes += HEADER.size + len(entry.payload)
+                if self.oldest_ms is None:
+                    self.oldest_ms = entry.written_ms
+                at = entry.end
+            left = self._path(segment).stat().st_size - at.offset
+            if left > 0:
+                log.warning("spool: %d bytes at the end of %s were cut short and are left out", left, self._path(segment).name)
+                os.truncate(self._path(segment), at.offset)
+            self._tail = at
+        return head
+
+    def _entry_at(self, at: Position) -> Entry | None:
+        if at.segment not in self._segments:
+            return None
+        with self._path(at.segment).open("rb") as file:
+            file.seek(at.offset)
+            header = file.read(HEADER.size)
+            if len(header) < HEADER.size:
+                return None
+            length, crc, records, written_ms = HEADER.unpack(header)
+            payload = file.read(length) if length <= PAYLOAD_BYTES_MAX else b""
+        if len(payload) != length or zlib.crc32(payload, zlib.crc32(header[CHECKED_FROM:])) != crc:
+            return None
+        return Entry(at, Position(at.segment, at.offset + HEADER.size + length), records, written_ms, payload)
+
+    def _read_cursor(self) -> Cursor | None:
+        try:
+            return msgspec.msgpack.decode((self._directory / "cursor").read_bytes(), type=Cursor)
+        except FileNotFoundError:
+            return None
+        except msgspec.DecodeError:
+            log.warning("spool: the cursor in %s is damaged: what was delivered may be delivered again", self._directory)
+            return None
+
+    def _write_cursor(self, cursor: Cursor) -> None:
+        partial = self._directory / "cursor.partial"
+        partial.write_bytes(msgspec.msgpack.encode(cursor))
+        partial.replace(self._directory / "cursor")
+        self._cursor = cursor
+
+    def _path(self, segment: int) -> Path:
+        return self._directory / f"{segment:010}{SUFFIX}"
