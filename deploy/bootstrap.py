@@ -132,6 +132,13 @@ def sync(uv: Path) -> None:
     say("packages", f"all there, .venv ({time.monotonic() - begin:.1f} s)")
 
 
+def compile_kernels() -> None:
+    """The gateway's loops as machine code, kept beside their source. Raises `SetupError`."""
+    say("kernels", "compiling what has changed")
+    if not _run([str(ROOT / ".venv/bin/python"), "-m", "gateway.warm"]):
+        raise SetupError("the gateway's kernels could not be compiled")
+
+
 def say(what: str, text: str) -> None:
     print(f"{what:<11} {text}", flush=True)
 
@@ -188,6 +195,7 @@ def main() -> int:
             install_with_apt()
         uv = find_uv() or install_uv()
         sync(uv)
+        compile_kernels()
         status = subprocess.run([ROOT / ".venv/bin/python", "-m", "deploy.jars"], cwd=ROOT, check=False).returncode
     except SetupError as exc:
         print(f"setup: {exc}", file=sys.stderr)

@@ -46,6 +46,7 @@ from gateway.scorer import Scorer
 from gateway.spool import Spool
 from gateway.store import Store
 from gateway.unobserved import Unobserved
+from gateway.warm import warm
 from gateway.watchdog import EXIT_STUCK, GroupProbe, Watchdog, leave_process
 from gateway.worker_metrics import WorkerMetrics
 
@@ -179,6 +180,7 @@ class Gateway:
         for link in self.links:
             link.start()
         await self.models.refresh()
+        await asyncio.to_thread(warm)
         await self._wait_for_redis()
         self.publisher.start()
         forever = (self.models.watch(), self.unobserved.run(), self.connections.watch(), self.loop_watch.run())

@@ -24,7 +24,7 @@ from gateway.contracts.reasons import Refusal
 from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry, UnknownSchemaError
 from gateway.contracts.topics import ALERTS, QUARANTINE, TOPICS, TRANSACTIONS
 from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError, Transaction, decode_json, from_fields
-from gateway.contracts.wire import is_framed, unframe
+from gateway.contracts.wire import HEADER, is_framed, unframe
 
 log = logging.getLogger(__name__)
 
@@ -223,6 +223,13 @@ class SchemaBook:
         if len(self._unknown) >= UNKNOWN_IDS_MAX:
             self._unknown.clear()
         self._unknown[schema_id] = time.monotonic() + UNKNOWN_ID_TTL_S
+
+    def payload_of(self, value: bytes | None) -> bytes:
+        """The record of a Kafka value that was written with our own schema, empty for any other."""
+        if value is None or not is_framed(value) or len(value) > MESSAGE_BYTES_MAX or len(value) < HEADER.size:
+            return b""
+        schema_id, payload = unframe(value)
+        return payload if schema_id == self._ids.get(TRANSACTIONS) else b""
 
     def decode_transaction(self, value: bytes | None, now_ms: int) -> Transaction:
         """The transaction of a Kafka record, Avro or JSON by its first byte. Raises `RefusedError`.

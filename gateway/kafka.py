@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from aiokafka import TopicPartition
 from confluent_kafka import KafkaException
 
@@ -34,6 +35,7 @@ from gateway.kafka_link import CHUNK_RECORDS_MAX, Link, LinkLostError, Membershi
 from gateway.metrics import Metrics
 from gateway.poison import PoisonFilter
 from gateway.records import Record, decision_records
+from gateway.requests import read_requests, transactions_of
 from gateway.scorer import Scorer
 
 log = logging.getLogger(__name__)
@@ -236,38 +238,41 @@ class KafkaDoor:
     def _sort_out(self, polled: dict[TopicPartition, list[Any]], received_s: float) -> Chunk:
         chunk = Chunk()
         now_ms = time.time_ns() // 1_000_000
-        decoded: list[list[tuple[Job, Any]]] = []
+        wanted: list[Any] = []
         for partition, messages in polled.items():
             chunk.next_offsets[partition] = messages[-1].offset + 1
-            good: list[tuple[Job, Any]] = []
-            for m in messages:
-                if any(name == SCORED_HEADER for name, _ in m.headers):
-                    chunk.skipped += 1
-                    continue
-                arrived_ms = m.timestamp if m.timestamp > 0 else now_ms
+            fresh = [m for m in messages if not m.headers or all(name != SCORED_HEADER for name, _ in m.headers)]
+            chunk.skipped += len(messages) - len(fresh)
+            wanted += fresh
+        arrived_ms = [m.timestamp if m.timestamp > 0 else now_ms for m in wanted]
+        payloads = [self._schemas.payload_of(m.value) for m in wanted]
+        transactions = transactions_of(read_requests(payloads, np.array(arrived_ms, np.int64)))
+        decoded: dict[int, list[tuple[Job, Any]]] = {}
+        for m, payload, t, m_arrived_ms in zip(wanted, payloads, transactions, arrived_ms, strict=True):
+            if t is None:
+                # JSON, another schema, or something to look at more closely.
                 try:
-                    t = self._schemas.decode_transaction(m.value, arrived_ms)
+                    t = self._schemas.decode_transaction(m.value, m_arrived_ms)
                 except RefusedError as exc:
                     chunk.refusals.append(exc.reason)
                     chunk.quarantined.append(_quarantine(m, exc.reason.value, exc.field))
                     continue
                 payload = avro.encode_transaction(t)
-                job = Job(
-                    transaction=t,
-                    payload=payload,
-                    fingerprint=fingerprint_of(payload),
-                    position=kafka_position(m.partition, m.offset),
-                    door=Door.KAFKA,
-                    arrived_ms=arrived_ms,
-                    received_ms=now_ms,
-                    received_s=received_s,
-                    deadline_s=None,
-                    partition=m.partition,
-                    offset=m.offset,
-                )
-                good.append((job, m))
-            decoded.append(good)
-        for job, m in merge_by_event_time(decoded):
+            job = Job(
+                transaction=t,
+                payload=payload,
+                fingerprint=fingerprint_of(payload),
+                position=kafka_position(m.partition, m.offset),
+                door=Door.KAFKA,
+                arrived_ms=m_arrived_ms,
+                received_ms=now_ms,
+                received_s=received_s,
+                deadline_s=None,
+                partition=m.partition,
+                offset=m.offset,
+            )
+            decoded.setdefault(m.partition, []).append((job, m))
+        for job, m in merge_by_event_time(list(decoded.values())):
             chunk.jobs.append(job)
             chunk.sources.append(m)
         return chunk

@@ -88,6 +88,9 @@ class Backend(Protocol):
     async def observe(self, call: Call, deadline_s: float) -> Found:
         """The reply of lua/observe.lua."""
 
+    def pack(self, call: Call) -> object:
+        """The commands that `observe` sends first."""
+
     def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
         """Write answers at once. `failed` is told later how many could not be stored."""
 
@@ -113,7 +116,7 @@ class SingleRedis:
         return value
 
     async def observe(self, call: Call, deadline_s: float) -> Found:
-        packed = self._pack(call)
+        packed = self.pack(call)
         script, values = await self._transaction(packed, deadline_s)
         if isinstance(script, Exception) and str(script).startswith("NOSCRIPT"):
             await self._link.call(("SCRIPT", "LOAD", OBSERVE_LUA), deadline_s - time.monotonic())
@@ -138,7 +141,7 @@ class SingleRedis:
         script, values = done
         return script, values
 
-    def _pack(self, call: Call) -> bytes:
+    def pack(self, call: Call) -> bytes:
         """The commands as they go over the wire: written by a kernel, for they have thousands of arguments."""
         requests = call.requests
         rows = len(requests)
@@ -210,7 +213,7 @@ class ClusterRedis:
         if not self._link.ready:
             # Nothing is claimed that could then not be observed.
             raise RedisUnavailableError("a part of the cluster is out of reach")
-        claims, observations = self._split(call)
+        claims, observations = self.pack(call)
         progress: list[Keyed] = [(PROGRESS_SLOT, ("GET", PROGRESS_KEY))]
         if not call.update:
             # A what-if read claims nothing: one round is enough.
@@ -229,7 +232,7 @@ class ClusterRedis:
         observed = await self._link.call_all(every, left_s) if every else []
         return _found(call, replies[0], before, observed)
 
-    def _split(self, call: Call) -> tuple[list[Keyed], list[list[Keyed]]]:
+    def pack(self, call: Call) -> tuple[list[Keyed], list[list[Keyed]]]:
         """By transaction: the command that claims it, and those that observe its entities."""
         claims: list[Keyed] = []
         observations: list[list[Keyed]] = []

@@ -19,7 +19,7 @@ from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, LABELL
 from gateway.contracts.layout import BASE_STEP, ENTITY_RECORD, PROGRESS_KEY, Progress, idempotency_key, txn_hash
 from gateway.contracts.windows import NEVER, SETTLE_MS
 from gateway.job import Job
-from gateway.kernels.asking import ENTITY_COUNT, entity_records
+from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, entity_records
 from gateway.kernels.features import decode, request_features
 from gateway.redis_backend import Answered, Call, Found, backend_of
 from gateway.redis_cluster import ClusterLink
@@ -195,6 +195,22 @@ class Store:
             self._unanswered_since_ms = now_ms
         since_ms = self._progress.written_at_ms if self._unanswered_since_ms is None else self._unanswered_since_ms
         return now_ms - max(since_ms, self._progress.written_at_ms) > SETTLE_MS
+
+    def rehearse(self, batch: Sequence[Job], requests: Requests) -> Observation:
+        """The whole way of a batch of which Redis holds nothing, without Redis: so that all of it is compiled and loaded."""
+        plan = self._plan(batch, requests, update=True)
+        self._redis.pack(plan.call)
+        owners, labelled = (int((requests.lengths[:, texts] >= 0).sum()) for texts in (ENTITY_TEXT, ENTITY_TEXT[list(LABELLED)]))
+        nothing = Found(
+            progress=None,
+            before=[None] * len(batch),
+            settled=np.zeros(len(batch), bool),
+            heads=[b""] * owners,
+            # as it comes from Redis: not to be written to
+            places=np.frombuffer(bytes(4 * owners), "<u4"),
+            tiles_and_frauds=[b""] * (owners + labelled),
+        )
+        return self._decode(plan, nothing, update=False)
 
     def _decode(self, plan: _Plan, found: Found, update: bool) -> Observation:
         call, progress, now_ms = plan.call, self._progress, self._now_ms()

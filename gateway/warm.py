@@ -1,0 +1,75 @@
+"""Has every kernel compiled, or loaded from where an earlier run left it: `python -m gateway.warm`, and each gateway before it serves.
+
+Takes about half a minute the first time after a change of a kernel, and about a second later.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gateway.avro import encode_transaction
+from gateway.contracts.decision import Door
+from gateway.contracts.transaction import Transaction
+from gateway.job import HTTP_POSITION, Job, fingerprint_of, requests_of
+from gateway.receipts import Decided, encode_receipts
+from gateway.redis_link import RedisLink
+from gateway.store import Store
+
+_T_MS = 1_700_000_000_000
+
+
+def warm() -> None:
+    """Decides nothing, and asks nobody."""
+    t = Transaction(
+        transaction_id="warm",
+        event_time_ms=_T_MS,
+        card_id="card",
+        customer_id="customer",
+        merchant_id="merchant",
+        amount_minor=1,
+        currency="EUR",
+        channel="pos",
+        mcc="5411",
+        country="DE",
+        device_id="device",
+        ip="ip",
+    )
+    payload = encode_transaction(t)
+    job = Job(
+        transaction=t,
+        payload=payload,
+        fingerprint=fingerprint_of(payload),
+        position=HTTP_POSITION,
+        door=Door.HTTP,
+        arrived_ms=_T_MS,
+        received_ms=_T_MS,
+        received_s=0.0,
+        deadline_s=None,
+    )
+    requests = requests_of([job])
+    found = Store(RedisLink("redis://127.0.0.1/0", 1.0), 1).rehearse([job], requests)
+    encode_receipts(
+        Decided(
+            requests=requests,
+            rows=np.zeros(1, np.int64),
+            jobs=[job],
+            decided_at_ms=_T_MS,
+            severity=np.zeros(1, np.int64),
+            score=np.zeros(1, np.int64),
+            probability=np.zeros(1),
+            notes=[((), (), ())],
+            model=None,
+            matrix=found.matrix,
+            seq=found.seq,
+            label_changes=found.label_changes,
+            tiles_age_ms=None,
+            policy_digest="",
+            code_version="",
+            admit_us=np.zeros(1, np.int64),
+            steps_us=[0, 0, 0],
+        )
+    )
+
+
+if __name__ == "__main__":
+    warm()
