@@ -58,7 +58,8 @@ _NULL, _SECOND, _END = b"\0", b"\2", b"\0"
 
 def encode_text(value: str) -> bytes:
     raw = value.encode()
-    return _SMALL[len(raw)] + raw
+    size = len(raw)
+    return (_SMALL[size] if size < len(_SMALL) else _long(size)) + raw
 
 
 def encode_text_or_null(value: str | None) -> bytes:

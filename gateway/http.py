@@ -17,7 +17,7 @@ from gateway.avro import encode_transaction
 from gateway.batcher import Batcher, Done
 from gateway.contracts.decision import Answer, Door
 from gateway.contracts.reasons import Refusal
-from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError, decode_json
+from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError, check, parse_json
 from gateway.errors import (
     BadDeadlineError,
     GatewayError,
@@ -28,6 +28,7 @@ from gateway.errors import (
 )
 from gateway.job import HTTP_POSITION, Job, Result, Verdict, fingerprint_of
 from gateway.metrics import Metrics
+from gateway.requests import is_clean
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -72,8 +73,10 @@ class ScoreDoor:
     def submit(self, body: bytes, received_s: float, budget_s: float, done: Done) -> None:
         """Decode and hand to the batcher, which calls `done`. Raises `RefusedError`, having called nobody."""
         now_ms = self._now_ms()
-        t = decode_json(body, now_ms)
+        t = parse_json(body)
         payload = encode_transaction(t)
+        if not is_clean(payload, now_ms):
+            check(t, now_ms)
         job = Job(
             transaction=t,
             payload=payload,
