@@ -31,7 +31,7 @@ from gateway.contracts.layout import (
 )
 from gateway.contracts.redis_address import hash_slot
 from gateway.job import Job
-from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, ROW_BYTES_MAX, script_call
+from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, IS_LONG, ROW_BYTES_MAX, script_call
 from gateway.redis_cluster import ClusterLink, Keyed
 from gateway.redis_link import Argument, RedisLink, RedisReplyError, RedisUnavailableError, replies_of
 from gateway.requests import Requests
@@ -64,7 +64,7 @@ class Found:
     settled: npt.NDArray[np.bool_]
     heads: list[bytes]
     places: npt.NDArray[np.uint32]
-    tiles_and_frauds: list[bytes]
+    tiles_frauds_heads: list[bytes]
 
 
 @dataclass(slots=True)
@@ -117,10 +117,10 @@ class SingleRedis:
 
     async def observe(self, call: Call, deadline_s: float) -> Found:
         packed = self.pack(call)
-        script, values = await self._transaction(packed, deadline_s)
+        script, values = await self._both(call, packed, deadline_s)
         if isinstance(script, Exception) and str(script).startswith("NOSCRIPT"):
             await self._link.call(("SCRIPT", "LOAD", OBSERVE_LUA), deadline_s - time.monotonic())
-            script, values = await self._transaction(packed, deadline_s)
+            script, values = await self._both(call, packed, deadline_s)
         for reply in (script, values):
             if isinstance(reply, Exception):
                 raise RedisReplyError(str(reply))
@@ -131,14 +131,19 @@ class SingleRedis:
                 settled[row] = True
         return Found(progress, before, settled, heads, np.frombuffer(places, "<u4"), [value or b"" for value in values])
 
-    async def _transaction(self, packed: bytes, deadline_s: float) -> tuple[Any, Any]:
-        """The replies of the script and of MGET: one transaction, so that the Spark job moves nothing between heads and tiles."""
-        [replies] = await replies_of([self._link.send([packed], replies=4)], deadline_s - time.monotonic())
-        *queued, done = replies
-        for reply in (*queued, done):
+    async def _both(self, call: Call, packed: bytes, deadline_s: float) -> tuple[Any, Any]:
+        """The replies of the script and of MGET: one transaction, so that the Spark job moves nothing between heads and tiles.
+
+        A read that changes nothing is no transaction: Redis refuses those with a script when it is at its memory limit.
+        """
+        [replies] = await replies_of([self._link.send([packed], replies=4 if call.update else 2)], deadline_s - time.monotonic())
+        if not call.update:
+            script, values = replies
+            return script, values
+        for reply in replies:
             if isinstance(reply, Exception):
                 raise reply
-        script, values = done
+        script, values = replies[-1]
         return script, values
 
     def pack(self, call: Call) -> bytes:
@@ -155,14 +160,15 @@ class SingleRedis:
         arguments = 3 + (1 + rows + owners) + 5 + 2 * rows
         before = b"".join(
             (
-                b"*1\r\n$5\r\nMULTI\r\n",
+                b"*1\r\n$5\r\nMULTI\r\n" if call.update else b"",
                 b"*%d\r\n$7\r\nEVALSHA\r\n" % arguments,
                 _bulk(self._sha),
                 _bulk(b"%d" % (1 + rows + owners)),
                 _bulk(PROGRESS_KEY.encode()),
             )
         )
-        behind = b"*%d\r\n$4\r\nMGET\r\n" % (1 + owners + int(named[:, _LABELLED_TEXT].sum()))
+        asked = owners + int(named[:, _LABELLED_TEXT].sum()) + int(named[:, ENTITY_TEXT[IS_LONG]].sum())
+        behind = b"*%d\r\n$4\r\nMGET\r\n" % (1 + asked)
         out = np.empty(len(before) + len(between) + len(behind) + rows * ROW_BYTES_MAX, np.uint8)
         size = script_call(
             requests.buf,
@@ -175,7 +181,7 @@ class SingleRedis:
             np.frombuffer(behind, np.uint8),
             out,
         )
-        return out[:size].tobytes() + b"*1\r\n$4\r\nEXEC\r\n"
+        return out[:size].tobytes() + (b"*1\r\n$4\r\nEXEC\r\n" if call.update else b"")
 
     def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
         if not answers:
@@ -273,16 +279,20 @@ def _found(call: Call, progress: bytes | None, before: list[bytes | None], obser
     """The replies of single calls, one for each entity of each transaction that nothing settles."""
     settled = np.array([record is not None and settles(record, job.claim) for record, job in zip(before, call.batch, strict=True)])
     named = call.requests.lengths[:, ENTITY_TEXT] >= 0
-    tiles, frauds = [], []
+    short, tiles, frauds, long = [], [], [], []
     replies = iter(observed)
     for row in range(len(settled)):
         for e in np.flatnonzero(named[row]).tolist():
-            _, _, of_tiles, of_frauds = (b"", 0, b"", b"") if settled[row] else next(replies)
+            head, _, of_tiles, of_frauds = (b"", 0, b"", b"") if settled[row] else next(replies)
             tiles.append(of_tiles)
             if ENTITIES[e].labelled:
                 frauds.append(of_frauds)
-    heads = [reply[0] for reply in observed]
-    return Found(progress, before, settled, heads, np.array([reply[1] for reply in observed], np.uint32), tiles + frauds)
+            if IS_LONG[e]:
+                long.append(head)
+            elif not settled[row]:
+                short.append(head)
+    places = np.array([reply[1] for reply in observed], np.uint32)
+    return Found(progress, before, settled, short, places, tiles + frauds + long)
 
 
 def settles(before: bytes, claim: bytes) -> bool:

@@ -19,7 +19,7 @@ from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, LABELL
 from gateway.contracts.layout import BASE_STEP, ENTITY_RECORD, PROGRESS_KEY, Progress, idempotency_key, txn_hash
 from gateway.contracts.windows import NEVER, SETTLE_MS
 from gateway.job import Job
-from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, entity_records
+from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, IS_LONG, entity_records
 from gateway.kernels.features import decode, request_features
 from gateway.redis_backend import Answered, Call, Found, backend_of
 from gateway.redis_cluster import ClusterLink
@@ -150,8 +150,8 @@ class Store:
         base_us = now_ms * 1000 // BASE_STEP * BASE_STEP
         # The Spark job has counted what arrived later: where the early list can't tell, it has counted this one too.
         counted = np.zeros(rows, np.uint8)
+        arrived_ms = np.fromiter((job.arrived_ms for job in batch), np.int64, rows)
         if self._progress is not None:
-            arrived_ms = np.fromiter((job.arrived_ms for job in batch), np.int64, rows)
             counted[arrived_ms < self._progress.arrived_through_ms - TILES_AHEAD_MARGIN_MS] = 1
         records = np.zeros(rows * ENTITY_COUNT, ENTITY_RECORD)
         dims = np.empty((rows * ENTITY_COUNT, 3), np.uint16)
@@ -164,6 +164,7 @@ class Store:
             requests.places,
             np.fromiter((txn_hash(job.transaction.transaction_id) for job in batch), np.uint64, rows),
             counted,
+            (arrived_ms < now_ms - self._claim_ttl_ms // 2).astype(np.uint8),
             base_us,
             now_ms // 1000 % 65_536,
             records,
@@ -200,15 +201,16 @@ class Store:
         """The whole way of a batch of which Redis holds nothing, without Redis: so that all of it is compiled and loaded."""
         plan = self._plan(batch, requests, update=True)
         self._redis.pack(plan.call)
-        owners, labelled = (int((requests.lengths[:, texts] >= 0).sum()) for texts in (ENTITY_TEXT, ENTITY_TEXT[list(LABELLED)]))
+        named = requests.lengths[:, ENTITY_TEXT] >= 0
+        owners, long = int(named.sum()), int(named[:, IS_LONG].sum())
         nothing = Found(
             progress=None,
             before=[None] * len(batch),
             settled=np.zeros(len(batch), bool),
-            heads=[b""] * owners,
+            heads=[b""] * (owners - long),
             # as it comes from Redis: not to be written to
             places=np.frombuffer(bytes(4 * owners), "<u4"),
-            tiles_and_frauds=[b""] * (owners + labelled),
+            tiles_frauds_heads=[b""] * (owners + int(named[:, LABELLED].sum()) + long),
         )
         return self._decode(plan, nothing, update=False)
 
@@ -221,7 +223,7 @@ class Store:
         seq = np.full((rows, ENTITY_COUNT), -1, np.int64)
         label_changes = np.full((rows, len(LABELLED)), -1, np.int64)
         stale = np.zeros(rows, bool)
-        values = found.heads + found.tiles_and_frauds
+        values = found.heads + found.tiles_frauds_heads
         self.refused_values += decode(
             np.frombuffer(b"".join(values), np.uint8),
             np.fromiter(map(len, values), np.int64, len(values)),

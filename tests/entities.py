@@ -29,6 +29,7 @@ from gateway.store import Observation, Store
 from tests.helpers import free_ports, wait_until
 
 EPOCH = 7
+CLAIM_TTL_MS = 600_000
 NOON_MS = 1_700_000_000_000 - 1_700_000_000_000 % windows.DAY_MS + 12 * windows.HOUR_MS
 WALL_MS = 1_790_000_000_000
 
@@ -49,10 +50,10 @@ class DirectLink:
         connection = self._client.connection_pool.get_connection()
         try:
             connection.send_packed_command(commands)  # type: ignore[no-untyped-call]
-            found = [connection.read_response(disable_decoding=True) for _ in range(replies)]
+            found = [_reply_on(connection) for _ in range(replies)]
         finally:
             self._client.connection_pool.release(connection)
-        if isinstance(found[-1][0], redis.exceptions.NoScriptError):
+        if replies == 4 and isinstance(found[-1][0], redis.exceptions.NoScriptError):
             # redis-py leaves the error's name out.
             found[-1][0] = RedisReplyError(f"NOSCRIPT {found[-1][0]}")
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
@@ -61,6 +62,13 @@ class DirectLink:
 
     def in_time(self) -> None:
         """What `replies_of` tells a link."""
+
+
+def _reply_on(connection: Any) -> Any:
+    try:
+        return connection.read_response(disable_decoding=True)
+    except redis.exceptions.NoScriptError as exc:
+        return RedisReplyError(f"NOSCRIPT {exc}")
 
 
 class Entities:
@@ -74,7 +82,7 @@ class Entities:
         self.hour = 0
         self._hours_a_batch = hours_a_batch
         self._offset = 0
-        self.store = Store(DirectLink(client), 600_000, now_ms=lambda: self.now_ms)  # type: ignore[arg-type]
+        self.store = Store(DirectLink(client), CLAIM_TTL_MS, now_ms=lambda: self.now_ms)  # type: ignore[arg-type]
         self.say_progress()
 
     @property
@@ -85,7 +93,8 @@ class Entities:
         progress = layout.Progress(EPOCH, self.batch_id, self.now_ms, 0)
         self.client.set(layout.PROGRESS_KEY, msgspec.msgpack.encode(progress))
 
-    def job(self, t: Transaction) -> Job:
+    def job(self, t: Transaction, again: bool = False) -> Job:
+        """`again`: it arrived longer ago than its claim lives, as what Kafka delivers again after a long stop."""
         self._offset += 1
         return Job(
             transaction=t,
@@ -93,22 +102,22 @@ class Entities:
             fingerprint=fingerprint_of(encode_transaction(t)),
             position=kafka_position(0, self._offset),
             door=Door.KAFKA,
-            arrived_ms=self.now_ms,
+            arrived_ms=self.now_ms - CLAIM_TTL_MS * again,
             received_ms=self.now_ms,
             received_s=0.0,
             deadline_s=None,
         )
 
-    def look(self, batch: Sequence[Transaction], update: bool = True) -> Observation:
+    def look(self, batch: Sequence[Transaction], update: bool = True, again: bool = False) -> Observation:
         """What the gateway's store says of a batch, which is then part of the past."""
-        jobs = [self.job(t) for t in batch]
+        jobs = [self.job(t, again) for t in batch]
         found = asyncio.run(self.store.observe(jobs, requests_of(jobs), 10.0, update))
         assert found is not None
         return found
 
-    def observe(self, t: Transaction) -> list[float]:
+    def observe(self, t: Transaction, again: bool = False) -> list[float]:
         """The features of one transaction, which is then part of the past."""
-        return [float(x) for x in self.look([t]).matrix[0]]
+        return [float(x) for x in self.look([t], again=again).matrix[0]]
 
     def tile(self, batch: Sequence[Transaction], batch_id: int | None = None, from_kafka: bool = True) -> int:
         """Add a batch to the tiles with the Spark job's own code; how many entities were written."""

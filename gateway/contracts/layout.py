@@ -94,8 +94,8 @@ ENTITY_RECORD = np.dtype(
         ("flags", "<u2"),
         ("check", "<u4"),
         ("base_us", "<u8"),
-        ("next", "<u4"),
-        ("lost", "<u4"),
+        ("claim_may_be_gone", "<u4"),  # it arrived so long ago that it may have been observed before, and its claim expired
+        ("reserved", "<u4"),
         *((name, HEAD_EVENT.fields[name][0]) for name in HEAD_EVENT.names or ()),  # type: ignore[index]
     ]
 )
@@ -124,6 +124,9 @@ assert HEAD_EVENT.itemsize == HEAD_EVENT_PACK.size == HEAD_EVENT_BYTES
 assert (FINE_TILE.itemsize, DAY_TILE.itemsize) == (FINE_TILE_BYTES, DAY_TILE_BYTES)
 HOUR_MIN, DAY_MIN = 60, 1440
 COUNT_MAX = 0xFFFF
+
+# Heads that may have more events than this are read by plain commands instead of by the script (lua/observe.lua says how).
+SHORT_EVENTS_MAX = 64
 
 HEAD_TTL_MS = 40 * 86_400_000
 TILES_TTL_MS = 40 * 86_400_000
@@ -154,7 +157,7 @@ def _script(*names: str) -> str:
 
 
 # A batch at once, for one Redis; and one entity, for a cluster, where a script may touch one hash slot.
-OBSERVE_LUA = _script("entity", "observe")
+OBSERVE_LUA = _script("entity", "observe").replace("SHORT_EVENTS_MAX", str(SHORT_EVENTS_MAX))
 OBSERVE_ENTITY_LUA = _script("entity", "observe_entity")
 MERGE_LUA = _script("merge")
 LABELS_LUA = _script("labels")

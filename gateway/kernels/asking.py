@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.features import ENTITIES
-from gateway.contracts.layout import CLAIM_BYTES, ENTITY_RECORD, FLAG_LABELLED, LAYOUT_VERSION, PREFIX
+from gateway.contracts.layout import CLAIM_BYTES, ENTITY_RECORD, FLAG_LABELLED, LAYOUT_VERSION, PREFIX, SHORT_EVENTS_MAX
 from gateway.kernels.compiled import compiled
 from gateway.kernels.intake import TEXT_INDEX, TRANSACTION_ID, Floats, Int64s
 from gateway.kernels.raw import Bytes, crc32, put_bytes, put_decimal
@@ -38,13 +38,14 @@ _KEY_START, _KEY_START_LENGTHS = _padded([f"{PREFIX}:{{{e.name}:".encode() for e
 _END = np.frombuffer(b"}:htl", np.uint8)
 _HEAD, _TILES, _LABELS = 2, 3, 4
 _IS_LABELLED = np.array([e.labelled for e in ENTITIES])
+IS_LONG = np.array([e.head_events_max > SHORT_EVENTS_MAX for e in ENTITIES])
 _CLAIM_START = np.frombuffer(f"{PREFIX}:i:{{".encode(), np.uint8)
 _CLAIM_END = np.frombuffer(b"}", np.uint8)
 # "$" and the length, the line's end, the text, the line's end.
 _BULK_BYTES_MAX = 16
 KEY_BYTES_MAX = int(_KEY_START_LENGTHS.max()) + len(_CLAIM_START) + 64 + _BULK_BYTES_MAX
 RECORD_BYTES = ENTITY_RECORD.itemsize
-ROW_BYTES_MAX = (3 * ENTITY_COUNT + 1) * KEY_BYTES_MAX + 2 * _BULK_BYTES_MAX + CLAIM_BYTES + ENTITY_COUNT * RECORD_BYTES
+ROW_BYTES_MAX = (4 * ENTITY_COUNT + 1) * KEY_BYTES_MAX + 2 * _BULK_BYTES_MAX + CLAIM_BYTES + ENTITY_COUNT * RECORD_BYTES
 assert CLAIM_BYTES < 100
 
 
@@ -57,6 +58,7 @@ def entity_records(
     places: Floats,
     hashes: npt.NDArray[np.uint64],
     counted: npt.NDArray[np.uint8],
+    claim_may_be_gone: npt.NDArray[np.uint8],
     base_us: int,
     observed_s: int,
     records: npt.NDArray[np.void],
@@ -88,6 +90,7 @@ def entity_records(
             record.flags = _FLAGS[e]
             record.check = crc32(buf, starts[row, text], lengths[row, text], _CHECK_START[e])
             record.base_us = base_us
+            record.claim_may_be_gone = claim_may_be_gone[row]
             record.transaction = hashes[row]
             record.event_time_ms = numbers[row, 0]
             record.amount_minor = numbers[row, 1]
@@ -147,7 +150,7 @@ def script_call(
 
     `before` is all up to the batch's keys, `between` the script's arguments that come first, `behind` the start of the MGET. `claims`
     is (rows * CLAIM_BYTES,), `records` the bytes of ENTITY_RECORD (rows * ENTITY_COUNT). `out` must hold them, and ROW_BYTES_MAX a row.
-    The MGET asks for the tiles of each transaction's entities, then for the frauds of those that count labels.
+    The MGET asks for the tiles of each transaction's entities, then for the frauds of those that count labels, then for long heads.
     """
     rows = len(starts)
     at = put_bytes(out, 0, before, 0, len(before))
@@ -176,10 +179,14 @@ def script_call(
                 at = put_bytes(out, at, records, (row * ENTITY_COUNT + e) * RECORD_BYTES, RECORD_BYTES)
         at = _put_end(out, at)
     at = put_bytes(out, at, behind, 0, len(behind))
-    for kind in (_TILES, _LABELS):
+    for kind in (_TILES, _LABELS, _HEAD):
         for row in range(rows):
             for e in range(ENTITY_COUNT):
                 text = ENTITY_TEXT[e]
-                if lengths[row, text] >= 0 and (kind == _TILES or _IS_LABELLED[e]):
+                if kind == _LABELS:
+                    wanted = _IS_LABELLED[e]
+                else:
+                    wanted = kind == _TILES or IS_LONG[e]
+                if lengths[row, text] >= 0 and wanted:
                     at = _put_key(out, at, buf, e, starts[row, text], lengths[row, text], kind)
     return at

@@ -45,7 +45,7 @@ from gateway.contracts.windows import (
     WINDOW_INDEX,
     WINDOWS,
 )
-from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT
+from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, IS_LONG
 from gateway.kernels.compiled import compiled
 from gateway.kernels.intake import Floats, Int64s
 from gateway.kernels.raw import Bytes, i64, u16, u32, u64
@@ -395,28 +395,32 @@ def decode(
 ) -> int:
     """Decodes what Redis held of a batch. Returns how many values were refused.
 
-    `buf` holds, end to end, the heads of all entities of all rows that aren't `settled`, then the tiles of all entities of all rows,
-    then the frauds of those that count labels; `sizes` has the length of each, 0 where there is none; `places` (heads,) where each
-    transaction stands behind the head's base. Asked: `lengths` and `numbers` of the intake, `checks` (rows * ENTITY_COUNT,), `dims` and
+    `buf` holds, end to end, the short heads of all rows that aren't `settled`, then the tiles of all entities of all rows, then the
+    frauds of those that count labels, then the long heads of all rows; `sizes` has the length of each, 0 where there is none; `places`
+    where each transaction that isn't settled stands behind each entity's base.
+
+    Asked: `lengths` and `numbers` of the intake, `checks` (rows * ENTITY_COUNT,), `dims` and
     `country` of `entity_records`, and the `base_us` of heads that are born now. Filled in, by row: `matrix` (rows, features), which
     holds NaN where nothing is filled in; `last` (rows * ENTITY_COUNT, 3); `seq` (rows, ENTITY_COUNT), absolute; `label_changes`
     (rows, labelled entities); `stale` (rows,).
     """
     rows = len(numbers)
-    head_count = len(places)
-    head_value = 0
-    head = 0
-    tiles_value = head_count
-    tiles = 0
-    for i in range(head_count):
-        tiles += sizes[i]
-    frauds_value = tiles_value
-    frauds = tiles
+    # Where each of the four kinds begins: its first value in `sizes`, its first byte in `buf`.
+    short_value, tiles_value, frauds_value, long_value = 0, 0, 0, 0
     for row in range(rows):
         for e in range(ENTITY_COUNT):
             if lengths[row, ENTITY_TEXT[e]] >= 0:
-                frauds += sizes[frauds_value]
+                tiles_value += not (settled[row] or IS_LONG[e])
                 frauds_value += 1
+                long_value += _IS_LABELLED[e]
+    frauds_value += tiles_value
+    long_value += frauds_value
+    short_head, tiles, frauds, long_head = 0, 0, 0, 0
+    for i in range(long_value):
+        tiles += sizes[i] if i < tiles_value else 0
+        frauds += sizes[i] if i < frauds_value else 0
+        long_head += sizes[i]
+    place_value = 0
     refused = 0
     counts = np.zeros((4, _W), np.int64)
     bits = np.zeros((3, _W), np.uint64)
@@ -433,10 +437,18 @@ def decode(
             if _IS_LABELLED[e]:
                 frauded = sizes[frauds_value]
                 frauds_value += 1
+            head, heads = short_head, 0
+            if IS_LONG[e]:
+                head, heads = long_head, sizes[long_value]
+                long_value += 1
+                long_head += heads
+            elif not settled[row]:
+                heads = sizes[short_value]
+                short_value += 1
+                short_head += heads
             if not settled[row]:
-                heads = sizes[head_value]
-                place = np.int64(places[head_value])
-                head_value += 1
+                place = np.int64(places[place_value])
+                place_value += 1
                 base = base_us
                 if not _sound(buf, e, np.int64(checks[owner]), head, heads, tiles, tiled, frauds, frauded):
                     refused += 1
@@ -472,7 +484,6 @@ def decode(
                         scratch,
                     )
                 seq[row, e] = base + place
-                head += heads
             tiles += tiled
             frauds += frauded
     return refused

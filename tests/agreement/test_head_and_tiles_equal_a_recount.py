@@ -103,7 +103,7 @@ def test_observing_a_transaction_again_returns_what_it_saw_the_first_time(server
     entities, stream = Entities(server), make_stream(5, 12, 60_000, 0)
     first = [entities.observe(t) for t in stream]
     server.delete(layout.idempotency_key(stream[4].transaction_id))
-    assert differences(first[4], entities.observe(stream[4])) == []
+    assert differences(first[4], entities.observe(stream[4], again=True)) == []
 
 
 def test_events_that_leave_a_full_head_before_they_are_tiled_are_counted(server: redis.Redis) -> None:

@@ -99,7 +99,9 @@ MUTANTS = (
         "retention_ms = np.full(len(tiles), TILE_RETENTION_MS[resolution_ms])",
         "retention_ms = np.full(len(tiles), TILE_RETENTION_MS[resolution_ms] - DAY_MS)",
     ),
-    Mutant("a redelivery counts twice", "entity.lua", "  if own then\n", "  if false then\n"),
+    Mutant("a redelivery counts twice", "entity.lua", "  if own then return head, own end\n", ""),
+    Mutant("a redelivery counts twice in a long head", "observe.lua", "      if own then return own end\n", ""),
+    Mutant("a full long head drops what its batch needs", "observe.lua", "keep = capacity + own_batch", "keep = capacity - 8"),
     Mutant("what Spark counted first counts twice", "entity.lua", "if at or (forgotten", "if (forgotten"),
     Mutant("what a tile holds isn't marked", "merge.lua", "      tiled[at] = true\n", ""),
     Mutant("compaction drops what a window needs", "merge.lua", "times[i + 1] >= keep_from", "times[i + 1] > sorted[events]"),
@@ -128,7 +130,7 @@ def differs(server: redis.Redis, seed: int, step_ms: int, disorder_ms: int) -> b
             pending.append(t)
         if rng.random() < 0.1:
             server.delete(layout.idempotency_key(t.transaction_id))
-            if differences(seen, entities.observe(t)):
+            if differences(seen, entities.observe(t, again=True)):
                 return True
         if rng.random() < 0.2:
             about = stream[rng.randrange(n + 1)]
@@ -144,7 +146,18 @@ def burst_differs(server: redis.Redis) -> bool:
     """The same for more events in a minute than a head counts."""
     entities, oracle = Entities(server), Oracle()
     stream = [structs.replace(t, event_time_ms=NOON_MS + 100 * n) for n, t in enumerate(make_stream(9, 160, 1, 0))]
-    return any(differences(oracle.observe(t), entities.observe(t)) for t in [structs.replace(t, card_id="c") for t in stream])
+    if any(differences(oracle.observe(t), entities.observe(t)) for t in [structs.replace(t, card_id="c") for t in stream]):
+        return True
+    # And by batches, from one address: its head is long enough to be full more than once.
+    entities, oracle = Entities(server), Oracle()
+    batches = [[structs.replace(t, ip="i") for t in make_stream(n, 60, 1, 0)] for n in range(6)]
+    for n, batch in enumerate(batches):
+        at_ms = NOON_MS + 10_000 * n
+        batch[:] = [structs.replace(t, event_time_ms=at_ms + i, transaction_id=f"{n}-{i}") for i, t in enumerate(batch)]
+        seen = entities.look(batch).matrix
+        if any(differences(oracle.observe(t), [float(x) for x in row]) for t, row in zip(batch, seen, strict=True)):
+            return True
+    return False
 
 
 def found(server: redis.Redis) -> bool:
@@ -161,8 +174,10 @@ def mutated(mutant: Mutant) -> str:
 
 def install(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
     text = mutated(mutant)
-    if mutant.source == "entity.lua":
-        script = text + (LUA / "observe.lua").read_text()
+    if mutant.source in ("entity.lua", "observe.lua"):
+        parts = {name: (LUA / name).read_text() for name in ("entity.lua", "observe.lua")} | {mutant.source: text}
+        script = "\n".join(parts.values())
+        script = script.replace("SHORT_EVENTS_MAX", str(layout.SHORT_EVENTS_MAX))
         patch.setattr(gateway.redis_backend, "OBSERVE_LUA", script)
     elif mutant.source == "merge.lua":
         patch.setattr(layout, "MERGE_LUA", text)

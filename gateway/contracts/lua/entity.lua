@@ -10,6 +10,60 @@
 -- Lua reads each byte of each new string: what needs no look, such as tiles, is better read by other commands beside the script.
 local sub, pack, unpack_, find, byte = string.sub, struct.pack, struct.unpack, string.find, string.byte
 local call = redis.call
+
+-- The event of `record` as it enters a head at place `seq`.
+local function stamped(head_key, record, seq, early_max)
+  local tiled = sub(record, 51, 51)
+  -- The Spark job may have come to it first (see merge.lua): then a tile holds it already.
+  local tiles_key = sub(head_key, 1, -2) .. 't'
+  local early = call('GETRANGE', tiles_key, 20, 23)
+  if #early == 4 and early ~= '\0\0\0\0' then
+    local early_key = sub(head_key, 1, -2) .. 'e'
+    local hashes = call('GET', early_key) or ''
+    local txn, at = sub(record, 25, 32), 1
+    while true do
+      at = find(hashes, txn, at, true)
+      if not at or (at - 1) % 8 == 0 then break end
+      at = at + 1
+    end
+    local forgotten = #hashes / 8 ~= unpack_('<I4', early) or #hashes / 8 >= early_max
+    if at or (forgotten and byte(record, 52) == 1) then tiled = '\1' end
+    if at then
+      -- Now it is observed: what is left of the list is what the tiles are ahead by.
+      hashes = sub(hashes, 1, at - 1) .. sub(hashes, at + 8)
+      if hashes == '' then call('DEL', early_key) else call('SET', early_key, hashes, 'KEEPTTL') end
+      call('SETRANGE', tiles_key, 20, pack('<I4', #hashes / 8))
+    end
+  end
+  return sub(record, 25, 44) .. pack('<I4', seq) .. sub(record, 49, 50) .. tiled .. sub(record, 52)
+end
+
+-- The place of the record's transaction in a head that holds it already, or nil.
+local function place_in(head, record)
+  local txn, at = sub(record, 25, 32), 25
+  while true do
+    at = find(head, txn, at, true)
+    if not at then return nil end
+    if (at - 25) % 44 == 0 then return unpack_('<I4', head, at + 20) end
+    at = at + 1
+  end
+end
+
+-- A new head. When something stood there, no head of this layout and key, events are missing: the counter of the evicted says so.
+local function born(head_key, record, event, seq, stood, ttl_ms)
+  call('SET', head_key, sub(record, 1, 16) .. pack('<I4I4', seq + 1, stood and 1 or 0) .. event, 'PX', ttl_ms)
+end
+
+-- Let the oldest go but `keep`. Those that no tile holds yet are counted, for then the value is short of them.
+local function evicted(head, keep)
+  local drop = (#head - 24) / 44 - keep
+  local lost = unpack_('<I4', head, 21)
+  for i = 0, drop - 1 do
+    if byte(head, 25 + 44 * i + 26) == 0 then lost = lost + 1 end
+  end
+  return lost, sub(head, 25 + 44 * drop)
+end
+
 local function observe_entity(head_key, capacity, record, update, ttl_ms, early_max)
   local head = call('GET', head_key) or ''
   local size = #head
@@ -18,61 +72,21 @@ local function observe_entity(head_key, capacity, record, update, ttl_ms, early_
   local sound = size >= 24 and (size - 24) % 44 == 0 and sub(head, 1, 8) == sub(record, 1, 8)
   if sound then
     seq = unpack_('<I4', head, 17)
-    local txn = sub(record, 25, 32)
-    local at = 25
-    while true do
-      at = find(head, txn, at, true)
-      if not at then break end
-      if (at - 25) % 44 == 0 then
-        own = at
-        break
-      end
-      at = at + 1
-    end
+    own = place_in(head, record)
   end
-  if own then
-    seq = unpack_('<I4', head, own + 20)
-  elseif update then
-    local tiled = sub(record, 51, 51)
-    -- The Spark job may have come to it first (see merge.lua): then a tile holds it already.
-    local tiles_key = sub(head_key, 1, -2) .. 't'
-    local early = call('GETRANGE', tiles_key, 20, 23)
-    if #early == 4 and early ~= '\0\0\0\0' then
-      local early_key = sub(head_key, 1, -2) .. 'e'
-      local hashes = call('GET', early_key) or ''
-      local txn, at = sub(record, 25, 32), 1
-      while true do
-        at = find(hashes, txn, at, true)
-        if not at or (at - 1) % 8 == 0 then break end
-        at = at + 1
-      end
-      local forgotten = #hashes / 8 ~= unpack_('<I4', early) or #hashes / 8 >= early_max
-      if at or (forgotten and byte(record, 52) == 1) then tiled = '\1' end
-      if at then
-        -- Now it is observed: what is left of the list is what the tiles are ahead by.
-        hashes = sub(hashes, 1, at - 1) .. sub(hashes, at + 8)
-        if hashes == '' then call('DEL', early_key) else call('SET', early_key, hashes, 'KEEPTTL') end
-        call('SETRANGE', tiles_key, 20, pack('<I4', #hashes / 8))
-      end
-    end
-    local stamped = sub(record, 25, 44) .. pack('<I4', seq) .. sub(record, 49, 50) .. tiled .. sub(record, 52)
+  if own then return head, own end
+  if update then
+    local event = stamped(head_key, record, seq, early_max)
     if not sound then
-      -- New, or no head of this layout and key: then events are missing, which the counter of the evicted says.
-      local lost = head == '' and 0 or 1
-      call('SET', head_key, sub(record, 1, 16) .. pack('<I4I4', seq + 1, lost) .. stamped, 'PX', ttl_ms)
+      born(head_key, record, event, seq, head ~= '', ttl_ms)
     elseif size - 24 >= 44 * (capacity + math.floor(capacity / 4)) then
-      -- Full: the oldest go, and those that no tile holds yet are counted, for then the value is short of them.
-      local drop = (size - 24) / 44 - capacity + 1
-      local lost = unpack_('<I4', head, 21)
-      for i = 0, drop - 1 do
-        if byte(head, 25 + 44 * i + 26) == 0 then lost = lost + 1 end
-      end
-      call('SET', head_key, sub(head, 1, 16) .. pack('<I4I4', seq + 1, lost) .. sub(head, 25 + 44 * drop) .. stamped, 'PX', ttl_ms)
+      local lost, rest = evicted(head, capacity - 1)
+      call('SET', head_key, sub(head, 1, 16) .. pack('<I4I4', seq + 1, lost) .. rest .. event, 'PX', ttl_ms)
     elseif size < 2048 then
       -- Written whole: APPEND would double the memory of a small value.
-      call('SET', head_key, sub(head, 1, 16) .. pack('<I4', seq + 1) .. sub(head, 21) .. stamped, 'PX', ttl_ms)
+      call('SET', head_key, sub(head, 1, 16) .. pack('<I4', seq + 1) .. sub(head, 21) .. event, 'PX', ttl_ms)
     else
-      call('APPEND', head_key, stamped)
+      call('APPEND', head_key, event)
       call('SETRANGE', head_key, 16, pack('<I4', seq + 1))
       call('PEXPIRE', head_key, ttl_ms)
     end

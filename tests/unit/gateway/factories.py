@@ -121,8 +121,10 @@ class ScriptedLink:
         elif isinstance(self._reply, RedisUnavailableError):
             future.set_exception(self._reply)
         else:
-            done: Any = [self._reply] if isinstance(self._reply, Exception) else self._reply
-            future.set_result([b"OK", b"QUEUED", b"QUEUED", done if isinstance(done, tuple) else done[0]])
+            failed = isinstance(self._reply, Exception)
+            # Without a transaction around them: a read that changes nothing.
+            alone: Any = [self._reply, []] if isinstance(self._reply, Exception) else list(self._reply)
+            future.set_result([b"OK", b"QUEUED", b"QUEUED", self._reply if failed else tuple(alone)] if replies == 4 else alone)
         return Sent(self, None, future)  # type: ignore[arg-type]
 
     def in_time(self) -> None:

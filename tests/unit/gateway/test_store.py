@@ -54,8 +54,9 @@ def reply_of(*heads: bytes, before: bytes | None = None, progress: bytes | None 
     """The replies of script and MGET for one transaction with card, customer and merchant, whose heads are given."""
     held = [heads[i] if i < len(heads) else b"" for i in range(3)]
     places = [max(0, len(head) - HEAD_HEADER.size) // HEAD_EVENT_BYTES for head in held]
-    tiles_and_frauds: list[Any] = [None] * 5
-    return [progress, [before], held, struct.pack("<3I", *places)], tiles_and_frauds
+    # tiles of each, frauds of customer and merchant, and the merchant's head, which is a long one
+    values: list[Any] = [None] * 5 + [held[2]]
+    return [progress, [before], held[:2], struct.pack("<3I", *places)], values
 
 
 def commands_of(sent: bytes) -> list[list[bytes]]:
@@ -144,8 +145,7 @@ async def test_frauds_of_a_merchant_become_its_rate() -> None:
     tiles = header.tobytes() + np.array([(day, 4, 1, 1, 1), (day + 1, 9, 1, 1, 1)], DAY_TILE).tobytes()
     frauds = pack_frauds(2, merchant, 1, 1, 7, np.array([(day, 3), (day + 1, 5)], FRAUD_DAY))
     reply = reply_of(progress=FRESH)
-    # of card, customer and merchant, then the frauds of customer and merchant
-    reply[1][:] = [None, None, tiles, None, frauds]
+    reply[1][2], reply[1][4] = tiles, frauds
     found = await observed(make_store(ScriptedLink(reply)), make_job())
     assert feature(found, "merchant_fraud_rate_1d") == 0.75
     assert feature(found, "merchant_frauds_30d") == 3
@@ -208,7 +208,7 @@ async def test_redis_is_asked_for_the_values_of_the_batchs_entities_in_one_trans
     assert len(script) == 15
     tiles = [tiles_key("card", "card-1"), tiles_key("customer", "customer-1"), tiles_key("merchant", "merchant-1")]
     frauds = [labels_key("customer", "customer-1"), labels_key("merchant", "merchant-1")]
-    assert mget == [b"MGET", *(key.encode() for key in tiles + frauds)]
+    assert mget == [b"MGET", *(key.encode() for key in [*tiles, *frauds, heads[2]])]
 
 
 async def test_the_record_of_an_entity_is_what_the_layout_says() -> None:
@@ -233,7 +233,7 @@ async def test_a_settled_transaction_has_no_features_and_its_neighbour_has() -> 
     head = head_of(0, "card", "card-1", event(0, NOW_MS - 1000))
     script, values = reply_of(head, progress=FRESH)
     script[1] = [before, None]
-    found = await observed(make_store(ScriptedLink((script, values * 2))), first, second)
+    found = await observed(make_store(ScriptedLink((script, values[:3] * 2 + values[3:5] * 2 + values[5:] * 2))), first, second)
     assert found.settled == [before, None]
     assert math.isnan(feature(found, "card_count_5m", 0))
     assert feature(found, "card_count_5m", 1) == 1
@@ -269,7 +269,7 @@ async def test_a_script_that_redis_has_forgotten_is_loaded_again() -> None:
 async def test_a_what_if_read_says_so_to_the_script() -> None:
     link = ScriptedLink(reply_of(progress=FRESH), progress=FRESH)
     await observe(make_store(link), make_job(), update=False)
-    _, script, _, _ = sent_commands(link)
+    script, _ = sent_commands(link)
     assert script[3 + int(script[2])] == b"0"
 
 
