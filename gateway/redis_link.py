@@ -260,8 +260,9 @@ class RedisLink:
         pause_s = RECONNECT_FIRST_S
         while True:
             await self._wanted.wait()
-            if self._strikes:
-                await asyncio.sleep(min(RECONNECT_MAX_S, RECONNECT_FIRST_S * 2 ** min(self._strikes, STRIKES_COUNTED_MAX)))
+            if self._strikes > 1:
+                # One late reply on a busy machine is no reason to stay away; the probe tells.
+                await asyncio.sleep(min(RECONNECT_MAX_S, RECONNECT_FIRST_S * 2 ** min(self._strikes - 1, STRIKES_COUNTED_MAX)))
             try:
                 await self._connect()
             except (OSError, RedisReplyError) as exc:

@@ -69,7 +69,7 @@ class Entity:
 ENTITIES: tuple[Entity, ...] = (
     Entity("card", "card_id", "merchant_id", "country", "device_id", 64, pairs=True),
     Entity("customer", "customer_id", "device_id", "card_id", "merchant_id", 64, labelled=True),
-    Entity("merchant", "merchant_id", "card_id", "card_bin", "device_id", 512, labelled=True),
+    Entity("merchant", "merchant_id", "card_id", "card_bin", "device_id", 128, labelled=True),
     Entity("device", "device_id", "card_id", "ip", "merchant_id", 64),
     Entity("ip", "ip", "card_id", "device_id", "merchant_id", 128),
 )

@@ -96,7 +96,7 @@ class Settings:
     decision_budget_ms: int = _setting(80, "time to answer in, milliseconds", least=5, most=10_000)
     feature_budget_ms: int = _setting(40, "part of it to wait for Redis, milliseconds", least=1, most=10_000)
     publish_budget_ms: int = _setting(
-        20, "longest wait for Kafka to acknowledge a receipt before an HTTP reply, milliseconds", least=0, most=10_000
+        40, "longest wait for Kafka to acknowledge a receipt before an HTTP reply, milliseconds", least=0, most=10_000
     )
     publish_buffer_max: int = _setting(100_000, "most receipts waiting for Kafka in memory", least=1, most=10_000_000)
     spool_mb_max: int = _setting(

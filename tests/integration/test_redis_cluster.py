@@ -101,8 +101,8 @@ class OnCluster(Entities):
         self.link.start()
         await until(lambda: self.link.ready, 30)
 
-    def look(self, batch: Sequence[Transaction], update: bool = True) -> Observation:
-        return self._runner.run(observe(self.store, *[self.job(t) for t in batch], update=update))
+    def look(self, batch: Sequence[Transaction], update: bool = True, again: bool = False) -> Observation:
+        return self._runner.run(observe(self.store, *[self.job(t, again) for t in batch], update=update))
 
     def stop(self) -> None:
         self._runner.run(self.link.stop())
