@@ -200,6 +200,7 @@ def test_the_unchanged_source_has_nothing_to_find(server: redis.Redis) -> None:
     assert not found(server)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.what)
 def test_a_mutant_is_found(server: redis.Redis, monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
     install(mutant, monkeypatch)

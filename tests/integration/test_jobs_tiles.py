@@ -47,8 +47,9 @@ class Card:
         header = layout.HEAD_HEADER.pack(layout.LAYOUT_VERSION, 0, 0, check, NOW_MS * 1000, 0, 0)
         event = layout.HEAD_EVENT_PACK.pack(hash_, t_ms, 100, 0, observed_s % 65_536, 0, counted, 0.0, 0.0, 1, 2, 3)
         claim = secrets.token_bytes(16) + layout.POSITION.pack(b"k", 0, 0, hash_)
-        keys = [layout.PROGRESS_KEY, layout.idempotency_key(f"{self.card_id}-{hash_}"), self.head_key, self.tiles_key]
-        arguments: list[bytes | int] = [1, 60_000, layout.HEAD_TTL_MS, layout.EARLY_MAX, claim, 1, CAPACITY, header, event]
+        keys = [layout.PROGRESS_KEY, layout.idempotency_key(f"{self.card_id}-{hash_}"), self.head_key]
+        capacities = struct.pack("<H", CAPACITY)
+        arguments: list[bytes | int] = [1, 60_000, layout.HEAD_TTL_MS, layout.EARLY_MAX, capacities, claim, header + event]
         self.client.eval(layout.OBSERVE_LUA, len(keys), *keys, *arguments)
 
     def merge(
