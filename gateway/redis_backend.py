@@ -28,6 +28,7 @@ from gateway.contracts.layout import (
     PROGRESS_KEY,
     head_key,
     idempotency_key,
+    tiles_key,
 )
 from gateway.contracts.redis_address import hash_slot
 from gateway.job import Job
@@ -259,7 +260,9 @@ class ClusterRedis:
                     entity.head_events_max,
                     call.records[row * ENTITY_COUNT + e].tobytes(),
                 )
-                of_row.append((hash_slot(head), ("EVALSHA", self._sha, "1", head, *arguments)))
+                # Both keys, so that Redis tells when they are on two sides of a slot's migration.
+                tiles = tiles_key(entity.name, entity_id)
+                of_row.append((hash_slot(head), ("EVALSHA", self._sha, "2", head, tiles, *arguments)))
             observations.append(of_row)
         return claims, observations
 
