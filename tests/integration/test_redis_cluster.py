@@ -413,6 +413,7 @@ def test_the_life_of_a_cluster_is_that_of_all_its_masters(cluster: Cluster, clie
     assert sorted(ids) == sorted(str(node.client.info("server")["run_id"]) for node in cluster.nodes)
 
 
+@pytest.mark.slow
 def test_a_served_gateway_scores_with_features_from_the_cluster(
     cluster: Cluster, stack: Stack, settings: Settings, tmp_path: Path
 ) -> None:

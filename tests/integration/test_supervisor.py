@@ -55,6 +55,7 @@ def test_workers_with_a_policy_that_can_not_be_meant_do_not_start(own: Settings)
     assert "policy" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_new_worker_that_does_not_come_up_leaves_the_old_one_serving(own: Settings, tmp_path: Path) -> None:
     log_path = tmp_path / "gateway.log"
     with running_command(own, "serve", "--no-kafka", "--workers", "1", log_path=log_path) as command:
