@@ -26,7 +26,7 @@ from gateway.errors import (
     MethodNotAllowedError,
     problem_reply,
 )
-from gateway.job import HTTP_POSITION, Job, Result, Verdict, fingerprint_of
+from gateway.job import Result, Verdict, http_job
 from gateway.metrics import Metrics
 from gateway.requests import is_clean
 
@@ -77,17 +77,7 @@ class ScoreDoor:
         payload = encode_transaction(t)
         if not is_clean(payload, now_ms):
             check(t, now_ms)
-        job = Job(
-            transaction=t,
-            payload=payload,
-            fingerprint=fingerprint_of(payload),
-            position=HTTP_POSITION,
-            door=Door.HTTP,
-            arrived_ms=now_ms,
-            received_ms=now_ms,
-            received_s=received_s,
-            deadline_s=received_s + budget_s,
-        )
+        job = http_job(t, payload, now_ms, received_s, received_s + budget_s)
         self._batcher.submit(job, done)
 
     def budget_of(self, value: bytes) -> float:

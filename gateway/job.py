@@ -49,6 +49,21 @@ def fingerprint_of(payload: bytes) -> bytes:
     return hashlib.md5(payload, usedforsecurity=False).digest()
 
 
+def http_job(t: Transaction, payload: bytes, now_ms: int, received_s: float, deadline_s: float | None) -> Job:
+    """A job of the HTTP door, which arrived now."""
+    return Job(
+        transaction=t,
+        payload=payload,
+        fingerprint=fingerprint_of(payload),
+        position=HTTP_POSITION,
+        door=Door.HTTP,
+        arrived_ms=now_ms,
+        received_ms=now_ms,
+        received_s=received_s,
+        deadline_s=deadline_s,
+    )
+
+
 def requests_of(jobs: Sequence[Job]) -> Requests:
     """The columns of the jobs' transactions, which have been checked before."""
     requests = read_requests([job.payload for job in jobs], np.full(len(jobs), -1, np.int64))

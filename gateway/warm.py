@@ -8,9 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from gateway.avro import encode_transaction
-from gateway.contracts.decision import Door
 from gateway.contracts.transaction import Transaction
-from gateway.job import HTTP_POSITION, Job, fingerprint_of, requests_of
+from gateway.job import http_job, requests_of
 from gateway.receipts import Decided, encode_receipts
 from gateway.redis_link import RedisLink
 from gateway.store import Store
@@ -34,18 +33,7 @@ def warm() -> None:
         device_id="device",
         ip="ip",
     )
-    payload = encode_transaction(t)
-    job = Job(
-        transaction=t,
-        payload=payload,
-        fingerprint=fingerprint_of(payload),
-        position=HTTP_POSITION,
-        door=Door.HTTP,
-        arrived_ms=_T_MS,
-        received_ms=_T_MS,
-        received_s=0.0,
-        deadline_s=None,
-    )
+    job = http_job(t, encode_transaction(t), _T_MS, 0.0, None)
     requests = requests_of([job])
     found = Store(RedisLink("redis://127.0.0.1/0", 1.0), 1).rehearse([job], requests)
     encode_receipts(
