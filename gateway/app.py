@@ -43,7 +43,7 @@ from gateway.publisher import Publisher
 from gateway.recent import RecentDecisions
 from gateway.redis_cluster import link_to
 from gateway.scorer import Scorer
-from gateway.spool import Spool
+from gateway.spool import Spool, open_orphan, open_own
 from gateway.store import Store
 from gateway.unobserved import Unobserved
 from gateway.warm import warm
@@ -55,9 +55,6 @@ log = logging.getLogger(__name__)
 CODE_VERSION = version("fraudgate")
 DRAIN_S = 10.0
 REDIS_WAIT_S = 1.0
-# How much of the publish budget Kafka has before a record goes to the local log, and the least, seconds.
-SPOOL_AFTER_PART = 0.75
-SPOOL_AFTER_LEAST_S = 0.005
 REDIS_POLL_S = 0.01
 
 
@@ -104,8 +101,8 @@ class Gateway:
             self.metrics,
             settings.publish_buffer_max,
             self._open_spool if settings.spool_mb_max else None,
-            # What a caller waits for is in the log before the wait is over.
-            spool_after_s=max(SPOOL_AFTER_LEAST_S, settings.publish_budget_ms / 1000 * SPOOL_AFTER_PART),
+            self._open_orphan,
+            linger_s=settings.publish_linger_ms / 1000,
             sync_s=settings.spool_sync_ms / 1000,
         )
         budget_s = settings.decision_budget_ms / 1000
@@ -144,7 +141,11 @@ class Gateway:
         self.api = _make_api(self)
 
     def _open_spool(self) -> Spool:
-        return Spool(self.settings.spool_path, self.settings.spool_mb_max * 2**20)
+        settings = self.settings
+        return open_own(settings.spool_root, settings.instance_id, settings.spool_mb_max * 2**20)
+
+    def _open_orphan(self) -> Spool | None:
+        return open_orphan(self.settings.spool_root, self.settings.spool_mb_max * 2**20)
 
     def _make_link(self) -> Link:
         settings = self.settings

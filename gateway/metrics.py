@@ -115,12 +115,12 @@ class Metrics:
         self.publish_dropped = Counter(
             "fraudgate_publish_dropped", "Records dropped because the buffer was full", registry=registry
         )
-        self.spooled = Counter(
-            "fraudgate_spooled", "Records put into the local log because Kafka didn't take them", registry=registry
+        self.spooled = Counter("fraudgate_spooled", "Records written to the local log", registry=registry)
+        self.spool_records = Gauge(
+            "fraudgate_spool_records", "Records in the local log that Kafka hasn't acknowledged", registry=registry
         )
-        self.spool_records = Gauge("fraudgate_spool_records", "Records in the local log", registry=registry)
-        self.spool_bytes = Gauge("fraudgate_spool_bytes", "Bytes in the local log", registry=registry)
-        self.spool_age_s = Gauge("fraudgate_spool_age_seconds", "Age of the oldest record in the local log", registry=registry)
+        self.spool_bytes = Gauge("fraudgate_spool_bytes", "Bytes of them", registry=registry)
+        self.spool_age_s = Gauge("fraudgate_spool_age_seconds", "Age of the oldest of them", registry=registry)
         self.lag = Gauge(
             "fraudgate_consumer_lag_records", "Records of transactions not yet consumed", ["partition"], registry=registry
         )

@@ -29,7 +29,7 @@ REQUEST_BYTES_MAX = 8 * 1024 * 1024
 _SCORED = [(SCORED_HEADER, SCORED_BY_HTTP)]
 
 
-class Record(msgspec.Struct, frozen=True):
+class Record(msgspec.Struct, frozen=True, array_like=True):
     """`payload` is the Avro record without its frame: the schema's id is looked up when it is sent."""
 
     topic: str

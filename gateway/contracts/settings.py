@@ -96,20 +96,26 @@ class Settings:
     decision_budget_ms: int = _setting(80, "time to answer in, milliseconds", least=5, most=10_000)
     feature_budget_ms: int = _setting(40, "part of it to wait for Redis, milliseconds", least=1, most=10_000)
     publish_budget_ms: int = _setting(
-        40, "longest wait for Kafka to acknowledge a receipt before an HTTP reply, milliseconds", least=0, most=10_000
+        40,
+        "longest wait for Kafka to acknowledge a receipt before an HTTP reply, milliseconds, where the local log can't take it",
+        least=0,
+        most=10_000,
+    )
+    publish_linger_ms: int = _setting(
+        20, "how long receipts collect in the local log before they are sent to Kafka together, milliseconds", least=0, most=1000
     )
     publish_buffer_max: int = _setting(100_000, "most receipts waiting for Kafka in memory", least=1, most=10_000_000)
     spool_mb_max: int = _setting(
         256,
-        "most that the local log holds of what Kafka can't take, MiB; 0: no log, receipts wait in memory alone",
+        "most that the local log holds of what Kafka hasn't acknowledged, MiB; 0: no log, receipts wait in memory alone",
         least=0,
         most=1_048_576,
     )
-    spool_dir: str = _setting("", "directory of the local log, a folder in it for each instance; empty: <home>/spool")
+    spool_dir: str = _setting("", "directory of the local log, a folder in it for each process; empty: <home>/spool")
     spool_sync_ms: int = _setting(
         1000,
-        "how often the local log is synchronised to the disk, milliseconds; what came since is lost when the machine fails. 0: when"
-        " the kernel does",
+        "how old a receipt that Kafka hasn't acknowledged may get before the local log is synchronised to the disk, milliseconds; what"
+        " is younger is lost when the machine fails. 0: when the kernel does",
         least=0,
         most=600_000,
     )
@@ -199,10 +205,9 @@ class Settings:
         return Path(self.model_dir).expanduser().absolute() if self.model_dir else self.home_path / "models"
 
     @property
-    def spool_path(self) -> Path:
-        """The local log of this instance."""
-        root = Path(self.spool_dir).expanduser().absolute() if self.spool_dir else self.home_path / "spool"
-        return root / self.instance_id
+    def spool_root(self) -> Path:
+        """Where each gateway process keeps its local log."""
+        return Path(self.spool_dir).expanduser().absolute() if self.spool_dir else self.home_path / "spool"
 
     @property
     def schemas_path(self) -> Path:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from deploy.stack import Stack
@@ -20,7 +21,7 @@ from gateway.metrics import Metrics
 from gateway.publisher import Publisher
 from gateway.records import Record, send_all
 from gateway.resumable import identity_of, open_producer, stop_producer
-from gateway.spool import Spool
+from gateway.spool import open_orphan, open_own
 from tests.helpers import running_command, until
 from tests.integration.gateway_helpers import Tail, make_transaction, name, post, ready_without, request
 from tests.integration.kafka_faults import Receipts
@@ -77,35 +78,78 @@ def test_the_same_delivery_by_another_producer_of_the_same_identity_is_no_duplic
     assert values_of(tail, records) == [r.payload for r in records]
 
 
-@pytest.mark.slow
-def test_a_broker_that_is_stopped_gets_everything_once_and_in_order(
-    stack: Stack, tail: Tail, settings: Settings, tmp_path: Path
-) -> None:
-    records = make_records(5000, name("stopped"))
-    metrics = Metrics()
+async def publish_across_a_stop(
+    stack: Stack, settings: Settings, records: list[Record], folder: Path, *, log_bytes: int, buffer_max: int
+) -> tuple[int, int]:
+    """Send 100, then the rest while the broker stands still. How many groups of ten were taken at once, and how many waited for it."""
     broker = stack.pid("kafka")
     assert broker is not None
+    publisher = Publisher(
+        settings.bootstrap, await resolved(settings), Metrics(), buffer_max, lambda: open_own(folder, "0", log_bytes)
+    )
+    publisher.start()
+    await publisher.send(records[:100])
+    await until(lambda: publisher.buffered == 0, 20)
+    os.kill(broker, signal.SIGSTOP)
+    try:
+        groups = [publisher.send(records[i : i + 10]) for i in range(100, len(records), 10)]
+        at_once = sum(group.done() for group in groups)
+        assert not any(group.cancelled() for group in groups)
+        await asyncio.sleep(0.2)  # sleeps: while the broker stands still, nothing may be acknowledged
+        assert publisher.buffered == len(records) - 100
+    finally:
+        os.kill(broker, signal.SIGCONT)
+    await until(lambda: publisher.buffered == 0, 60)
+    await asyncio.gather(*groups)
+    await publisher.stop(1)
+    return at_once, len(groups) - at_once
+
+
+@pytest.mark.parametrize("buffer_max", [100_000, 500])
+def test_while_the_broker_stands_still_the_log_takes_everything_at_once(
+    stack: Stack, tail: Tail, settings: Settings, tmp_path: Path, buffer_max: int
+) -> None:
+    records = make_records(3000, name("stopped"))
+    found = asyncio.run(publish_across_a_stop(stack, settings, records, tmp_path, log_bytes=2**24, buffer_max=buffer_max))
+    assert found == (290, 0)
+    tail.read_until(lambda: len(values_of(tail, records)) >= len(records))
+    assert values_of(tail, records) == [r.payload for r in records]
+
+
+def test_what_the_log_has_no_room_for_waits_in_memory_and_keeps_its_place(
+    stack: Stack, tail: Tail, settings: Settings, tmp_path: Path
+) -> None:
+    records = make_records(600, name("no-room"))
+    log_bytes = 25_000
+    at_once, waited = asyncio.run(
+        publish_across_a_stop(stack, settings, records, tmp_path, log_bytes=log_bytes, buffer_max=100_000)
+    )
+    assert at_once > 0
+    assert waited > 0
+    tail.read_until(lambda: len(values_of(tail, records)) >= len(records))
+    assert values_of(tail, records) == [r.payload for r in records]
+
+
+def test_what_a_dead_process_left_is_delivered_by_another(stack: Stack, tail: Tail, settings: Settings, tmp_path: Path) -> None:
+    assert stack.pid("kafka")
+    records = make_records(200, name("left"))
+    left = open_own(tmp_path, "dead", 2**24)
+    for i in range(0, len(records), 50):
+        assert left.append(msgspec.msgpack.encode(records[i : i + 50]), 50)
+    left.close()
 
     async def publish() -> None:
         publisher = Publisher(
             settings.bootstrap,
             await resolved(settings),
-            metrics,
-            100_000,
-            lambda: Spool(tmp_path / "spool", 2**24),
-            spool_after_s=0.02,
+            Metrics(),
+            1000,
+            lambda: open_own(tmp_path, "alive", 2**24),
+            lambda: open_orphan(tmp_path, 2**24),
         )
         publisher.start()
-        await publisher.send(records[:100])
-        os.kill(broker, signal.SIGSTOP)
-        try:
-            for i in range(100, len(records), 10):
-                # In the log, at once or after its time.
-                await asyncio.wait_for(publisher.send(records[i : i + 10]), 5)
-            assert publisher.buffered == len(records) - 100
-        finally:
-            os.kill(broker, signal.SIGCONT)
-        await until(lambda: publisher.buffered == 0, 60)
+        # A log of which all is delivered has no files.
+        await until(lambda: not list((tmp_path / "dead").glob("*.log")), 30)
         await publisher.stop(1)
 
     asyncio.run(publish())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.spool import HEADER, Spool
+from gateway.spool import HEADER, Spool, open_orphan, open_own
 
 MANY = 1 << 30
 
@@ -16,7 +16,11 @@ def make_spool(folder: Path, bytes_max: int = MANY, segment_bytes: int = 200) ->
 
 
 def payloads(spool: Spool, bytes_max: int = MANY) -> list[bytes]:
-    return [e.payload for e in spool.read(bytes_max)]
+    return [payload for _, payload in spool.read(bytes_max)]
+
+
+def deliver(spool: Spool, bytes_max: int = MANY) -> None:
+    spool.delivered([entry for entry, _ in spool.read(bytes_max)])
 
 
 def test_entries_come_back_in_order_over_segments_and_restarts(tmp_path: Path) -> None:
@@ -40,7 +44,7 @@ def test_one_byte_more_than_the_bound_is_refused_and_room_comes_back(tmp_path: P
     assert not spool.append(b"b" * 11, 1)
     assert spool.append(b"c" * 10, 1)
     assert not spool.append(b"", 1)
-    spool.delivered(spool.read(10))
+    deliver(spool, 10)
     assert spool.append(b"d" * 10, 1)
     assert payloads(spool) == [b"c" * 10, b"d" * 10]
     spool.close()
@@ -50,15 +54,16 @@ def test_what_is_delivered_does_not_come_again_after_a_restart(tmp_path: Path) -
     spool = make_spool(tmp_path)
     for i in range(20):
         spool.append(b"%02d" % i * 20, 1)
-    spool.delivered(spool.read(40 * 7))
+    deliver(spool, 40 * 7)
     spool.close()
     spool = make_spool(tmp_path)
     assert [p[:2] for p in payloads(spool)] == [b"%02d" % i for i in range(7, 20)]
     assert spool.records == 13
-    spool.delivered(spool.read(MANY))
+    deliver(spool)
     assert (spool.records, spool.bytes, spool.oldest_ms) == (0, 0, None)
-    assert list(tmp_path.glob("*.log")) == []
+    assert len(list(tmp_path.glob("*.log"))) == 1
     spool.close()
+    assert list(tmp_path.glob("*.log")) == []
     spool = make_spool(tmp_path)
     assert payloads(spool) == []
     spool.append(b"new", 1)
@@ -70,13 +75,13 @@ def test_a_delivery_under_way_is_remembered_with_its_note(tmp_path: Path) -> Non
     spool = make_spool(tmp_path)
     for i in range(9):
         spool.append(b"%d" % i * 50, 1)
-    entries = spool.read(4 * 50)
+    entries = [entry for entry, _ in spool.read(4 * 50)]
     spool.begin(entries[-1].end, b"who")
     spool.append(b"later", 1)
     spool.close()
     spool = make_spool(tmp_path)
     assert spool.pending == (entries[-1].end, b"who")
-    assert [e.payload for e in spool.read(1, until=entries[-1].end)] == [e.payload for e in entries]
+    assert [entry for entry, _ in spool.read(1, until=entries[-1].end)] == entries
     spool.delivered(entries)
     assert payloads(spool)[0] == b"4" * 50
     spool.close()
@@ -117,7 +122,7 @@ def test_a_process_that_died_while_segments_were_removed_delivers_nothing_again(
     spool = make_spool(tmp_path)
     for i in range(9):
         spool.append(b"%d" % i * 50, 1)
-    entries = spool.read(MANY)
+    entries = [entry for entry, _ in spool.read(MANY)]
     spool.begin(entries[-1].end, b"who")
     kept = {p: p.read_bytes() for p in tmp_path.glob("*.log")}
     spool.delivered(entries)
@@ -135,3 +140,48 @@ def test_two_processes_do_not_share_it(tmp_path: Path) -> None:
         make_spool(tmp_path)
     spool.close()
     make_spool(tmp_path).close()
+
+
+def test_while_one_process_drains_the_next_of_its_name_has_a_log_of_its_own(tmp_path: Path) -> None:
+    old = open_own(tmp_path, "7", MANY)
+    old.append(b"old", 1)
+    new = open_own(tmp_path, "7", MANY)
+    assert new.directory != old.directory
+    assert payloads(new) == []
+    old.close()
+    # Whose process is gone is found by anybody, once.
+    found = open_orphan(tmp_path, MANY)
+    assert found is not None
+    assert payloads(found) == [b"old"]
+    assert open_orphan(tmp_path, MANY) is None
+    deliver(found)
+    found.close()
+    assert open_orphan(tmp_path, MANY) is None
+    new.close()
+
+
+def test_the_age_is_of_the_oldest_that_is_not_delivered(tmp_path: Path) -> None:
+    now_ms = iter(range(1000, 2000, 100))
+    spool = Spool(tmp_path, MANY, 100, lambda: next(now_ms))
+    for i in range(5):
+        spool.append(b"%d" % i * 60, 1)
+    assert spool.oldest_ms == 1000
+    # 60 bytes a payload, and two to a segment: what is left begins in another segment.
+    deliver(spool, 120)
+    assert spool.oldest_ms == 1200
+    deliver(spool, 60)
+    assert spool.oldest_ms == 1300
+    spool.close()
+
+
+def test_entries_are_synchronised_while_segments_come_and_go(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path, segment_bytes=100)
+    for i in range(20):
+        spool.append(b"%02d" % i * 30, 1)
+        if i % 3 == 0:
+            spool.sync()
+        if i % 4 == 0:
+            deliver(spool, 60)
+    spool.sync()
+    assert [p[:2] for p in payloads(spool)] == [b"%02d" % i for i in range(5, 20)]
+    spool.close()
