@@ -12,18 +12,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from gateway.admission import AdaptiveLimit
+from gateway.bodies import read_bodies
 from gateway.contracts.decision import Door
+from gateway.contracts.transaction import RefusedError
 from gateway.errors import DrainingError, GatewayError, OverloadedError
-from gateway.job import Job, Result, Verdict
+from gateway.job import Job, Result, Verdict, http_job
 from gateway.metrics import Metrics
 from gateway.publisher import Publisher
 from gateway.records import Record, decision_records, transaction_records
+from gateway.requests import Requests, read_requests
 from gateway.scorer import TAIL_BUDGET_MS, Scorer
 
 log = logging.getLogger(__name__)
 
-# The next batch doesn't wait for Kafka to acknowledge the one before when so many, and as many as that one has, are waiting.
+# Where Kafka is waited for, the next batch doesn't wait with it when so many, and as many as the one before has, have come.
 OVERLAP_ROWS_MIN = 16
 
 # With less time than this left, a transaction is decided without Redis: its wait could only be too short, and a wait that ends
@@ -31,21 +36,26 @@ OVERLAP_ROWS_MIN = 16
 REDIS_WAIT_LEAST_S = 0.010
 HURRY_S = TAIL_BUDGET_MS / 1000 + REDIS_WAIT_LEAST_S
 
-# Called once with the result and time.monotonic(); None instead of a result means that the scorer failed. Must not raise.
-Done = Callable[[Result | None, float], None]
+# Called once with the result, or why there is none, and time.monotonic(); None means that the scorer failed. Must not raise.
+Done = Callable[[Result | RefusedError | None, float], None]
 
 
 class Accepted:
-    """One transaction that is not answered yet, and whom to tell: its caller, then those who retried it meanwhile."""
+    """One body that is not answered yet, and whom to tell: its caller, then those who retried it meanwhile."""
 
-    __slots__ = ("done", "job", "retries")
+    __slots__ = ("body", "deadline_s", "done", "job", "received_s", "retries")
 
-    def __init__(self, job: Job, done: Done) -> None:
-        self.job = job
+    # Once the body is read.
+    job: Job
+
+    def __init__(self, body: bytes, received_s: float, deadline_s: float, done: Done) -> None:
+        self.body = body
+        self.received_s = received_s
+        self.deadline_s = deadline_s
         self.done = done
         self.retries: list[Done] | None = None
 
-    def tell(self, result: Result | None, now_s: float) -> None:
+    def tell(self, result: Result | RefusedError | None, now_s: float) -> None:
         self.done(result, now_s)
         if self.retries is not None:
             for done in self.retries:
@@ -56,8 +66,8 @@ class Batcher:
     """The HTTP door's way to the scorer.
 
     At most `limit.limit` transactions are accepted and not yet answered; `loop_lag_s` tells how busy the event loop is. A retry of one
-    of them waits for the first. Decisions are handed to the publisher and answered when Kafka has acknowledged them or
-    `publish_budget_s` is over.
+    of them waits for the first. Decisions are handed to the publisher and answered when its log has them; where it has none, when Kafka
+    has acknowledged them or `publish_budget_s` is over. `now_ms` is the wall clock, `clock_s` the monotonic one.
     """
 
     def __init__(
@@ -70,6 +80,7 @@ class Batcher:
         limit: AdaptiveLimit,
         publish_budget_s: float,
         loop_lag_s: Callable[[], float] = lambda: 0.0,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scorer = scorer
@@ -79,9 +90,12 @@ class Batcher:
         self._limit = limit
         self._loop_lag_s = loop_lag_s
         self._publish_budget_s = publish_budget_s
+        self._now_ms = now_ms
         self._clock_s = clock_s
+        # Accepted and not answered, and those of them whose body is not read.
+        self._open = 0
         self._pending: list[Accepted] = []
-        # By transaction_id.
+        # Those whose body is, by transaction_id.
         self._in_flight: dict[str, Accepted] = {}
         self._running: asyncio.Task[None] | None = None
         # Set when the next batch may start, and how many must be waiting for that.
@@ -92,26 +106,21 @@ class Batcher:
 
     @property
     def in_flight(self) -> int:
-        return len(self._in_flight)
+        """Transactions accepted and not yet answered."""
+        return self._open
 
     def refusal(self) -> type[GatewayError] | None:
         """Why nothing more can be taken now, None when it can. Asked before a body is read and again before it is decoded."""
         if self._draining:
             return DrainingError
-        if len(self._in_flight) >= self._limit.limit:
+        if self._open >= self._limit.limit:
             return OverloadedError
         return None
 
-    def submit(self, job: Job, done: Done) -> None:
-        """`done` is called later, or at once when `job` contradicts one that is in flight."""
-        transaction_id = job.transaction.transaction_id
-        first = self._in_flight.get(transaction_id)
-        if first is not None:
-            self._retried(first, job, done)
-            return
-        accepted = self._in_flight[transaction_id] = Accepted(job, done)
-        self._scorer.deciding.add(transaction_id)
-        self._pending.append(accepted)
+    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done) -> None:
+        """Take a body, which is read with the others of its batch. `done` is called later."""
+        self._open += 1
+        self._pending.append(Accepted(body, received_s, deadline_s, done))
         if self._running is None:
             # A task starts in the next pass of the loop, when every socket that is readable in this one has been read.
             self._running = asyncio.create_task(self._run())
@@ -123,26 +132,67 @@ class Batcher:
         self._draining = True
         try:
             async with asyncio.timeout(timeout_s):
-                while self._in_flight:
+                while self._open:
                     self._drained.clear()
                     await self._drained.wait()
         except TimeoutError:
-            log.error("batcher: %d transactions were not answered before the end", len(self._in_flight))  # noqa: TRY400
+            log.error("batcher: %d transactions were not answered before the end", self._open)  # noqa: TRY400
 
-    def _retried(self, first: Accepted, job: Job, done: Done) -> None:
-        if first.job.fingerprint != job.fingerprint:
-            done(Result(job, Verdict.CONFLICT), self._clock_s())
+    def _read(self, taken: list[Accepted]) -> tuple[list[Accepted], Requests | None]:
+        """Those of `taken` that are to be decided, and their columns when all are. The others are answered, or wait for their first."""
+        now_s, now_ms = self._clock_s(), self._now_ms()
+        try:
+            found, requests = read_bodies([accepted.body for accepted in taken], now_ms)
+        except Exception:
+            log.exception("http: %d bodies could not be read", len(taken))
+            for accepted in taken:
+                self._tell(accepted, None, now_s)
+            return [], None
+        if requests is None:
+            readable: list[tuple[Accepted, bytes]] = []
+            for accepted, record in zip(taken, found, strict=True):
+                if isinstance(record, RefusedError):
+                    self._tell(accepted, record, now_s)
+                else:
+                    readable.append((accepted, record))
+            if not readable:
+                return [], None
+            taken, records = [accepted for accepted, _ in readable], [record for _, record in readable]
+            requests = read_requests(records, np.full(len(records), -1, np.int64))
+        else:
+            records = found  # type: ignore[assignment]
+        in_flight, deciding = self._in_flight, self._scorer.deciding
+        batch: list[Accepted] = []
+        for accepted, transaction_id, card_id, record in zip(taken, requests.ids(), requests.cards(), records, strict=True):
+            received_s = accepted.received_s
+            received_ms = now_ms - round((now_s - received_s) * 1000)
+            accepted.body = b""
+            job = accepted.job = http_job(transaction_id, card_id, record, received_ms, received_s, accepted.deadline_s)
+            first = in_flight.setdefault(transaction_id, accepted)
+            if first is not accepted:
+                self._retried(first, accepted, now_s)
+                continue
+            deciding.add(job.transaction_id)
+            batch.append(accepted)
+        return batch, requests if len(batch) == len(requests) else None
+
+    def _retried(self, first: Accepted, accepted: Accepted, now_s: float) -> None:
+        if first.job.fingerprint != accepted.job.fingerprint:
+            self._tell(accepted, Result(accepted.job, Verdict.CONFLICT), now_s)
             return
         self._metrics.duplicates.labels(Door.HTTP.value).inc()
         if first.retries is None:
             first.retries = []
-        first.retries.append(done)
+        first.retries.append(accepted.done)
 
     async def _run(self) -> None:
         while self._pending:
-            batch, hurried = self._take()
+            taken, hurried = self._take()
+            batch, requests = self._read(taken)
+            if not batch:
+                continue
             try:
-                results = await self._scorer.decide([accepted.job for accepted in batch])
+                results = await self._scorer.decide([accepted.job for accepted in batch], requests)
                 records = [*transaction_records(results), *decision_records(results)]
             except Exception:
                 # A bug must not leave callers waiting, nor stop the door.
@@ -150,7 +200,7 @@ class Batcher:
                 self._answer(batch, [None] * len(batch))
                 continue
             now_s = self._clock_s()
-            self._limit.note(now_s, now_s - batch[len(batch) // 2].job.received_s, len(self._in_flight), self._loop_lag_s())
+            self._limit.note(now_s, now_s - batch[len(batch) // 2].received_s, self._open, self._loop_lag_s())
             self._next_rows = min(self._batch_rows_max, max(OVERLAP_ROWS_MIN, len(batch)))
             self._publish(batch, results, records, now_s, 0.0 if hurried else self._publish_budget_s)
             if len(self._pending) < self._next_rows:
@@ -165,13 +215,12 @@ class Batcher:
         batch, rest = self._pending[: self._batch_rows_max], self._pending[self._batch_rows_max :]
         now_s = self._clock_s()
         hurry_s = now_s + HURRY_S
-        hurried = [a for a in batch if a.job.deadline_s is not None and a.job.deadline_s < hurry_s]
+        hurried = [a for a in batch if a.deadline_s < hurry_s]
         if not hurried:
             self._pending = rest
             return batch, False
         for accepted in hurried:
-            job = accepted.job
-            job.deadline_s = min(job.deadline_s or hurry_s, now_s + TAIL_BUDGET_MS / 1000)
+            accepted.deadline_s = min(accepted.deadline_s, now_s + TAIL_BUDGET_MS / 1000)
         chosen = set(map(id, hurried))
         self._pending = [a for a in batch if id(a) not in chosen] + rest
         self._metrics.hurried.inc(len(hurried))
@@ -180,7 +229,7 @@ class Batcher:
     def _publish(
         self, batch: list[Accepted], results: list[Result], records: list[Record], published_from_s: float, budget_s: float
     ) -> None:
-        """Hand over to Kafka, and answer when it has acknowledged or the budget for that is over."""
+        """Hand over to the publisher, and answer when that has it in its log or in Kafka, or the budget for that is over."""
         self._next.clear()
         acknowledged = self._publisher.send(records)
         if budget_s <= 0 or acknowledged.done():
@@ -203,7 +252,7 @@ class Batcher:
         now_s = self._answer(batch, results)
         metrics = self._metrics
         metrics.step_ms.observe("publish", [(now_s - published_from_s) * 1000])
-        metrics.latency_ms.observe(Door.HTTP.value, [(now_s - accepted.job.received_s) * 1000 for accepted in batch])
+        metrics.latency_ms.observe(Door.HTTP.value, [(now_s - accepted.received_s) * 1000 for accepted in batch])
         verdicts = Counter([result.verdict for result in results])
         if verdicts[Verdict.DUPLICATE]:
             metrics.duplicates.labels(Door.HTTP.value).inc(verdicts[Verdict.DUPLICATE])
@@ -213,16 +262,20 @@ class Batcher:
         now_s = self._clock_s()
         in_flight, deciding = self._in_flight, self._scorer.deciding
         for accepted, result in zip(batch, results, strict=True):
-            transaction_id = accepted.job.transaction.transaction_id
+            transaction_id = accepted.job.transaction_id
             del in_flight[transaction_id]
             deciding.discard(transaction_id)
-            try:
-                accepted.tell(result, now_s)
-            except Exception:
-                # One caller's connection must not cost the others of its batch their answers.
-                log.exception("http: an answer could not be given")
-        self._metrics.in_flight.set(len(in_flight))
+            self._tell(accepted, result, now_s)
+        self._metrics.in_flight.set(self._open)
         self._metrics.in_flight_limit.set(self._limit.limit)
-        if not in_flight:
-            self._drained.set()
         return now_s
+
+    def _tell(self, accepted: Accepted, result: Result | RefusedError | None, now_s: float) -> None:
+        self._open -= 1 if accepted.retries is None else 1 + len(accepted.retries)
+        try:
+            accepted.tell(result, now_s)
+        except Exception:
+            # One caller's connection must not cost the others of its batch their answers.
+            log.exception("http: an answer could not be given")
+        if not self._open:
+            self._drained.set()

@@ -13,11 +13,10 @@ from typing import Any
 
 import msgspec
 
-from gateway.avro import encode_transaction
 from gateway.batcher import Batcher, Done
 from gateway.contracts.decision import Answer, Door
 from gateway.contracts.reasons import Refusal
-from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError, check, parse_json
+from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError
 from gateway.errors import (
     BadDeadlineError,
     GatewayError,
@@ -26,9 +25,8 @@ from gateway.errors import (
     MethodNotAllowedError,
     problem_reply,
 )
-from gateway.job import Result, Verdict, http_job
+from gateway.job import Result, Verdict
 from gateway.metrics import Metrics
-from gateway.requests import is_clean
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -53,32 +51,24 @@ class DisconnectedError(Exception):
 
 
 class ScoreDoor:
-    """`now_ms` is the wall clock, `clock_s` the monotonic one that deadlines are on."""
+    """`clock_s` is the monotonic clock that deadlines are on."""
 
     def __init__(
         self,
         batcher: Batcher,
         metrics: Metrics,
         decision_budget_ms: int,
-        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._batcher = batcher
         self._metrics = metrics
         self.budget_s = decision_budget_ms / 1000
-        self._now_ms = now_ms
         self.clock_s = clock_s
         self.refusal = batcher.refusal
 
     def submit(self, body: bytes, received_s: float, budget_s: float, done: Done) -> None:
-        """Decode and hand to the batcher, which calls `done`. Raises `RefusedError`, having called nobody."""
-        now_ms = self._now_ms()
-        t = parse_json(body)
-        payload = encode_transaction(t)
-        if not is_clean(payload, now_ms):
-            check(t, now_ms)
-        job = http_job(t, payload, now_ms, received_s, received_s + budget_s)
-        self._batcher.submit(job, done)
+        """Hand to the batcher, which reads the body and calls `done`."""
+        self._batcher.submit(body, received_s, received_s + budget_s, done)
 
     def budget_of(self, value: bytes) -> float:
         """Seconds to answer in, from the value of the header. Raises `BadDeadlineError` unless it is a whole number above 0."""
@@ -116,9 +106,9 @@ class ScoreDoor:
         if refusal is not None:
             raise refusal
         body = await _read(scope, receive)
-        waiter: asyncio.Future[Result | None] = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[Result | RefusedError | None] = asyncio.get_running_loop().create_future()
 
-        def done(result: Result | None, _: float) -> None:
+        def done(result: Result | RefusedError | None, _: float) -> None:
             if not waiter.done():
                 waiter.set_result(result)
 
@@ -128,8 +118,10 @@ class ScoreDoor:
         return 200, [_CONTENT_TYPE, (b"content-length", str(len(encoded)).encode())], encoded
 
 
-def answer_of(result: Result | None) -> Answer:
+def answer_of(result: Result | RefusedError | None) -> Answer:
     """The decision of a result. Raises what has to be answered instead."""
+    if isinstance(result, RefusedError):
+        raise result
     if result is None:
         raise GatewayError
     if result.verdict is Verdict.CONFLICT:

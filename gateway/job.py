@@ -12,22 +12,23 @@ import numpy as np
 from gateway.contracts.decision import Answer, Door
 from gateway.contracts.layout import POSITION
 from gateway.contracts.transaction import Transaction
-from gateway.kernels.intake import UNREAD
-from gateway.requests import Requests, read_requests
+from gateway.kernels.intake import READ, UNREAD
+from gateway.requests import Requests, read_requests, transactions_of
 
 HTTP_POSITION = POSITION.pack(b"h", 0, 0, 0)
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """`payload` is the transaction as a record of schemas/transaction.avsc in its shortest form, `fingerprint` of it.
+    """`payload` is the transaction as a record of schemas/transaction.avsc in its shortest form, `fingerprint` of it; it has been checked.
 
     `arrived_ms` is the wall clock at arrival (HTTP) or the record's timestamp (Kafka); `received_s` is time.monotonic().
 
     `deadline_s` (time.monotonic()) is None where nobody waits.
     """
 
-    transaction: Transaction
+    transaction_id: str
+    card_id: bytes
     payload: bytes
     fingerprint: bytes
     position: bytes
@@ -43,22 +44,32 @@ class Job:
     def claim(self) -> bytes:
         return self.fingerprint + self.position
 
+    @property
+    def transaction(self) -> Transaction:
+        """Decoded anew each time, 10 us: for the few that somebody wants to look at whole."""
+        [t] = transactions_of(requests_of([self]), READ)
+        assert t is not None, "a job's payload is a whole record"
+        return t
+
 
 def fingerprint_of(payload: bytes) -> bytes:
     """16 bytes that differ when any field of the transaction does, whichever door it came through."""
     return hashlib.md5(payload, usedforsecurity=False).digest()
 
 
-def http_job(t: Transaction, payload: bytes, now_ms: int, received_s: float, deadline_s: float | None) -> Job:
-    """A job of the HTTP door, which arrived now."""
+def http_job(
+    transaction_id: str, card_id: bytes, payload: bytes, received_ms: int, received_s: float, deadline_s: float | None
+) -> Job:
+    """A job of the HTTP door."""
     return Job(
-        transaction=t,
+        transaction_id=transaction_id,
+        card_id=card_id,
         payload=payload,
         fingerprint=fingerprint_of(payload),
         position=HTTP_POSITION,
         door=Door.HTTP,
-        arrived_ms=now_ms,
-        received_ms=now_ms,
+        arrived_ms=received_ms,
+        received_ms=received_ms,
         received_s=received_s,
         deadline_s=deadline_s,
     )

@@ -10,11 +10,11 @@ starts from the offsets that were really committed. What fences a gateway that l
 from __future__ import annotations
 
 import asyncio
-import heapq
+import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,10 +32,11 @@ from gateway.contracts.topics import QUARANTINE, SCORED_HEADER, TRANSACTIONS
 from gateway.contracts.transaction import RefusedError
 from gateway.job import Job, Result, Verdict, fingerprint_of, kafka_position
 from gateway.kafka_link import CHUNK_RECORDS_MAX, Link, LinkLostError, Membership, Polled
+from gateway.kernels.intake import CLEAN
 from gateway.metrics import Metrics
 from gateway.poison import PoisonFilter
 from gateway.records import Record, decision_records
-from gateway.requests import read_requests, transactions_of
+from gateway.requests import Int64s, read_requests
 from gateway.scorer import Scorer
 
 log = logging.getLogger(__name__)
@@ -246,10 +247,17 @@ class KafkaDoor:
             wanted += fresh
         arrived_ms = [m.timestamp if m.timestamp > 0 else now_ms for m in wanted]
         payloads = [self._schemas.payload_of(m.value) for m in wanted]
-        transactions = transactions_of(read_requests(payloads, np.array(arrived_ms, np.int64)))
-        decoded: dict[int, list[tuple[Job, Any]]] = {}
-        for m, payload, t, m_arrived_ms in zip(wanted, payloads, transactions, arrived_ms, strict=True):
-            if t is None:
+        requests = read_requests(payloads, np.array(arrived_ms, np.int64))
+        clean = requests.state == CLEAN
+        # What isn't has no text to be read, and is read below.
+        requests.starts[~clean], requests.lengths[~clean] = 0, 0
+        jobs: list[Job] = []
+        sources: list[Any] = []
+        times_ms: list[int] = []
+        for m, payload, is_clean, m_arrived_ms, transaction_id, card_id, t_ms in zip(
+            *(wanted, payloads, clean.tolist(), arrived_ms, requests.ids(), requests.cards(), requests.t_ms.tolist()), strict=True
+        ):
+            if not is_clean:
                 # JSON, another schema, or something to look at more closely.
                 try:
                     t = self._schemas.decode_transaction(m.value, m_arrived_ms)
@@ -257,9 +265,15 @@ class KafkaDoor:
                     chunk.refusals.append(exc.reason)
                     chunk.quarantined.append(_quarantine(m, exc.reason.value, exc.field))
                     continue
-                payload = avro.encode_transaction(t)
+                payload, transaction_id, card_id, t_ms = (
+                    avro.encode_transaction(t),
+                    t.transaction_id,
+                    t.card_id.encode(),
+                    t.event_time_ms,
+                )
             job = Job(
-                transaction=t,
+                transaction_id=transaction_id,
+                card_id=card_id,
                 payload=payload,
                 fingerprint=fingerprint_of(payload),
                 position=kafka_position(m.partition, m.offset),
@@ -271,10 +285,12 @@ class KafkaDoor:
                 partition=m.partition,
                 offset=m.offset,
             )
-            decoded.setdefault(m.partition, []).append((job, m))
-        for job, m in merge_by_event_time(list(decoded.values())):
-            chunk.jobs.append(job)
-            chunk.sources.append(m)
+            jobs.append(job)
+            sources.append(m)
+            times_ms.append(t_ms)
+        order = by_event_time(np.array([m.partition for m in sources], np.int64), np.array(times_ms, np.int64))
+        chunk.jobs = [jobs[i] for i in order]
+        chunk.sources = [sources[i] for i in order]
         return chunk
 
     def _count(self, chunk: Chunk, results: Sequence[Result], published_from_s: float) -> None:
@@ -305,12 +321,18 @@ def _tell(exc: BaseException | None) -> None:
         log.error("kafka: the session failed", exc_info=exc)
 
 
-def merge_by_event_time(partitions: Sequence[Sequence[tuple[Job, Any]]]) -> Iterator[tuple[Job, Any]]:
-    """One sequence that keeps each partition's order and takes the earliest event among the partitions' next ones.
+def by_event_time(partitions: Int64s, times_ms: Int64s) -> list[int]:
+    """The order that keeps each partition's and takes the earliest event among the partitions' next ones; messages lie by partition.
 
     Entities that cards of several partitions share so see events in the order of time, as far as a chunk reaches.
     """
-    return heapq.merge(*partitions, key=lambda item: item[0].transaction.event_time_ms)
+    # An event comes after those before it in its partition: its turn is that of the latest of them.
+    turns = times_ms.copy()
+    edges = [0, *(np.flatnonzero(np.diff(partitions)) + 1).tolist(), len(partitions)]
+    for begin, end in itertools.pairwise(edges):
+        np.maximum.accumulate(turns[begin:end], out=turns[begin:end])
+    order: list[int] = np.argsort(turns, kind="stable").tolist()
+    return order
 
 
 def _quarantine(m: Any, reason: str, at_field: str | None = None) -> Record:

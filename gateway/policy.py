@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,8 +23,9 @@ import yaml
 from gateway.contracts.decision import RISK_SCORE_MAX, SEVERITY, Outcome
 from gateway.contracts.features import FEATURE_INDEX
 from gateway.contracts.reasons import REASONS_MAX, Reason
-from gateway.contracts.transaction import FIELDS, TEXT_FIELDS, Transaction
+from gateway.contracts.transaction import FIELDS, TEXT_FIELDS
 from gateway.errors import PolicyRefusedError
+from gateway.requests import Requests
 
 DEFAULT_POLICY = "default_policy.yaml"
 POLICY_VERSION = 1
@@ -77,12 +78,23 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 @dataclass(frozen=True)
 class Columns:
-    """What the rules see of a batch. `amount_minor` is (batch,), `score` (batch,) float64, NaN where no model scored."""
+    """What the rules see of a batch: `rows` of `requests`. `matrix` is (rows, features), `score` (rows,), NaN where no model scored."""
 
-    batch: Sequence[Transaction]
-    amount_minor: npt.NDArray[np.int64]
+    requests: Requests
+    rows: npt.NDArray[np.int64]
     matrix: Matrix
     score: npt.NDArray[np.float64]
+
+    def number(self, field: str) -> npt.NDArray[np.float64]:
+        """(rows,), NaN where it isn't given."""
+        of, column = {
+            "event_time_ms": (self.requests.numbers, 0),
+            "amount_minor": (self.requests.numbers, 1),
+            "latitude": (self.requests.places, 0),
+            "longitude": (self.requests.places, 1),
+        }[field]
+        found: npt.NDArray[np.float64] = of[self.rows, column].astype(np.float64)
+        return found
 
 
 @dataclass(frozen=True)
@@ -132,9 +144,7 @@ def _numbers_of(c: Condition) -> Callable[[Columns], npt.NDArray[np.floating[Any
         return lambda columns: columns.score
     name = c.field
     assert name is not None
-    if name == "amount_minor":
-        return lambda columns: columns.amount_minor.astype(np.float64)
-    return lambda columns: np.array([math.nan if (v := getattr(t, name)) is None else v for t in columns.batch], np.float64)
+    return lambda columns: columns.number(name)
 
 
 def _compile(c: Condition, place: str) -> Check:
@@ -191,7 +201,9 @@ def _compile_text(c: Condition, values: list[Any], place: str) -> Check:
         raise PolicyRefusedError(f"{place}: compares a text, so the value must be a text (in quotation marks)")
     name, wanted, negated = c.field, frozenset(values), c.op in ("!=", "not_in")
     assert name is not None
-    return lambda columns: np.array([(v := getattr(t, name)) is not None and (v in wanted) != negated for t in columns.batch], bool)
+    return lambda columns: np.array(
+        [v is not None and (v in wanted) != negated for v in columns.requests.texts(name, columns.rows)], bool
+    )
 
 
 class Policy:
@@ -232,8 +244,8 @@ class Policy:
 
         Where no model scored and there are no features either, the band's `without_model` outcome stands in for the model's.
         """
-        rows = len(columns.batch)
-        band = np.searchsorted(self._edges, columns.amount_minor, side="left")
+        rows = len(columns.rows)
+        band = np.searchsorted(self._edges, columns.requests.amount_minor[columns.rows], side="left")
         thresholds = self._thresholds[band]
         no_score = np.isnan(columns.score)
         base = (columns.score[:, None] >= thresholds).sum(axis=1)

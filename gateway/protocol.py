@@ -51,7 +51,7 @@ class Exchange:
         self.reply: bytes | None = None
         self.shed = False
 
-    def done(self, result: Result | None, now_s: float) -> None:
+    def done(self, result: Result | RefusedError | None, now_s: float) -> None:
         self.protocol.answered(self, result, now_s)
 
 
@@ -225,10 +225,7 @@ class DoorProtocol(HttpToolsProtocol):
             self._shed(exchange, refusal)
             self._hold()
             return
-        try:
-            door.submit(body, exchange.received_s, exchange.budget_s, exchange.done)
-        except RefusedError as exc:
-            self._refuse(exchange, exc)
+        door.submit(body, exchange.received_s, exchange.budget_s, exchange.done)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -256,7 +253,7 @@ class DoorProtocol(HttpToolsProtocol):
 
     # Answers.
 
-    def answered(self, exchange: Exchange, result: Result | None, now_s: float) -> None:
+    def answered(self, exchange: Exchange, result: Result | RefusedError | None, now_s: float) -> None:
         """The result of `exchange` is there."""
         if self._gone or self.transport.is_closing():
             return

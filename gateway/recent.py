@@ -34,7 +34,7 @@ class RecentDecisions:
 
     def add(self, job: Job, answer: bytes) -> None:
         records = self._records
-        transaction_id = job.transaction.transaction_id
+        transaction_id = job.transaction_id
         records[transaction_id] = job.claim + answer, self._clock_s() + self._window_s
         records.move_to_end(transaction_id)
         if len(records) > self._decisions_max:
@@ -42,7 +42,7 @@ class RecentDecisions:
 
     def settles(self, job: Job) -> bytes | None:
         """The record that settles `job`, None when it is to be decided: it is new, or comes again from its position in Kafka."""
-        record, counts_until_s = self._records.get(job.transaction.transaction_id, (None, 0.0))
+        record, counts_until_s = self._records.get(job.transaction_id, (None, 0.0))
         if record is None or self._clock_s() >= counts_until_s:
             return None
         return None if job.door is Door.KAFKA and record[:CLAIM_BYTES] == job.claim else record

@@ -77,10 +77,10 @@ def decision_records(results: Sequence[Result]) -> list[Record]:
     for result in results:
         if result.receipt is None or result.answer is None:
             continue
-        t, answer = result.job.transaction, result.answer
-        key = t.card_id.encode()
+        answer, key = result.answer, result.job.card_id
         records.append(Record(DECISIONS, key, result.receipt))
         if answer.decision is Outcome.DECLINE:
+            t = result.job.transaction
             alert = {
                 "transaction_id": t.transaction_id,
                 "card_id": t.card_id,
@@ -96,6 +96,4 @@ def decision_records(results: Sequence[Result]) -> list[Record]:
 
 def transaction_records(results: Sequence[Result]) -> list[Record]:
     """The transactions decided over HTTP, marked as scored, for the transactions topic."""
-    return [
-        Record(TRANSACTIONS, r.job.transaction.card_id.encode(), r.job.payload, _SCORED) for r in results if r.receipt is not None
-    ]
+    return [Record(TRANSACTIONS, r.job.card_id, r.job.payload, _SCORED) for r in results if r.receipt is not None]

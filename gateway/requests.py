@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.transaction import Transaction
-from gateway.kernels.intake import CLEAN, TEXTS, read_records
+from gateway.kernels.intake import CLEAN, TEXT_INDEX, TEXTS, read_records
 from gateway.kernels.raw import Bytes
 
 Int64s = npt.NDArray[np.int64]
@@ -42,13 +42,43 @@ class Requests:
     def amount_minor(self) -> Int64s:
         return self.numbers[:, 1]
 
+    def texts(self, name: str, rows: Int64s) -> list[str | None]:
+        """A text field of `rows`, which have been read. What was checked is ASCII."""
+        place = TEXT_INDEX[name]
+        # Bytes of numbers between the texts decode to something in Latin-1, and one byte stays one character.
+        text = self.data.decode("latin-1")
+        return [
+            None if length < 0 else text[start : start + length]
+            for start, length in zip(self.starts[rows, place].tolist(), self.lengths[rows, place].tolist(), strict=True)
+        ]
+
+    def ids(self) -> list[str]:
+        """The transaction_id of each row; all have been read."""
+        text = self.data.decode("latin-1")
+        starts = self.starts[:, 0]
+        return [text[a:b] for a, b in zip(starts.tolist(), (starts + self.lengths[:, 0]).tolist(), strict=True)]
+
+    def cards(self) -> list[bytes]:
+        """The card_id of each row; all have been read."""
+        data, starts = self.data, self.starts[:, 1]
+        return [data[a:b] for a, b in zip(starts.tolist(), (starts + self.lengths[:, 1]).tolist(), strict=True)]
+
+
+def edges_of(parts: Sequence[bytes]) -> Int64s:
+    """Where each of `parts` begins when they are joined, and where the last one ends."""
+    edges = np.zeros(len(parts) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)), out=edges[1:])
+    return edges
+
 
 def read_requests(payloads: Sequence[bytes], now_ms: Int64s) -> Requests:
     """`payloads` are records of schemas/transaction.avsc, `now_ms` (rows,) the times of arrival, -1 where they have been checked."""
-    rows = len(payloads)
-    data = b"".join(payloads)
-    edges = np.zeros(rows + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, payloads), np.int64, rows), out=edges[1:])
+    return read_joined(b"".join(payloads), edges_of(payloads), now_ms)
+
+
+def read_joined(data: bytes, edges: Int64s, now_ms: Int64s) -> Requests:
+    """The same of records that are one text already."""
+    rows = len(edges) - 1
     requests = Requests(
         data=data,
         buf=np.frombuffer(data, np.uint8),
@@ -64,24 +94,8 @@ def read_requests(payloads: Sequence[bytes], now_ms: Int64s) -> Requests:
     return requests
 
 
-# What `is_clean` has no use for.
-_STARTS, _LENGTHS = np.empty((1, len(TEXTS)), np.int64), np.empty((1, len(TEXTS)), np.int64)
-_NUMBERS, _PLACES = np.empty((1, 4), np.int64), np.empty((1, 3), np.float64)
-_STATE = np.empty(1, np.uint8)
-_EDGES = np.zeros(2, np.int64)
-_NOW_MS = np.empty(1, np.int64)
-
-
-def is_clean(payload: bytes, now_ms: int) -> bool:
-    """True when one record passes all of contracts.transaction.check for certain. 3 us, of which the regular expressions take 8."""
-    _EDGES[1], _NOW_MS[0] = len(payload), now_ms
-    read_records(np.frombuffer(payload, np.uint8), _EDGES, _NOW_MS, _STARTS, _LENGTHS, _NUMBERS, _PLACES, _STATE)
-    return bool(_STATE[0] == CLEAN)
-
-
-def transactions_of(requests: Requests) -> list[Transaction | None]:
-    """The transactions of the CLEAN rows, None for the others. About 2 us each."""
-    # What is clean is ASCII; bytes of numbers between the texts decode to something in Latin-1, and one byte stays one character.
+def transactions_of(requests: Requests, least: int = CLEAN) -> list[Transaction | None]:
+    """The transactions of the rows whose state is `least` or better, None for the others. About 2 us each."""
     text = requests.data.decode("latin-1")
     ends = np.maximum(requests.starts + requests.lengths, 0).tolist()
     places = requests.places.tolist()
@@ -96,7 +110,7 @@ def transactions_of(requests: Requests) -> list[Transaction | None]:
             strict=True,
         )
     ):
-        if state != CLEAN:
+        if state < least:
             found.append(None)
             continue
         device, ip, card_bin, card_country = sizes

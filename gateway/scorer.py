@@ -90,10 +90,14 @@ class Scorer:
         # transaction_ids that the HTTP door is deciding: the Kafka door leaves them to it.
         self.deciding: set[str] = set()
 
-    async def decide(self, jobs: Sequence[Job]) -> list[Result]:
-        """A result for each of `jobs`, in their order. Each job is claimed and counted once; never raises for what Redis does."""
+    async def decide(self, jobs: Sequence[Job], requests: Requests | None = None) -> list[Result]:
+        """A result for each of `jobs`, in their order. Each job is claimed and counted once; never raises for what Redis does.
+
+        `requests` are the columns of just these jobs, where somebody has read them already.
+        """
         started_s = self._clock_s()
-        requests = requests_of(jobs)
+        if requests is None:
+            requests = requests_of(jobs)
         timeout_s = self._feature_timeout_s(jobs, started_s)
         observation = None
         if timeout_s > 0 and self._store.ready:
@@ -129,7 +133,7 @@ class Scorer:
                 before = observation.settled[i]
             if before is None and observation is None:
                 # Without Redis nobody else notices that one batch holds a transaction twice.
-                first = claims.setdefault(job.transaction.transaction_id, job.claim)
+                first = claims.setdefault(job.transaction_id, job.claim)
                 before = None if first == job.claim else first
             if before is None:
                 continue
@@ -139,7 +143,7 @@ class Scorer:
                 results[i] = Result(job, Verdict.DUPLICATE, answer=_answer_decoder.decode(before[CLAIM_BYTES:]))
             elif job.door is Door.HTTP:
                 results[i] = Result(job, Verdict.IN_PROGRESS)
-            elif before[FINGERPRINT_BYTES : FINGERPRINT_BYTES + 1] == b"k" or job.transaction.transaction_id in self.deciding:
+            elif before[FINGERPRINT_BYTES : FINGERPRINT_BYTES + 1] == b"k" or job.transaction_id in self.deciding:
                 # The first record of Kafka is decided, or will be when it is delivered again.
                 results[i] = Result(job, Verdict.DUPLICATE)
             else:
@@ -165,8 +169,8 @@ class Scorer:
         probability = self._probability(model, matrix, fresh)
         timing.modelled_s = self._clock_s()
         columns = Columns(
-            batch=[job.transaction for job in fresh],
-            amount_minor=requests.amount_minor[rows],
+            requests=requests,
+            rows=rows,
             matrix=matrix,
             score=np.full(len(fresh), np.nan) if probability is None else np.floor(probability * 1000 + 0.5),
         )
@@ -217,7 +221,7 @@ class Scorer:
             strict=True,
         ):
             answer = Answer(
-                transaction_id=job.transaction.transaction_id,
+                transaction_id=job.transaction_id,
                 decision=outcome,
                 risk_score=risk,
                 probability=p,

@@ -131,10 +131,7 @@ class Store:
 
         A later `observe` on this connection comes after it.
         """
-        records = [
-            Answered(idempotency_key(job.transaction.transaction_id), job.claim + answer, self._claim_ttl_ms)
-            for job, answer in answers
-        ]
+        records = [Answered(idempotency_key(job.transaction_id), job.claim + answer, self._claim_ttl_ms) for job, answer in answers]
         try:
             self._redis.record(records, self._count_failed)
         except RedisUnavailableError:
@@ -162,7 +159,7 @@ class Store:
             requests.lengths,
             requests.numbers,
             requests.places,
-            np.fromiter((txn_hash(job.transaction.transaction_id) for job in batch), np.uint64, rows),
+            np.fromiter((txn_hash(job.transaction_id) for job in batch), np.uint64, rows),
             counted,
             (arrived_ms < now_ms - self._claim_ttl_ms // 2).astype(np.uint8),
             base_us,

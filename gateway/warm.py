@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from gateway.avro import encode_transaction
-from gateway.contracts.transaction import Transaction
-from gateway.job import http_job, requests_of
+from gateway.bodies import read_bodies
+from gateway.contracts.transaction import Transaction, encode_json
+from gateway.job import http_job
 from gateway.receipts import Decided, encode_receipts
 from gateway.redis_link import RedisLink
 from gateway.store import Store
@@ -33,8 +33,10 @@ def warm() -> None:
         device_id="device",
         ip="ip",
     )
-    job = http_job(t, encode_transaction(t), _T_MS, 0.0, None)
-    requests = requests_of([job])
+    [payload], requests = read_bodies([encode_json(t)], _T_MS)
+    assert isinstance(payload, bytes), "the transaction above is a good one"
+    assert requests is not None, "the kernels read it"
+    job = http_job(t.transaction_id, t.card_id.encode(), payload, _T_MS, 0.0, None)
     found = Store(RedisLink("redis://127.0.0.1/0", 1.0), 1).rehearse([job], requests)
     encode_receipts(
         Decided(

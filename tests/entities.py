@@ -97,7 +97,8 @@ class Entities:
         """`again`: it arrived longer ago than its claim lives, as what Kafka delivers again after a long stop."""
         self._offset += 1
         return Job(
-            transaction=t,
+            transaction_id=t.transaction_id,
+            card_id=t.card_id.encode(),
             payload=encode_transaction(t),
             fingerprint=fingerprint_of(encode_transaction(t)),
             position=kafka_position(0, self._offset),

@@ -14,6 +14,7 @@ from onnxmltools import convert_xgboost
 from onnxmltools.convert.common.data_types import FloatTensorType
 
 from gateway.avro import encode_transaction
+from gateway.bodies import read_bodies
 from gateway.contracts.decision import Answer, Door, Outcome
 from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT, LABELLED
 from gateway.contracts.layout import PROGRESS_KEY, Progress
@@ -28,10 +29,10 @@ from gateway.contracts.model_meta import (
     sha256_file,
     write_manifest,
 )
-from gateway.contracts.transaction import Transaction
-from gateway.job import HTTP_POSITION, Job, Result, Verdict, fingerprint_of, kafka_position
+from gateway.contracts.transaction import RefusedError, Transaction
+from gateway.job import HTTP_POSITION, Job, Result, Verdict, fingerprint_of, http_job, kafka_position
 from gateway.redis_link import RedisUnavailableError, Sent
-from gateway.requests import Requests
+from gateway.requests import Requests, read_requests
 from gateway.store import Observation
 
 NOW_MS = 1_795_500_000_000
@@ -58,7 +59,8 @@ def make_job(t: Transaction | None = None, *, offset: int | None = None, deadlin
     t = make_transaction() if t is None else t
     from_kafka = offset is not None
     return Job(
-        transaction=t,
+        transaction_id=t.transaction_id,
+        card_id=t.card_id.encode(),
         payload=encode_transaction(t),
         fingerprint=fingerprint_of(encode_transaction(t)),
         position=HTTP_POSITION if offset is None else kafka_position(0, offset),
@@ -70,6 +72,15 @@ def make_job(t: Transaction | None = None, *, offset: int | None = None, deadlin
         partition=0 if from_kafka else None,
         offset=offset,
     )
+
+
+def read_job(body: bytes, received_s: float, deadline_s: float) -> Job | RefusedError:
+    """What the batcher makes of a body."""
+    [record], _ = read_bodies([body], NOW_MS)
+    if isinstance(record, RefusedError):
+        return record
+    requests = read_requests([record], np.array([-1]))
+    return http_job(requests.ids()[0], requests.cards()[0], record, NOW_MS, received_s, deadline_s)
 
 
 def make_answer(transaction_id: str = "t1") -> Answer:
@@ -87,7 +98,7 @@ def make_answer(transaction_id: str = "t1") -> Answer:
 
 
 def decided(job: Job) -> Result:
-    return Result(job, Verdict.DECIDED, answer=make_answer(job.transaction.transaction_id), receipt=b"receipt")
+    return Result(job, Verdict.DECIDED, answer=make_answer(job.transaction_id), receipt=b"receipt")
 
 
 def packed_progress(written_at_ms: int = NOW_MS, arrived_through_ms: int = 0, batch_id: int = 1, lost_at_ms: int = 0) -> bytes:

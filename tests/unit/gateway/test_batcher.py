@@ -5,12 +5,15 @@ import pytest
 
 from gateway.admission import AdaptiveLimit
 from gateway.batcher import HURRY_S, OVERLAP_ROWS_MIN, Batcher
+from gateway.contracts.reasons import Refusal
+from gateway.contracts.transaction import RefusedError, encode_json
 from gateway.errors import DrainingError, OverloadedError
 from gateway.job import Job, Result, Verdict
 from gateway.metrics import Metrics
 from gateway.records import Record
+from gateway.requests import Requests
 from gateway.scorer import TAIL_BUDGET_MS
-from tests.unit.gateway.factories import decided, make_job, make_transaction
+from tests.unit.gateway.factories import NOW_MS, decided, make_transaction
 
 pytestmark = pytest.mark.anyio
 
@@ -20,12 +23,15 @@ class GatedScorer:
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
+        self.jobs: list[Job] = []
         self.deciding: set[str] = set()
         self.gate = asyncio.Event()
         self.error: Exception | None = None
 
-    async def decide(self, jobs: Sequence[Job]) -> list[Result]:
-        self.batches.append([job.transaction.transaction_id for job in jobs])
+    async def decide(self, jobs: Sequence[Job], requests: Requests | None) -> list[Result]:
+        assert requests is None or len(requests) == len(jobs)
+        self.jobs += jobs
+        self.batches.append([job.transaction_id for job in jobs])
         await self.gate.wait()
         if self.error is not None:
             raise self.error
@@ -57,24 +63,32 @@ def make_batcher(
         batch_rows_max=rows,
         limit=AdaptiveLimit(in_flight, 0.08),
         publish_budget_s=publish_budget_s,
+        now_ms=lambda: NOW_MS,
         clock_s=lambda: 0.0,
     )
 
 
-def submit(batcher: Batcher, job: Job) -> asyncio.Future[Result | None]:
+def submit(batcher: Batcher, body: bytes, deadline_s: float = 10.0) -> asyncio.Future[Result | None]:
     """The future of what the batcher tells the caller."""
     told: asyncio.Future[Result | None] = asyncio.get_running_loop().create_future()
-    batcher.submit(job, lambda result, _: told.set_result(result))
+
+    def done(result: Result | RefusedError | None, _: float) -> None:
+        if isinstance(result, RefusedError):
+            told.set_exception(result)
+        else:
+            told.set_result(result)
+
+    batcher.submit(body, 0.0, deadline_s, done)
     return told
 
 
-async def verdict_of(batcher: Batcher, job: Job) -> Verdict | None:
-    result = await submit(batcher, job)
+async def verdict_of(batcher: Batcher, body: bytes) -> Verdict | None:
+    result = await submit(batcher, body)
     return None if result is None else result.verdict
 
 
-def job_of(name: str, **changes: int) -> Job:
-    return make_job(make_transaction(name, **changes))
+def body_of(name: str, **changes: int) -> bytes:
+    return encode_json(make_transaction(name, **changes))
 
 
 async def turns(n: int = 5) -> None:
@@ -85,16 +99,16 @@ async def turns(n: int = 5) -> None:
 async def test_the_next_batch_collects_while_one_is_in_flight() -> None:
     scorer = GatedScorer()
     batcher = make_batcher(scorer)
-    first = submit(batcher, job_of("a"))
+    first = submit(batcher, body_of("a"))
     await turns()
     assert scorer.batches == [["a"]]
-    rest = [submit(batcher, job_of(name)) for name in "bcdef"]
+    rest = [submit(batcher, body_of(name)) for name in "bcdef"]
     await turns()
     assert scorer.batches == [["a"]]
     scorer.gate.set()
     results = await asyncio.gather(first, *rest)
     assert scorer.batches == [["a"], ["b", "c", "d"], ["e", "f"]]
-    assert [r.job.transaction.transaction_id for r in results if r is not None] == list("abcdef")
+    assert [r.job.transaction_id for r in results if r is not None] == list("abcdef")
     assert batcher.in_flight == 0
     assert scorer.deciding == set()
 
@@ -102,7 +116,7 @@ async def test_the_next_batch_collects_while_one_is_in_flight() -> None:
 async def test_both_records_of_a_decision_are_published_before_the_reply() -> None:
     scorer, publisher = GatedScorer(), StubPublisher()
     scorer.gate.set()
-    await submit(make_batcher(scorer, publisher), job_of("a"))
+    await submit(make_batcher(scorer, publisher), body_of("a"))
     assert [r.topic for r in publisher.sent] == ["transactions", "decisions"]
     assert publisher.sent[0].headers == [("fraudgate-scored", b"http")]
     assert {r.key for r in publisher.sent} == {b"card-1"}
@@ -112,20 +126,20 @@ async def test_a_silent_kafka_costs_the_publish_budget_and_no_answer() -> None:
     scorer = GatedScorer()
     scorer.gate.set()
     batcher = make_batcher(scorer, StubPublisher(acknowledges=False), publish_budget_s=0.01)
-    assert await verdict_of(batcher, job_of("a")) is Verdict.DECIDED
+    assert await verdict_of(batcher, body_of("a")) is Verdict.DECIDED
 
 
 async def test_what_waits_for_kafka_holds_the_next_batch_up_until_as_many_are_waiting() -> None:
     scorer = GatedScorer()
     scorer.gate.set()
     batcher = make_batcher(scorer, StubPublisher(acknowledges=False), rows=100, publish_budget_s=30)
-    submit(batcher, job_of("first"))
+    submit(batcher, body_of("first"))
     await turns()
     for i in range(OVERLAP_ROWS_MIN - 1):
-        submit(batcher, job_of(f"t{i}"))
+        submit(batcher, body_of(f"t{i}"))
     await turns()
     assert [len(batch) for batch in scorer.batches] == [1]
-    submit(batcher, job_of("last"))
+    submit(batcher, body_of("last"))
     await turns()
     assert [len(batch) for batch in scorer.batches] == [1, OVERLAP_ROWS_MIN]
 
@@ -134,7 +148,7 @@ async def test_all_that_one_pass_of_the_loop_brought_is_one_batch() -> None:
     scorer = GatedScorer()
     scorer.gate.set()
     batcher = make_batcher(scorer)
-    await asyncio.gather(*[submit(batcher, job_of(name)) for name in "abc"])
+    await asyncio.gather(*[submit(batcher, body_of(name)) for name in "abc"])
     assert scorer.batches == [["a", "b", "c"]]
 
 
@@ -142,16 +156,14 @@ async def test_who_can_not_wait_for_redis_is_decided_first_and_alone() -> None:
     scorer = GatedScorer()
     scorer.gate.set()
     batcher = make_batcher(scorer, StubPublisher(acknowledges=False), publish_budget_s=30)
-    jobs = {name: job_of(name) for name in "abc"}
-    jobs["a"].deadline_s, jobs["b"].deadline_s, jobs["c"].deadline_s = HURRY_S, -1.0, HURRY_S - 0.001
-    told = {name: submit(batcher, job) for name, job in jobs.items()}
+    deadlines_s = {"a": HURRY_S, "b": -1.0, "c": HURRY_S - 0.001}
+    told = {name: submit(batcher, body_of(name), deadline_s) for name, deadline_s in deadlines_s.items()}
     await told["b"]
     await told["c"]
     await turns()
     assert scorer.batches == [["b", "c"], ["a"]]
     # What the scorer waits for Redis ends here, and what is late already stays late.
-    assert jobs["c"].deadline_s == TAIL_BUDGET_MS / 1000
-    assert jobs["b"].deadline_s == -1.0
+    assert {job.transaction_id: job.deadline_s for job in scorer.jobs} == {"a": HURRY_S, "b": -1.0, "c": TAIL_BUDGET_MS / 1000}
     assert not told["a"].done()
 
 
@@ -161,7 +173,7 @@ async def test_one_more_than_the_limit_is_refused_before_it_is_read() -> None:
     waiters = []
     for name in "ab":
         assert batcher.refusal() is None
-        waiters.append(submit(batcher, job_of(name)))
+        waiters.append(submit(batcher, body_of(name)))
     assert batcher.refusal() is OverloadedError
     scorer.gate.set()
     await asyncio.gather(*waiters)
@@ -171,8 +183,8 @@ async def test_one_more_than_the_limit_is_refused_before_it_is_read() -> None:
 async def test_a_retry_in_flight_waits_for_the_first_and_is_scored_once() -> None:
     scorer = GatedScorer()
     batcher = make_batcher(scorer)
-    first, retry = submit(batcher, job_of("a")), submit(batcher, job_of("a"))
-    other = submit(batcher, job_of("a", amount_minor=2))
+    first, retry = submit(batcher, body_of("a")), submit(batcher, body_of("a"))
+    other = submit(batcher, body_of("a", amount_minor=2))
     conflict = await other
     assert conflict is not None
     assert conflict.verdict is Verdict.CONFLICT
@@ -181,14 +193,40 @@ async def test_a_retry_in_flight_waits_for_the_first_and_is_scored_once() -> Non
     assert scorer.batches == [["a"]]
 
 
+async def test_who_is_refused_costs_the_others_of_its_batch_nothing() -> None:
+    scorer = GatedScorer()
+    scorer.gate.set()
+    batcher = make_batcher(scorer)
+    first, bad, last = (submit(batcher, body) for body in (body_of("a"), body_of("b", amount_minor=-1), body_of("c")))
+    with pytest.raises(RefusedError) as refused:
+        await bad
+    assert refused.value.reason is Refusal.AMOUNT_OUT_OF_RANGE
+    assert [r.job.transaction for r in await asyncio.gather(first, last) if r is not None] == [
+        make_transaction("a"),
+        make_transaction("c"),
+    ]
+    assert scorer.batches == [["a", "c"]]
+    assert batcher.in_flight == 0
+
+
+async def test_a_batch_of_nothing_but_refusals_lets_the_next_one_pass() -> None:
+    scorer = GatedScorer()
+    scorer.gate.set()
+    batcher = make_batcher(scorer)
+    with pytest.raises(RefusedError):
+        await submit(batcher, b"{")
+    assert await verdict_of(batcher, body_of("a")) is Verdict.DECIDED
+    assert scorer.batches == [["a"]]
+
+
 async def test_a_bug_in_the_scorer_fails_its_batch_and_not_the_next() -> None:
     scorer = GatedScorer()
     scorer.gate.set()
     scorer.error = ZeroDivisionError()
     batcher = make_batcher(scorer)
-    assert await submit(batcher, job_of("a")) is None
+    assert await submit(batcher, body_of("a")) is None
     scorer.error = None
-    assert await verdict_of(batcher, job_of("a")) is Verdict.DECIDED
+    assert await verdict_of(batcher, body_of("a")) is Verdict.DECIDED
 
 
 async def test_a_caller_that_can_not_be_told_costs_the_others_nothing() -> None:
@@ -196,18 +234,18 @@ async def test_a_caller_that_can_not_be_told_costs_the_others_nothing() -> None:
     scorer.gate.set()
     batcher = make_batcher(scorer)
 
-    def fails(_: Result | None, __: float) -> None:
+    def fails(_: Result | RefusedError | None, __: float) -> None:
         raise RuntimeError
 
-    batcher.submit(job_of("a"), fails)
-    assert await verdict_of(batcher, job_of("b")) is Verdict.DECIDED
+    batcher.submit(body_of("a"), 0.0, 10.0, fails)
+    assert await verdict_of(batcher, body_of("b")) is Verdict.DECIDED
     assert batcher.in_flight == 0
 
 
 async def test_draining_takes_nothing_new_and_answers_what_it_has() -> None:
     scorer = GatedScorer()
     batcher = make_batcher(scorer)
-    waiter = submit(batcher, job_of("a"))
+    waiter = submit(batcher, body_of("a"))
     draining = asyncio.create_task(batcher.drain(5))
     await turns()
     assert batcher.refusal() is DrainingError

@@ -7,12 +7,12 @@ import pytest
 
 from gateway.batcher import Done
 from gateway.contracts.decision import Answer
-from gateway.contracts.transaction import MESSAGE_BYTES_MAX, encode_json
+from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError, encode_json
 from gateway.errors import GatewayError, OverloadedError, Problem
 from gateway.http import ScoreDoor
 from gateway.job import Job, Result, Verdict
 from gateway.metrics import Metrics
-from tests.unit.gateway.factories import NOW_MS, decided, make_transaction
+from tests.unit.gateway.factories import NOW_MS, decided, make_transaction, read_job
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +30,11 @@ class StubBatcher:
     def refusal(self) -> type[GatewayError] | None:
         return OverloadedError if self._full else None
 
-    def submit(self, job: Job, done: Done) -> None:
+    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done) -> None:
+        job = read_job(body, received_s, deadline_s)
+        if isinstance(job, RefusedError):
+            done(job, 5.0)
+            return
         self.jobs.append(job)
         done(decided(job) if self._verdict is Verdict.DECIDED else Result(job, self._verdict), 5.0)
 
@@ -62,7 +66,7 @@ async def call(
     *parts: bytes, method: str = "POST", batcher: StubBatcher | None = None, headers: list[tuple[bytes, bytes]] | None = None
 ) -> tuple[int, dict[bytes, bytes], bytes]:
     caller = Caller(list(parts or (b"",)))
-    door = ScoreDoor(batcher or StubBatcher(), Metrics(), 80, now_ms=lambda: NOW_MS, clock_s=lambda: 5.0)  # type: ignore[arg-type]
+    door = ScoreDoor(batcher or StubBatcher(), Metrics(), 80, clock_s=lambda: 5.0)  # type: ignore[arg-type]
     async with asyncio.timeout(5):
         await door({"type": "http", "method": method, "headers": headers or []}, caller.receive, caller.send)
     start, body = caller.answer

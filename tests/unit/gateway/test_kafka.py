@@ -1,6 +1,9 @@
+import heapq
+import random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from aiokafka import TopicPartition
 from aiokafka.partitioner import DefaultPartitioner
 
@@ -8,11 +11,10 @@ from gateway.avro import SchemaBook
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.transaction import encode_json
-from gateway.job import Job
-from gateway.kafka import KafkaDoor, merge_by_event_time
+from gateway.kafka import KafkaDoor, by_event_time
 from gateway.metrics import Metrics
 from gateway.records import partition_of
-from tests.unit.gateway.factories import NOW_MS, make_job, make_transaction
+from tests.unit.gateway.factories import NOW_MS, make_transaction
 
 
 def record_of(value: bytes, partition: int, offset: int, *, headers: tuple[tuple[str, bytes], ...] = ()) -> Any:
@@ -21,13 +23,21 @@ def record_of(value: bytes, partition: int, offset: int, *, headers: tuple[tuple
     )
 
 
-def at(name: str, event_time_ms: int) -> tuple[Job, Any]:
-    return make_job(make_transaction(name, event_time_ms=event_time_ms), offset=0), None
-
-
 def test_partitions_are_merged_by_event_time_and_keep_their_own_order() -> None:
-    merged = merge_by_event_time([[at("a", 1), at("b", 9), at("c", 2)], [at("d", 3), at("e", 4)]])
-    assert [job.transaction.transaction_id for job, _ in merged] == ["a", "d", "e", "b", "c"]
+    order = by_event_time(np.array([0, 0, 0, 1, 1]), np.array([1, 9, 2, 3, 4]))
+    assert ["abcde"[i] for i in order] == ["a", "d", "e", "b", "c"]
+
+
+def test_any_partitions_are_merged_as_by_taking_the_earliest_of_their_next_events() -> None:
+    random_ = random.Random(7)
+    for _ in range(300):
+        sizes = [random_.randrange(6) for _ in range(random_.randrange(5))]
+        times = [[random_.randrange(8) for _ in range(size)] for size in sizes]
+        places = iter(range(sum(sizes)))
+        parts = [[(time, next(places)) for time in part] for part in times]
+        wanted = [place for _, place in heapq.merge(*parts, key=lambda pair: pair[0])]
+        partitions = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
+        assert by_event_time(partitions, np.array(sum(times, []), np.int64)) == wanted
 
 
 def test_a_card_goes_where_every_other_producer_puts_it() -> None:

@@ -9,8 +9,9 @@ from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES
 from gateway.contracts.reasons import REASONS_MAX, Reason
 from gateway.contracts.transaction import Transaction
 from gateway.errors import PolicyRefusedError
+from gateway.job import requests_of
 from gateway.policy import Columns, Decisions, Policy, load_policy
-from tests.unit.gateway.factories import make_transaction
+from tests.unit.gateway.factories import make_job, make_transaction
 
 BANDS = """
 version: 1
@@ -34,10 +35,9 @@ def decide(policy: Policy, *batch: Transaction, score: float = math.nan, has_fea
     matrix = np.full((len(batch), len(FEATURE_NAMES)), np.nan, np.float32)
     for name, value in features.items():
         matrix[:, FEATURE_INDEX[name]] = value
-    amount_minor = np.array([t.amount_minor for t in batch])
-    return policy.decide(
-        Columns(batch=batch, amount_minor=amount_minor, matrix=matrix, score=np.full(len(batch), score)), has_features
-    )
+    requests = requests_of([make_job(t) for t in batch])
+    rows = np.arange(len(batch))
+    return policy.decide(Columns(requests=requests, rows=rows, matrix=matrix, score=np.full(len(batch), score)), has_features)
 
 
 @pytest.mark.parametrize(

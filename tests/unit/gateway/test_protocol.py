@@ -12,13 +12,13 @@ from uvicorn.server import ServerState
 
 from gateway.batcher import Done
 from gateway.connections import HOLD_LEAST_S, HOLD_MAX_S, LEAVING_GRACE_S, SHED_PER_S_MAX, Connections, Limits
-from gateway.contracts.transaction import MESSAGE_BYTES_MAX, encode_json
+from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError, encode_json
 from gateway.errors import GatewayError, OverloadedError, Problem
 from gateway.http import DISCARD_BYTES_MAX, ScoreDoor
 from gateway.job import Job
 from gateway.metrics import Metrics
 from gateway.protocol import HEAD_BYTES_MAX, PIPELINED_MAX, DoorProtocol, protocol_of
-from tests.unit.gateway.factories import NOW_MS, decided, make_transaction
+from tests.unit.gateway.factories import decided, make_transaction, read_job
 
 pytestmark = pytest.mark.anyio
 
@@ -67,8 +67,12 @@ class HeldBatcher:
     def refusal(self) -> type[GatewayError] | None:
         return OverloadedError if self.full else None
 
-    def submit(self, job: Job, done: Done) -> None:
-        self.waiting.append((job, done))
+    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done) -> None:
+        job = read_job(body, received_s, deadline_s)
+        if isinstance(job, RefusedError):
+            done(job, received_s)
+        else:
+            self.waiting.append((job, done))
 
     def answer(self, i: int = 0) -> None:
         job, done = self.waiting.pop(i)
@@ -82,7 +86,7 @@ class Line:
         self.now_s = 0.0
         self.metrics = Metrics()
         self.batcher = HeldBatcher()
-        door = ScoreDoor(self.batcher, self.metrics, 80, now_ms=lambda: NOW_MS, clock_s=lambda: self.now_s)  # type: ignore[arg-type]
+        door = ScoreDoor(self.batcher, self.metrics, 80, clock_s=lambda: self.now_s)  # type: ignore[arg-type]
         self.shared = Connections(Limits(connections_max, REQUEST_S, IDLE_S), self.metrics, clock_s=lambda: self.now_s)
         self._make = protocol_of(door, self.shared)
         self._config = uvicorn.Config(
