@@ -93,10 +93,10 @@ def crowd(people: People) -> list[object]:
 
 
 class Lacks:
-    """Of the gateway's decisions since this was made, the share that went without features, model or both.
+    """Of the gateway's decisions since this was made, the share that went without features, model or both, and the share of declines.
 
-    Such a decision is quicker to make: a figure with many of them is another figure. `stale_features` is left out: without the Spark
-    jobs it stands in each, and costs nothing less.
+    The former are quicker to make, the latter take longer: a figure with many of either is another figure. `stale_features` is left out:
+    without the Spark jobs it stands in each, and costs nothing less.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -111,9 +111,11 @@ class Lacks:
         if any(after[name] < before.get(name, 0.0) for name in after):
             # Started anew meanwhile: it counts from 0.
             before = {}
-        decided, lacking = (after[name] - before.get(name, 0.0) for name in ("decided", "lacking"))
+        decided, lacking, declined = (after[name] - before.get(name, 0.0) for name in ("decided", "lacking", "declined"))
+        if not decided:
+            return {"degraded_share": 0.0, "declined_share": 0.0}
         # A decision may lack two things and be counted for both.
-        return {"degraded_share": min(1.0, lacking / decided) if decided else 0.0}
+        return {"degraded_share": min(1.0, lacking / decided), "declined_share": declined / decided}
 
     def _counts(self) -> dict[str, float]:
         try:
@@ -126,11 +128,13 @@ class Lacks:
 
 def decided_and_lacking(metrics: str) -> dict[str, float]:
     """From the gateway's metrics."""
-    found = {"decided": 0.0, "lacking": 0.0}
+    found = {"decided": 0.0, "lacking": 0.0, "declined": 0.0}
     for line in metrics.splitlines():
         value = line.rpartition(" ")[2]
         if line.startswith("fraudgate_decisions_total{"):
             found["decided"] += float(value)
+            if 'outcome="decline"' in line:
+                found["declined"] += float(value)
         elif line.startswith("fraudgate_degraded_total{") and "stale_features" not in line:
             found["lacking"] += float(value)
     return found

@@ -23,6 +23,7 @@ from deploy import processes
 from deploy.bench_cpu import Meter, pin
 from deploy.bench_jobs import BenchError, bench_settings, bound_to, free_ports
 from deploy.bench_model import make_model
+from deploy.bench_policy import write_policy
 from deploy.processes import ProcessRecord
 from deploy.services import http_ok
 from deploy.stack import Stack
@@ -111,8 +112,12 @@ class Stage:
     def __init__(self, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.settings: Settings = replace(
-            bench_settings(home), redis_memory_mb=REDIS_MEMORY_MB, spark_optimise_calls=SPARK_OPTIMISE_CALLS
+            bench_settings(home),
+            redis_memory_mb=REDIS_MEMORY_MB,
+            spark_optimise_calls=SPARK_OPTIMISE_CALLS,
+            policy_path=str(home / "policy.yaml"),
         )
+        write_policy(home / "policy.yaml")
         self.stack = Stack(self.settings, say)
         self.cores = cores()
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)} | settings_env(self.settings)

@@ -80,11 +80,10 @@ def decision_records(results: Sequence[Result]) -> list[Record]:
         answer, key = result.answer, result.job.card_id
         records.append(Record(DECISIONS, key, result.receipt))
         if answer.decision is Outcome.DECLINE:
-            t = result.job.transaction
             alert = {
-                "transaction_id": t.transaction_id,
-                "card_id": t.card_id,
-                "merchant_id": t.merchant_id,
+                "transaction_id": answer.transaction_id,
+                "card_id": key.decode(),
+                "merchant_id": result.job.transaction.merchant_id,
                 "decision": answer.decision.value,
                 "risk_score": answer.risk_score,
                 "reasons": [r.code for r in answer.reasons],

@@ -2,7 +2,10 @@
 
 A directory of segments, each a sequence of entries: a header (length, CRC-32, number of records, time) and a payload that this file
 doesn't look into. Beside them the file `cursor` says how far delivery has got and what it is at: everything before `start` is delivered,
-what lies between `start` and `end` may be, and `note` is what its sender needs to find out. An append is one write to the page cache:
+what lies between `start` and `end` may be, and `note` is what its sender needs to find out. It is written in place, into two slots in
+turn, so that one of them is always whole: a rename would cost a file system's transaction for each delivery.
+
+An append is one write to the page cache:
 it survives the end of the process in any form at once, and that of the machine from the next `sync` on. A write that was cut short is
 cut off when the log is opened. One process at a time has it.
 """
@@ -31,6 +34,9 @@ CHECKED_FROM = 8
 # Nothing longer is ever written; a longer length is damage.
 PAYLOAD_BYTES_MAX = 64 * 1024 * 1024
 SUFFIX = ".log"
+# Of the cursor's file: generation, length and CRC-32 of what a slot holds, and how large a slot is.
+SLOT_HEADER = struct.Struct("<QII")
+SLOT_BYTES = 128 * 1024
 LOCK = "lock"
 # Directories for one name: more processes of it than this never live at a time.
 PLACES_MAX = 64
@@ -89,6 +95,8 @@ class Spool:
         self.bytes = self.records = 0
         self.oldest_ms: int | None = None
         self._tail = Position(0, 0)
+        self._cursor_file = os.open(directory / "cursor", os.O_RDWR | os.O_CREAT, 0o600)
+        self._generation = 0
         self._cursor = self._read_cursor()
         self._segments = sorted(int(p.stem) for p in directory.glob(f"*{SUFFIX}"))
         if self._cursor is not None and self._cursor.start.segment not in self._segments:
@@ -183,9 +191,8 @@ class Spool:
             self._file = None
         if not self.records:
             self._remove(list(self._segments))
-        for file in self._full.values():
+        for file in (*self._full.values(), self._cursor_file, self._lock):
             os.close(file)
-        os.close(self._lock)
 
     def _remove(self, segments: list[int]) -> None:
         """`segments`, the oldest first, of which all is delivered. The cursor says so already."""
@@ -253,18 +260,30 @@ class Spool:
         return None
 
     def _read_cursor(self) -> Cursor | None:
-        try:
-            return msgspec.msgpack.decode((self.directory / "cursor").read_bytes(), type=Cursor)
-        except FileNotFoundError:
+        found: list[tuple[int, bytes]] = []
+        whole = os.pread(self._cursor_file, 2 * SLOT_BYTES, 0)
+        for slot in (whole[:SLOT_BYTES], whole[SLOT_BYTES:]):
+            if len(slot) < SLOT_HEADER.size:
+                continue
+            generation, length, crc = SLOT_HEADER.unpack(slot[: SLOT_HEADER.size])
+            held = slot[SLOT_HEADER.size : SLOT_HEADER.size + length]
+            if generation and len(held) == length and zlib.crc32(held) == crc:
+                found.append((generation, held))
+        if not found:
+            if whole:
+                log.warning("spool: the cursor in %s is damaged: what was delivered may be delivered again", self.directory)
             return None
-        except msgspec.DecodeError:
-            log.warning("spool: the cursor in %s is damaged: what was delivered may be delivered again", self.directory)
-            return None
+        self._generation, held = max(found)
+        return msgspec.msgpack.decode(held, type=Cursor)
 
     def _write_cursor(self, cursor: Cursor) -> None:
-        partial = self.directory / "cursor.partial"
-        partial.write_bytes(msgspec.msgpack.encode(cursor))
-        partial.replace(self.directory / "cursor")
+        held = msgspec.msgpack.encode(cursor)
+        if SLOT_HEADER.size + len(held) > SLOT_BYTES:
+            raise OSError("the note of a delivery is too long")
+        self._generation += 1
+        slot = SLOT_HEADER.pack(self._generation, len(held), zlib.crc32(held)) + held
+        if os.pwrite(self._cursor_file, slot, self._generation % 2 * SLOT_BYTES) < len(slot):
+            raise OSError("the disk took only part of the cursor")
         self._cursor = cursor
 
     def _path(self, segment: int) -> Path:

@@ -81,6 +81,8 @@ class Store:
         self._claim_ttl_ms = claim_ttl_ms
         self._now_ms = now_ms
         self._progress: Progress | None = None
+        # Once asked, each reply brings it along.
+        self._knows_progress = False
         self._unanswered_since_ms: int | None = None
         self.refused_values = 0
         self.failed_records = 0
@@ -102,7 +104,7 @@ class Store:
         """
         deadline_s = time.monotonic() + timeout_s
         try:
-            if self._progress is None:
+            if not self._knows_progress:
                 self._note_progress(await self._redis.progress(deadline_s))
             plan = self._plan(batch, requests, update)
             found = await self._redis.observe(plan.call, deadline_s)
@@ -172,6 +174,7 @@ class Store:
         return _Plan(Call(batch, requests, claims, records, update, self._claim_ttl_ms), dims, country, base_us)
 
     def _note_progress(self, value: bytes | None) -> None:
+        self._knows_progress = True
         if value is None:
             self._progress = None
             return

@@ -102,7 +102,7 @@ class Settings:
         most=10_000,
     )
     publish_linger_ms: int = _setting(
-        20, "how long receipts collect in the local log before they are sent to Kafka together, milliseconds", least=0, most=1000
+        50, "how long receipts collect in the local log before they are sent to Kafka together, milliseconds", least=0, most=1000
     )
     publish_buffer_max: int = _setting(100_000, "most receipts waiting for Kafka in memory", least=1, most=10_000_000)
     spool_mb_max: int = _setting(

@@ -9,12 +9,18 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deploy.bench import FULL, QUICK, bench
 from deploy.bench_cpu import Meter, cpu_s, per_event_us, tree_of
 from deploy.bench_figures import TARGETS, Figure, Target, as_json, curve, draw, ratio, spread, table, worse
 from deploy.bench_load import Samples, Timing, cost_figure, decided_and_lacking, latency_figures
+from deploy.bench_policy import write_policy
+from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES
+from gateway.job import requests_of
+from gateway.policy import Columns, load_policy
+from tests.unit.gateway.factories import make_job, make_transaction
 
 REQUIRED = {
     "http.cpu_us",
@@ -51,11 +57,24 @@ def make_window(p99_ms: float, **changes: Any) -> dict[str, Any]:
 
 def test_decisions_that_went_without_something_are_counted_apart_from_those_with_old_tiles() -> None:
     text = (
-        'fraudgate_decisions_total{door="http",outcome="approve"} 90.0\nfraudgate_decisions_total{door="kafka",outcome="review"} 10.0\n'
+        'fraudgate_decisions_total{door="http",outcome="approve"} 90.0\nfraudgate_decisions_total{door="kafka",outcome="decline"} 10.0\n'
         'fraudgate_degraded_total{kind="stale_features"} 100.0\nfraudgate_degraded_total{kind="request_only"} 7.0\n'
         'fraudgate_decisions_created{door="http",outcome="approve"} 1.7e+09\n'
     )
-    assert decided_and_lacking(text) == {"decided": 100.0, "lacking": 7.0}
+    assert decided_and_lacking(text) == {"decided": 100.0, "lacking": 7.0, "declined": 10.0}
+
+
+def test_the_policy_of_benchmarks_is_the_usual_one_with_other_limits_of_velocity(tmp_path: Path) -> None:
+    write_policy(tmp_path / "policy.yaml")
+    usual, raised = load_policy(""), load_policy(str(tmp_path / "policy.yaml"))
+    assert raised.rule_ids == usual.rule_ids
+    batch = [make_job(make_transaction("a", amount_minor=6_000_000)), make_job(make_transaction("b", amount_minor=5))]
+    matrix = np.full((2, len(FEATURE_NAMES)), np.nan, np.float32)
+    matrix[:, FEATURE_INDEX["card_count_5m"]] = 50
+    columns = Columns(requests=requests_of(batch), rows=np.arange(2), matrix=matrix, score=np.zeros(2))
+    large = [rule for rule in usual.decide(columns, True).rule_hits[0] if rule != "card-burst"]
+    assert usual.decide(columns, True).rule_hits == [["card-burst", *large], ["card-burst"]]
+    assert raised.decide(columns, True).rule_hits == [large, []]
 
 
 def test_a_rate_at_which_requests_are_refused_is_not_reached() -> None:

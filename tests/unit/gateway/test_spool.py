@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.spool import HEADER, Spool, open_orphan, open_own
+from gateway.spool import HEADER, SLOT_BYTES, SLOT_HEADER, Spool, open_orphan, open_own
 
 MANY = 1 << 30
 
@@ -184,4 +184,36 @@ def test_entries_are_synchronised_while_segments_come_and_go(tmp_path: Path) -> 
             deliver(spool, 60)
     spool.sync()
     assert [p[:2] for p in payloads(spool)] == [b"%02d" % i for i in range(5, 20)]
+    spool.close()
+
+
+@pytest.mark.parametrize("begun", [1, 2, 3])
+def test_a_cursor_that_was_being_written_leaves_the_one_before(tmp_path: Path, begun: int) -> None:
+    spool = make_spool(tmp_path)
+    for i in range(6):
+        spool.append(b"%d" % i * 50, 1)
+    for _ in range(begun):
+        deliver(spool, 50)
+    spool.close()
+    file = tmp_path / "cursor"
+    slots = bytearray(file.read_bytes())
+    # The last one written, cut short in its middle.
+    at = begun % 2 * SLOT_BYTES + SLOT_HEADER.size + 2
+    slots[at] ^= 0xFF
+    file.write_bytes(slots)
+    spool = make_spool(tmp_path)
+    left = [p[:1] for p in payloads(spool)]
+    assert left == [b"%d" % i for i in range(begun - 1 if begun > 1 else 0, 6)]
+    spool.close()
+
+
+def test_a_note_that_is_too_long_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    spool.append(b"a", 1)
+    with pytest.raises(OSError, match="too long"):
+        spool.begin(spool.tail, b"x" * SLOT_BYTES)
+    spool.close()
+    spool = make_spool(tmp_path)
+    assert payloads(spool) == [b"a"]
+    assert spool.pending is None
     spool.close()
