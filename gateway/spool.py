@@ -5,9 +5,8 @@ doesn't look into. Beside them the file `cursor` says how far delivery has got a
 what lies between `start` and `end` may be, and `note` is what its sender needs to find out. It is written in place, into two slots in
 turn, so that one of them is always whole: a rename would cost a file system's transaction for each delivery.
 
-An append is one write to the page cache:
-it survives the end of the process in any form at once, and that of the machine from the next `sync` on. A write that was cut short is
-cut off when the log is opened. One process at a time has it.
+An append is one write to the page cache: it survives the end of the process in any form at once, and that of the machine from the next
+`sync` on. A write that was cut short is cut off when the log is opened. One process at a time has it.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ TRANSACTION_ID, CARD, CUSTOMER, MERCHANT, CURRENCY, CHANNEL, MCC, COUNTRY, DEVIC
 ID_LENGTH_MAX = 64
 # What is known of a row: nothing, its columns, or that it is a good transaction as well.
 UNREAD, READ, CLEAN = 0, 1, 2
-DIGIT_RUN_MAX = 12
+# A card number has so many digits.
+CARD_DIGITS_MIN, CARD_DIGITS_MAX = 13, 19
 
 _ID_CHARACTER = np.zeros(256, np.bool_)
 _ID_CHARACTER[[ord(c) for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._:-"]] = True
@@ -65,27 +66,50 @@ def _long(buf: Bytes, at: int, end: int) -> tuple[int, int]:
 
 
 @compiled
+def _may_be_card(buf: Bytes, begin: int, end: int) -> bool:
+    """True when digits of `begin` to `end`, groups with single hyphens between them, pass Luhn's check: some groups in a row or all."""
+    for last in range(end - 1, begin - 1, -1):
+        if buf[last] == 45 or (last + 1 < end and buf[last + 1] != 45):
+            continue
+        # From the end of a group to the left: its weight tells a digit's place from there.
+        total = 0
+        digits = 0
+        for i in range(last, begin - 1, -1):
+            if buf[i] == 45:
+                continue
+            digit = np.int64(buf[i]) - 48
+            digits += 1
+            if digits % 2 == 0:
+                digit = digit * 2 - 9 if digit > 4 else digit * 2
+            total += digit
+            if digits > CARD_DIGITS_MAX:
+                break
+            if digits >= CARD_DIGITS_MIN and total % 10 == 0 and (i == begin or buf[i - 1] == 45):
+                return True
+    return False
+
+
+@compiled
 def _is_id(buf: Bytes, at: int, length: int) -> bool:
-    """Matches ID_PATTERN and holds no run of digits that could be a card number."""
+    """Matches ID_PATTERN and holds nothing that could be a card number."""
     if length < 1 or length > ID_LENGTH_MAX:
         return False
     run = 0
-    separated = False
+    begin = end = at
     for i in range(at, at + length):
         c = buf[i]
         if not _ID_CHARACTER[c]:
             return False
         if 48 <= c <= 57:
+            if run == 0:
+                begin = i
             run += 1
-            separated = False
-            if run > DIGIT_RUN_MAX:
+            end = i + 1
+        elif c != 45 or run == 0 or i > end:
+            if run >= CARD_DIGITS_MIN and _may_be_card(buf, begin, end):
                 return False
-        elif c == 45 and run > 0 and not separated:
-            separated = True
-        else:
             run = 0
-            separated = False
-    return True
+    return run < CARD_DIGITS_MIN or not _may_be_card(buf, begin, end)
 
 
 @compiled

@@ -6,6 +6,7 @@ Features have their own: test_head_and_tiles_equal_a_recount.py compares them wi
 from __future__ import annotations
 
 import random
+import uuid
 import zlib
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ from msgspec import structs
 from gateway.avro import encode_receipt, encode_transaction, receipt_of
 from gateway.contracts.decision import SEVERITY, Outcome, Receipt
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, LABELLED, feature_matrix, request_columns
-from gateway.contracts.transaction import CHANNELS, RefusedError, Transaction, check
+from gateway.contracts.transaction import CHANNELS, RefusedError, Transaction, check, holds_card_number
 from gateway.contracts.windows import Asked, aggregate, nothing_held
 from gateway.job import requests_of
 from gateway.kernels import raw
@@ -88,10 +89,32 @@ def test_a_transaction_that_the_checks_refuse_is_never_clean(field: str) -> None
 
 
 def test_a_card_number_is_never_clean_and_neither_is_what_looks_like_one() -> None:
-    for card in ("4111111111111111", "4111-1111-1111-1111", "x4111111111111111", "1234567890123"):
+    for card in ("4111111111111111", "4111-1111-1111-1111", "x4111111111111111", "77-4111111111111111-88", "0000000000000"):
         assert state_of(encode_transaction(make_transaction(card_id=card))) == READ
-    for card in ("tok_000000000001", "123456789012", "4111-1111--1111-1111"):
+    for card in (
+        "tok_000000000001",
+        "123456789012",
+        "4111-1111--1111-1111",
+        "4111111111111112",
+        "550e8400-e29b-41d4-a716-446655440001",
+    ):
         assert state_of(encode_transaction(make_transaction(card_id=card))) == CLEAN
+
+
+@given(st.text(alphabet="0123456789-_", min_size=13, max_size=64))
+def test_no_id_that_holds_a_card_number_is_clean(text: str) -> None:
+    refused = holds_card_number(text)
+    clean = state_of(encode_transaction(make_transaction(card_id=text))) == CLEAN
+    assert not (refused and clean)
+
+
+def test_ids_of_many_digits_are_mostly_clean() -> None:
+    rng = random.Random(5)
+    ids = [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(500)]
+    ids += [str(rng.randrange(10**15, 10**18)) for _ in range(500)]
+    clean = [state_of(encode_transaction(make_transaction(card_id=i))) == CLEAN for i in ids]
+    assert sum(clean) > 900
+    assert not any(holds_card_number(i) for i, is_clean in zip(ids, clean, strict=True) if is_clean)
 
 
 @given(st.binary(max_size=200))
