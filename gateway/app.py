@@ -115,6 +115,7 @@ class Gateway:
             limit=AdaptiveLimit(settings.in_flight_max, budget_s),
             loop_lag_s=lambda: self.loop_watch.lag_s,
             publish_budget_s=settings.publish_budget_ms / 1000,
+            batch_interval_s=settings.batch_interval_ms / 1000,
         )
         self.door = ScoreDoor(self.batcher, self.metrics, settings.decision_budget_ms)
         self.connections = Connections(

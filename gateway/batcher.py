@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 # Where Kafka is waited for, the next batch doesn't wait with it when so many, and as many as the one before has, have come.
 OVERLAP_ROWS_MIN = 16
+
+# A batch of so many doesn't wait to grow further: each transaction bears little of what a batch costs.
+FULL_ROWS = 64
 
 # With less time than this left, a transaction is decided without Redis: its wait could only be too short, and a wait that ends
 # without a reply costs everybody the connection.
@@ -67,7 +71,8 @@ class Batcher:
 
     At most `limit.limit` transactions are accepted and not yet answered; `loop_lag_s` tells how busy the event loop is. A retry of one
     of them waits for the first. Decisions are handed to the publisher and answered when its log has them; where it has none, when Kafka
-    has acknowledged them or `publish_budget_s` is over. `now_ms` is the wall clock, `clock_s` the monotonic one.
+    has acknowledged them or `publish_budget_s` is over. A batch that isn't full begins `batch_interval_s` after the one before, at the
+    earliest. `now_ms` is the wall clock, `clock_s` the monotonic one.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Batcher:
         batch_rows_max: int,
         limit: AdaptiveLimit,
         publish_budget_s: float,
+        batch_interval_s: float = 0.0,
         loop_lag_s: Callable[[], float] = lambda: 0.0,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         clock_s: Callable[[], float] = time.monotonic,
@@ -87,6 +93,8 @@ class Batcher:
         self._publisher = publisher
         self._metrics = metrics
         self._batch_rows_max = batch_rows_max
+        self._batch_interval_s = batch_interval_s
+        self._full_rows = min(batch_rows_max, FULL_ROWS)
         self._limit = limit
         self._loop_lag_s = loop_lag_s
         self._publish_budget_s = publish_budget_s
@@ -98,6 +106,8 @@ class Batcher:
         # Those whose body is, by transaction_id.
         self._in_flight: dict[str, Accepted] = {}
         self._running: asyncio.Task[None] | None = None
+        # When the last batch was taken.
+        self._taken_s = -math.inf
         # Set when the next batch may start, and how many must be waiting for that.
         self._next = asyncio.Event()
         self._next_rows = 0
@@ -121,6 +131,8 @@ class Batcher:
         """Take a body, which is read with the others of its batch. `done` is called later."""
         self._open += 1
         self._pending.append(Accepted(body, received_s, deadline_s, done))
+        if deadline_s - received_s < HURRY_S:
+            self._next.set()
         if self._running is None:
             # A task starts in the next pass of the loop, when every socket that is readable in this one has been read.
             self._running = asyncio.create_task(self._run())
@@ -187,6 +199,7 @@ class Batcher:
 
     async def _run(self) -> None:
         while self._pending:
+            await self._collect()
             taken, hurried = self._take()
             batch, requests = self._read(taken)
             if not batch:
@@ -209,6 +222,18 @@ class Batcher:
                 await self._next.wait()
             self._next_rows = 0
         self._running = None
+
+    async def _collect(self) -> None:
+        """While batches follow each other closely, leave the next one a little time to grow: it shares what each batch costs."""
+        pause_s = self._taken_s + self._batch_interval_s - self._clock_s()
+        if pause_s > 0 and len(self._pending) < self._full_rows:
+            self._next.clear()
+            self._next_rows = self._full_rows
+            timer = asyncio.get_running_loop().call_later(pause_s, self._next.set)
+            await self._next.wait()
+            timer.cancel()
+            self._next_rows = 0
+        self._taken_s = self._clock_s()
 
     def _take(self) -> tuple[list[Accepted], bool]:
         """The next batch, and True when it is one of those that can't wait for anything. These go by themselves, and first."""

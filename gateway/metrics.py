@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ class BatchHistogram(Collector):
     def __init__(self, name: str, doc: str, bounds: Sequence[float], label: str, registry: CollectorRegistry) -> None:
         self._name, self._doc, self._label = name, doc, label
         self._bounds = np.array(bounds)
+        self._bounds_list = list(bounds)
         self._counts: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
         self._sums: dict[str, float] = {}
         registry.register(self)
@@ -36,6 +38,11 @@ class BatchHistogram(Collector):
         if counts is None:
             counts = self._counts[label] = np.zeros(len(self._bounds) + 1, np.int64)
             self._sums[label] = 0.0
+        if len(values) == 1:
+            # What is true of a whole batch: numpy would take 8 us for it.
+            counts[bisect_left(self._bounds_list, values[0])] += 1
+            self._sums[label] += values[0]
+            return
         counts += np.bincount(np.searchsorted(self._bounds, values, side="left"), minlength=len(counts))
         self._sums[label] += float(sum(values))
 

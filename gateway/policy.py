@@ -99,15 +99,20 @@ class Columns:
 
 @dataclass(frozen=True)
 class Decisions:
-    """By row: the outcome and its place in SEVERITY, the reasons (most severe first), the ids of the rules that fired, and a stand-in
-    for the risk score. Most rows have neither reasons nor hits, and share one empty list.
+    """By row: the outcome and its place in SEVERITY, the reasons (most severe first), the ids of the rules that fired, and `floors`, the
+    scores from which challenge, review and decline begin, (rows, 3). Most rows have neither reasons nor hits, and share one empty list.
     """
 
     outcome: list[Outcome]
     severity: npt.NDArray[np.int64]
     reasons: list[list[Reason]]
     rule_hits: list[list[str]]
-    fallback_score: npt.NDArray[np.int64]
+    floors: npt.NDArray[np.float64]
+
+    def stand_in(self) -> npt.NDArray[np.int64]:
+        """A score for a decision without one, (rows,): where its outcome begins."""
+        floors = np.take_along_axis(self.floors, np.maximum(self.severity - 1, 0)[:, None], axis=1)[:, 0]
+        return np.where(self.severity > 0, floors, 0).astype(np.int64)
 
 
 def _card_distance_km(m: Matrix) -> npt.NDArray[np.float64]:
@@ -184,6 +189,14 @@ def _compile(c: Condition, place: str) -> Check:
     return lambda columns: _not_in(column(columns), allowed)
 
 
+def _screen(rule: Rule) -> tuple[int, float] | None:
+    """A feature and what it must reach for the rule to fire, None when no condition is of this kind."""
+    for c in rule.when:
+        if c.feature is not None and c.op in (">", ">=") and isinstance(c.value, int | float):
+            return FEATURE_INDEX[c.feature], float(c.value)
+    return None
+
+
 def _not_equal(x: npt.NDArray[np.floating[Any]], value: float) -> Bools:
     out: Bools = (x != value) & ~np.isnan(x)
     return out
@@ -235,6 +248,11 @@ class Policy:
         # Most severe first, so that the first reasons found are those that stay.
         self._rules.sort(key=lambda r: -SEVERITY[r[0].outcome])
         self.rule_ids: tuple[str, ...] = tuple(rule.id for rule, _ in self._rules)
+        # Most rules fire for no row of a batch, which one comparison tells for all of them, in the precision of the features.
+        screens = [_screen(rule) for rule, _ in self._rules]
+        self._screened = [i for i, screen in enumerate(screens) if screen is not None]
+        self._screen_features = np.array([screen[0] for screen in screens if screen is not None], np.intp)
+        self._screen_values = np.array([screen[1] for screen in screens if screen is not None], np.float32)
         self._edges = np.array([b.up_to_minor for b in parsed.bands if b.up_to_minor is not None], np.int64)
         self._thresholds = np.array([[b.challenge, b.review, b.decline] for b in parsed.bands], np.float64)
         self._without_model = np.array([SEVERITY[b.without_model] for b in parsed.bands], np.int64)
@@ -253,7 +271,10 @@ class Policy:
             base = np.where(no_score, self._without_model[band], base)
         severity = base.copy()
         hits: list[tuple[Rule, npt.NDArray[np.intp]]] = []
-        for rule, checks in self._rules:
+        may_fire = np.ones(len(self._rules), bool)
+        may_fire[self._screened] = (columns.matrix[:, self._screen_features] >= self._screen_values).any(axis=0)
+        for i in np.flatnonzero(may_fire).tolist():
+            rule, checks = self._rules[i]
             fired = checks[0](columns)
             for check in checks[1:]:
                 if not fired.any():
@@ -273,14 +294,12 @@ class Policy:
         reasons: list[list[Reason]] = [_NO_REASONS] * rows
         for row, of_row in found.items():
             reasons[row] = _reasons(of_row)
-        # A decision without a score stands where its outcome begins.
-        stand_in = np.where(severity > 0, np.take_along_axis(thresholds, np.maximum(severity - 1, 0)[:, None], axis=1)[:, 0], 0)
         return Decisions(
             outcome=[OUTCOMES[s] for s in severity.tolist()],
             severity=severity,
             reasons=reasons,
             rule_hits=rule_hits,
-            fallback_score=stand_in.astype(np.int64),
+            floors=thresholds,
         )
 
 

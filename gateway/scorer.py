@@ -178,7 +178,7 @@ class Scorer:
         timing.decided_s = self._clock_s()
         degraded = self._degraded(rows, observation, probability is not None)
         # contracts.decision.risk_score, for a batch.
-        score = decisions.fallback_score if probability is None else np.minimum(columns.score, RISK_SCORE_MAX).astype(np.int64)
+        score = decisions.stand_in() if probability is None else np.minimum(columns.score, RISK_SCORE_MAX).astype(np.int64)
         received_s = np.fromiter((job.received_s for job in fresh), np.float64, len(fresh))
         receipts = encode_receipts(
             Decided(

@@ -260,7 +260,8 @@ def _fill_in_speeds(matrix: npt.NDArray[np.float32], requests: Requests, last: n
     """The one aggregate that numpy computes: its sines are not those of the C library, and all engines must agree to the bit."""
     for entity, column in SPEEDS:
         last_ms, latitude, longitude = last[:, entity].T
-        rows = np.flatnonzero(last_ms != NEVER)
+        # Without both places it stays unknown.
+        rows = np.flatnonzero((last_ms != NEVER) & ~np.isnan(latitude) & ~np.isnan(requests.places[:, 0]))
         if len(rows):
             lat, lon = requests.places[rows, 0], requests.places[rows, 1]
             matrix[rows, column] = speed_kmh(last_ms[rows], latitude[rows], longitude[rows], requests.t_ms[rows], lat, lon)

@@ -87,6 +87,13 @@ class Settings:
 
     idempotency_window_s: int = _setting(600, "how long a retry gets the same answer, seconds", least=1, most=86_400)
     batch_rows_max: int = _setting(256, "most transactions in one micro-batch", least=1, most=512)
+    batch_interval_ms: int = _setting(
+        3,
+        "least time between the beginnings of two micro-batches over HTTP of less than 64, milliseconds; the first after a pause begins at"
+        " once",
+        least=0,
+        most=50,
+    )
     in_flight_max: int = _setting(4096, "most transactions accepted and not yet answered", least=1, most=100_000)
     connections_max: int = _setting(10_000, "most open connections of one gateway process", least=1, most=1_000_000)
     request_timeout_ms: int = _setting(

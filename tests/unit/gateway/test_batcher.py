@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import pytest
 
 from gateway.admission import AdaptiveLimit
-from gateway.batcher import HURRY_S, OVERLAP_ROWS_MIN, Batcher
+from gateway.batcher import FULL_ROWS, HURRY_S, OVERLAP_ROWS_MIN, Batcher
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.transaction import RefusedError, encode_json
 from gateway.errors import DrainingError, OverloadedError
@@ -54,7 +54,13 @@ class StubPublisher:
 
 
 def make_batcher(
-    scorer: GatedScorer, publisher: StubPublisher | None = None, *, rows: int = 3, in_flight: int = 100, publish_budget_s: float = 1
+    scorer: GatedScorer,
+    publisher: StubPublisher | None = None,
+    *,
+    rows: int = 3,
+    in_flight: int = 100,
+    publish_budget_s: float = 1,
+    batch_interval_s: float = 0,
 ) -> Batcher:
     return Batcher(
         scorer,  # type: ignore[arg-type]
@@ -63,6 +69,7 @@ def make_batcher(
         batch_rows_max=rows,
         limit=AdaptiveLimit(in_flight, 0.08),
         publish_budget_s=publish_budget_s,
+        batch_interval_s=batch_interval_s,
         now_ms=lambda: NOW_MS,
         clock_s=lambda: 0.0,
     )
@@ -253,3 +260,25 @@ async def test_draining_takes_nothing_new_and_answers_what_it_has() -> None:
     scorer.gate.set()
     await draining
     assert waiter.done()
+
+
+async def test_a_batch_close_behind_another_waits_to_grow_and_no_longer_than_it_must() -> None:
+    scorer = GatedScorer()
+    scorer.gate.set()
+    # The clock stands still: only the timer, the number or a near deadline can end the wait.
+    batcher = make_batcher(scorer, rows=100, batch_interval_s=30)
+    assert await verdict_of(batcher, body_of("first")) is Verdict.DECIDED
+    waiting = [submit(batcher, body_of(f"t{i}")) for i in range(FULL_ROWS - 1)]
+    await turns()
+    assert [len(batch) for batch in scorer.batches] == [1]
+    waiting.append(submit(batcher, body_of("last")))
+    await asyncio.gather(*waiting)
+    assert [len(batch) for batch in scorer.batches] == [1, FULL_ROWS]
+    patient = submit(batcher, body_of("patient"))
+    await turns()
+    assert not patient.done()
+    await submit(batcher, body_of("urgent"), deadline_s=HURRY_S / 2)
+    assert scorer.batches[2] == ["urgent"]
+    short = make_batcher(scorer, rows=100, batch_interval_s=0.001)
+    await submit(short, body_of("a"))
+    assert await verdict_of(short, body_of("b")) is Verdict.DECIDED

@@ -61,7 +61,7 @@ def test_without_model_and_features_the_band_decides() -> None:
     found = decide(make_policy(), make_transaction(amount_minor=10), make_transaction(amount_minor=5000), has_features=False)
     assert found.outcome == [Outcome.APPROVE, Outcome.REVIEW]
     assert found.reasons == [[], [Reason.NO_MODEL]]
-    assert found.fallback_score.tolist() == [0, 400]
+    assert found.stand_in().tolist() == [0, 400]
 
 
 def test_without_model_but_with_features_the_rules_decide() -> None:
