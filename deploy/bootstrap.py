@@ -123,7 +123,8 @@ def sync(uv: Path) -> None:
     first = not (ROOT / ".venv/bin/python").exists()
     if first:
         say("packages", "installing the locked Python packages into .venv (1.5 GB; a minute, more when they must be downloaded)")
-    argv = [str(uv), "sync", "--frozen", "--python", sys.executable]
+    # Compiled once and not by each process that starts: where PYTHONDONTWRITEBYTECODE is set, as in many containers, that takes seconds.
+    argv = [str(uv), "sync", "--frozen", "--compile-bytecode", "--python", sys.executable]
     for extra in extras:
         argv += ["--extra", extra]
     # uv shows bars on a terminal. When there is nothing to do it has nothing to say.
