@@ -72,14 +72,18 @@ def _reply_on(connection: Any) -> Any:
 
 
 class Entities:
-    """`hour` is how far the wall clock has gone since the start: it goes on by `hours_a_batch` with each batch of tiles."""
+    """`hour` is how far the wall clock has gone since `wall_ms`: it goes on by `hours_a_batch` with each batch of tiles.
 
-    def __init__(self, client: redis.Redis, hours_a_batch: int = 1) -> None:
+    Of a payment that was made long before the wall clock the gateway first looks whether it has observed it already.
+    """
+
+    def __init__(self, client: redis.Redis, hours_a_batch: int = 1, wall_ms: int = WALL_MS) -> None:
         client.flushall()
         self.client = client
         self._wire = wire_to(client)
         self.batch_id = 0
         self.hour = 0
+        self._wall_ms = wall_ms
         self._hours_a_batch = hours_a_batch
         self._offset = 0
         self.store = Store(DirectLink(client), CLAIM_TTL_MS, now_ms=lambda: self.now_ms)  # type: ignore[arg-type]
@@ -87,7 +91,7 @@ class Entities:
 
     @property
     def now_ms(self) -> int:
-        return WALL_MS + self.hour * 3_600_000
+        return self._wall_ms + self.hour * 3_600_000
 
     def say_progress(self) -> None:
         progress = layout.Progress(EPOCH, self.batch_id, self.now_ms, 0)

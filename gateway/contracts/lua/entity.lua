@@ -3,7 +3,7 @@
 --
 -- record  ENTITY_RECORD (68 bytes): HEAD_HEADER (24) for a head that is born now, whose byte 17 says that the head must be looked at
 --         first, then HEAD_EVENT (44), whose byte 28 says that the Spark job has counted what arrived later, which decides where the
---         early list can't
+--         early list can't. It stands at `at` of `records`, and is cut out only where it is needed whole
 -- capacity, others  how many events the head counts, and how many more must stay in it because a reader of this batch may count them
 -- early_max  as many hashes as the early list may have: a full one has forgotten some
 --
@@ -106,17 +106,17 @@ local function mended(head_key, capacity, others, record, size, ttl_ms, early_ma
   call('SET', head_key, header .. events, 'PX', ttl_ms)
 end
 
-local function observe_entity(head_key, capacity, others, record, look, ttl_ms, early_max)
-  if look then
-    local head = call('GET', head_key)
+local function observe_entity(head_key, capacity, others, records, at, look, ttl_ms, early_max)
+  if look or byte(records, at + 16) == 1 then
+    local head, record = call('GET', head_key), sub(records, at, at + 67)
     if head and not is_sound(head, record) then
       born(head_key, record, true, ttl_ms, early_max)
       return
     end
     if head and holds(head, record) then return end
   end
-  local size = call('APPEND', head_key, sub(record, 25))
+  local size = call('APPEND', head_key, sub(records, at + 24, at + 67))
   if size < 112 or (size - 24) % 44 ~= 0 or size > 24 + 44 * (capacity + others + floor(capacity / 4)) then
-    mended(head_key, capacity, others, record, size, ttl_ms, early_max)
+    mended(head_key, capacity, others, sub(records, at, at + 67), size, ttl_ms, early_max)
   end
 end

@@ -24,10 +24,9 @@ for a = 5, #ARGV, 2 do
   if before and (sub(before, 1, 32) ~= claim or (#before > 32 and sub(claim, 17, 17) == 'h')) then
     k = k + #records / 68
   else
+    -- Heads are read after the whole batch: what this transaction counts must outlive all of the batch up to here.
     for at = 1, #records, 68 do
-      local record = sub(records, at, at + 67)
-      -- The head is read after the whole batch: what this transaction counts must outlive all of the batch up to here.
-      observe_entity(KEYS[k], capacities[byte(record, 2)], row, record, before or byte(record, 17) == 1, head_ttl, early_max)
+      observe_entity(KEYS[k], capacities[byte(records, at + 1)], row, records, at, before, head_ttl, early_max)
       k = k + 1
     end
   end
