@@ -94,6 +94,9 @@ class Backend(Protocol):
     def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
         """Write answers at once. `failed` is told later how many could not be stored."""
 
+    def renew(self, heads: Sequence[str]) -> None:
+        """Let these keys live for another HEAD_TTL_MS; at once, and nobody is told when it fails."""
+
 
 def backend_of(link: RedisLink | ClusterLink) -> Backend:
     return ClusterRedis(link) if isinstance(link, ClusterLink) else SingleRedis(link)
@@ -190,6 +193,9 @@ class SingleRedis:
 
         self._link.send([_store_packed(answer) for answer in answers]).replies.add_done_callback(done)
 
+    def renew(self, heads: Sequence[str]) -> None:
+        self._link.send([("PEXPIRE", head, HEAD_TTL_MS) for head in heads])
+
 
 class ClusterRedis:
     """A Redis Cluster: one round trip that claims a batch, and one that observes it, entity by entity."""
@@ -272,6 +278,11 @@ class ClusterRedis:
         commands: list[Keyed] = [(hash_slot(answer.key), _store(answer)) for answer in answers]
         if commands:
             self._link.send_all(commands).add_done_callback(done)
+
+    def renew(self, heads: Sequence[str]) -> None:
+        commands: list[Keyed] = [(hash_slot(head), ("PEXPIRE", head, HEAD_TTL_MS)) for head in heads]
+        # An exception that nobody asks for would be logged.
+        self._link.send_all(commands).add_done_callback(lambda task: task.cancelled() or task.exception())
 
 
 def _found(call: Call, progress: bytes | None, before: list[bytes | None], observed: list[Any]) -> Found:

@@ -6,6 +6,7 @@ then `observe` says None within the given time and the batch goes on without.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, LABELLED, speed_kmh
-from gateway.contracts.layout import BASE_STEP, ENTITY_RECORD, PROGRESS_KEY, Progress, idempotency_key, txn_hash
+from gateway.contracts.layout import BASE_STEP, ENTITY_RECORD, PROGRESS_KEY, Progress, head_key, idempotency_key, txn_hash
 from gateway.contracts.windows import NEVER, SETTLE_MS
 from gateway.job import Job
 from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, entity_records
@@ -187,6 +188,16 @@ class Store:
         room = SUSPECTS_MAX - len(self._suspects)
         self._suspects.update(checks[:room].tolist())
 
+    def _renew(self, batch: Sequence[Job], entities: npt.NDArray[np.bool_]) -> None:
+        """Heads live on with each batch of tiles. That one which is near its end must not take a payment with it that no tile holds yet."""
+        keys = [
+            head_key(ENTITIES[e].name, getattr(batch[row].transaction, ENTITIES[e].field))
+            for row, e in np.argwhere(entities).tolist()
+        ]
+        if keys:
+            with contextlib.suppress(RedisUnavailableError):
+                self._redis.renew(keys)
+
     def _note_progress(self, value: bytes | None) -> None:
         if value is None:
             self._progress = None
@@ -252,6 +263,9 @@ class Store:
             refused,
         )
         self._suspect(call.records["check"][refused])
+        if update:
+            # The number of an older life, and no payment before this one within LAST_MS_MAX.
+            self._renew(call.batch, (seq >= 0) & (seq < plan.base_us) & (last[:, 0].reshape(seq.shape) == NEVER))
         _fill_in_speeds(matrix, requests, last.reshape(rows, ENTITY_COUNT, 3))
         if self._behind(now_ms, update) or (progress is not None and progress.lost_at_ms):
             stale[:] = True

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import hiredis
 import msgspec
 import numpy as np
 import redis
@@ -46,11 +47,12 @@ class DirectLink:
     async def call(self, command: Sequence[Any], _timeout_s: float) -> Any:
         return self._client.execute_command(*command)  # type: ignore[no-untyped-call]
 
-    def send(self, commands: Sequence[bytes], replies: int) -> Sent:
+    def send(self, commands: Sequence[Any], replies: int | None = None) -> Sent:
         connection = self._client.connection_pool.get_connection()
         try:
-            connection.send_packed_command(commands)  # type: ignore[no-untyped-call]
-            found = [_reply_on(connection) for _ in range(replies)]
+            packed = [c if isinstance(c, bytes) else hiredis.pack_command(c) for c in commands]
+            connection.send_packed_command(packed)  # type: ignore[no-untyped-call]
+            found = [_reply_on(connection) for _ in range(len(commands) if replies is None else replies)]
         finally:
             self._client.connection_pool.release(connection)
         if replies == 4 and isinstance(found[-1][0], redis.exceptions.NoScriptError):
@@ -72,12 +74,12 @@ def _reply_on(connection: Any) -> Any:
 
 
 class Entities:
-    """`hour` is how far the wall clock has gone since `wall_ms`: it goes on by `hours_a_batch` with each batch of tiles.
+    """`hour` is how far the wall clock has gone since `wall_ms` (WALL_MS): it goes on by `hours_a_batch` with each batch of tiles.
 
     Of a payment that was made long before the wall clock the gateway first looks whether it has observed it already.
     """
 
-    def __init__(self, client: redis.Redis, hours_a_batch: int = 1, wall_ms: int = WALL_MS) -> None:
+    def __init__(self, client: redis.Redis, hours_a_batch: int = 1, wall_ms: int | None = None) -> None:
         client.flushall()
         self.client = client
         self._wire = wire_to(client)
@@ -91,7 +93,7 @@ class Entities:
 
     @property
     def now_ms(self) -> int:
-        return self._wall_ms + self.hour * 3_600_000
+        return (WALL_MS if self._wall_ms is None else self._wall_ms) + self.hour * 3_600_000
 
     def say_progress(self) -> None:
         progress = layout.Progress(EPOCH, self.batch_id, self.now_ms, 0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import redis
 from msgspec import structs
@@ -21,6 +22,7 @@ import gateway.redis_backend
 import gateway.store
 from feature_jobs import tiles as tile_writer
 from gateway.contracts import layout, tiles
+from gateway.contracts.features import ENTITY_INDEX
 from gateway.contracts.transaction import Transaction
 from gateway.kernels import features
 from tests.entities import NOON_MS, WALL_MS, Entities, make_stream, redis_server
@@ -165,14 +167,16 @@ def burst_differs(server: redis.Redis) -> bool:
         return True
     # And by batches, from one address: its head is long enough to be full more than once.
     entities, oracle = Entities(server, wall_ms=NOON_MS), Oracle()
+    places: list[int] = []
     batches = [[structs.replace(t, ip="i") for t in make_stream(n, 60, 1, 0)] for n in range(6)]
     for n, batch in enumerate(batches):
         at_ms = NOON_MS + 10_000 * n
         batch[:] = [structs.replace(t, event_time_ms=at_ms + i, transaction_id=f"{n}-{i}") for i, t in enumerate(batch)]
-        seen = entities.look(batch).matrix
-        if any(differences(oracle.observe(t), [float(x) for x in row]) for t, row in zip(batch, seen, strict=True)):
+        found = entities.look(batch)
+        if any(differences(oracle.observe(t), [float(x) for x in row]) for t, row in zip(batch, found.matrix, strict=True)):
             return True
-    return False
+        places += found.seq[:, ENTITY_INDEX["ip"]].tolist()
+    return bool((np.diff(places) != 1).any())
 
 
 def found(server: redis.Redis) -> bool:

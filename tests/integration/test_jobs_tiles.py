@@ -248,7 +248,7 @@ def test_a_head_lives_on_with_each_batch_of_tiles_and_takes_no_more_than_it_need
     card.client.pexpire(card.head_key, 60_000)
     card.merge([1, 2, 3])
     assert card.client.pttl(card.head_key) > layout.HEAD_TTL_MS - 60_000
-    assert card.client.memory_usage(card.head_key) < len(card.raw()) + 150
+    assert (card.client.memory_usage(card.head_key) or 0) < len(card.raw()) + 150
 
 
 def test_what_a_head_evicted_is_not_waited_for(card: Card) -> None:

@@ -29,7 +29,7 @@ from gateway.contracts.layout import (
     tiles_key,
     txn_hash,
 )
-from gateway.contracts.windows import DAY_MS, LABEL_DELAY_MS, SETTLE_MS
+from gateway.contracts.windows import DAY_MS, LABEL_DELAY_MS, LAST_MS_MAX, SETTLE_MS
 from gateway.job import Job, requests_of
 from gateway.redis_link import RedisReplyError, RedisUnavailableError, Sent
 from gateway.store import TILES_AHEAD_MARGIN_MS, Observation, Store, request_only_matrix
@@ -190,6 +190,19 @@ async def test_frauds_of_a_merchant_become_its_rate() -> None:
     assert feature(found, "merchant_fraud_rate_1d") == 0.75
     assert feature(found, "merchant_frauds_30d") == 3
     assert found.label_changes.tolist() == [[0, 7]]
+
+
+async def test_a_head_that_may_soon_expire_is_renewed_when_a_payment_is_appended() -> None:
+    long_ago = event(0, NOW_MS - LAST_MS_MAX - 1)
+    heads = (
+        head_of(0, "card", "card-1", long_ago, own_event()),
+        head_of(1, "customer", "customer-1", event(0, NOW_MS), own_event()),
+    )
+    link = ScriptedLink(reply_of(*heads, progress=FRESH), progress=FRESH)
+    await observed(make_store(link), make_job())
+    assert link.sent[-1] == (("PEXPIRE", head_key("card", "card-1"), HEAD_TTL_MS),)
+    await observe(make_store(link), make_job(), update=False)
+    assert [command[0] for command in sent_commands(link)] == [b"MGET"]
 
 
 async def test_evicted_events_make_the_features_stale() -> None:
