@@ -136,6 +136,17 @@ def request_features(numbers: Int64s, places: Floats, out: npt.NDArray[np.float3
 
 
 @compiled
+def _begin(t_ms: int, froms: Int64s, label_froms: Int64s) -> None:
+    """Where the windows of a transaction begin: once for all of its entities, since a division takes as long as an event does."""
+    for w in range(_W):
+        begin = t_ms - _LENGTH[w]
+        froms[w] = begin if _TAIL[w] == 0 else begin - begin % _TAIL[w]
+    for w in range(_LW):
+        begin = t_ms - LABEL_DELAY_MS - _LABEL_LENGTH[w]
+        label_froms[w] = begin - begin % DAY_MS
+
+
+@compiled
 def _entity(
     buf: Bytes,
     entity: int,
@@ -156,11 +167,15 @@ def _entity(
     counts: Int64s,
     bits: npt.NDArray[np.uint64],
     labels: Int64s,
+    froms: Int64s,
+    label_froms: Int64s,
     scratch: Bytes,
 ) -> None:
     """The features of one entity of one transaction into `out` (features,); `last` gets time, latitude, longitude of its last event.
 
     `counts` (4, windows): count, total, squares, largest; `bits` (3, windows); `labels` (2, label windows): payments, frauds.
+
+    `froms` (windows,) and `label_froms` (label windows,) are the times from which each window counts, its tail rounded down.
     """
     counts[:3] = 0
     counts[3] = -1
@@ -174,8 +189,7 @@ def _entity(
     new_a, new_c = True, True
     last_ms, last_seq, last_at = NEVER, -1, -1
     pairs, labelled, capacity = _PAIRS[entity], _IS_LABELLED[entity], _CAPACITY[entity]
-    pair_from = t_ms - _LENGTH[_PAIR_WINDOW]
-    pair_from -= pair_from % _TAIL[_PAIR_WINDOW]
+    pair_from = froms[_PAIR_WINDOW]
 
     place = -1
     for at in range(events, events_end, _EVENT):
@@ -193,8 +207,7 @@ def _entity(
             last_ms, last_seq, last_at = when, place, at
         if labelled and untiled and when < label_end:
             for w in range(_LW):
-                start = t_ms - LABEL_DELAY_MS - _LABEL_LENGTH[w]
-                if when >= start - start % DAY_MS:
+                if when >= label_froms[w]:
                     labels[0, w] += 1
         if not recent and not loose:
             continue
@@ -202,11 +215,7 @@ def _entity(
         capped = min(amount, SQUARED_AMOUNT_MINOR_MAX)
         dim_a, dim_b, dim_c = u16(buf, at + _DIM_A), u16(buf, at + _DIM_B), u16(buf, at + _DIM_C)
         for w in range(_W):
-            start = t_ms - _LENGTH[w]
-            exact = _TAIL[w] == 0
-            if not exact:
-                start -= start % _TAIL[w]
-            if when < start or not (recent if exact else loose):
+            if when < froms[w] or not (recent if _TAIL[w] == 0 else loose):
                 continue
             counts[0, w] += 1
             counts[1, w] += amount
@@ -234,8 +243,7 @@ def _entity(
                         fits = tail == HOUR_MS or (tail == DAY_MS and start >= day_edge)
                     else:
                         fits = tail == BOUNDARY_MS or (tail > BOUNDARY_MS and start >= hour_edge)
-                    begin = t_ms - _LENGTH[w]
-                    if not fits or start < begin - begin % tail:
+                    if not fits or start < froms[w]:
                         continue
                     counts[0, w] += u32(buf, at + _FINE_COUNT)
                     counts[1, w] += i64(buf, at + _FINE_TOTAL)
@@ -250,8 +258,7 @@ def _entity(
             count = u32(buf, at + _DAY_COUNT)
             if start + DAY_MS <= edge:
                 for w in range(_W):
-                    begin = t_ms - _LENGTH[w]
-                    if _TAIL[w] != DAY_MS or start < begin - begin % DAY_MS:
+                    if _TAIL[w] != DAY_MS or start < froms[w]:
                         continue
                     counts[0, w] += count
                     counts[1, w] += i64(buf, at + _DAY_TOTAL)
@@ -259,8 +266,7 @@ def _entity(
                     counts[3, w] = max(counts[3, w], u32(buf, at + _DAY_LARGEST))
             if labelled and start < label_end:
                 for w in range(_LW):
-                    begin = t_ms - LABEL_DELAY_MS - _LABEL_LENGTH[w]
-                    if start >= begin - begin % DAY_MS:
+                    if start >= label_froms[w]:
                         labels[0, w] += count
             at += _DAY
         if pairs:
@@ -282,8 +288,7 @@ def _entity(
         start = u16(buf, at) * DAY_MS
         if start < label_end:
             for w in range(_LW):
-                begin = t_ms - LABEL_DELAY_MS - _LABEL_LENGTH[w]
-                if start >= begin - begin % DAY_MS:
+                if start >= label_froms[w]:
                     labels[1, w] += u16(buf, at + 2)
 
     if last_at >= 0 and last_ms < t_ms - LAST_MS_MAX:
@@ -396,8 +401,10 @@ def decode(
     counts = np.zeros((4, _W), np.int64)
     bits = np.zeros((3, _W), np.uint64)
     labels = np.zeros((2, _LW), np.int64)
+    froms, label_froms = np.zeros(_W, np.int64), np.zeros(_LW, np.int64)
     scratch = np.zeros(8, np.uint8)
     for row in range(rows):
+        _begin(numbers[row, 0], froms, label_froms)
         for e in range(ENTITY_COUNT):
             if lengths[row, ENTITY_TEXT[e]] < 0:
                 continue
@@ -451,6 +458,8 @@ def decode(
                         counts,
                         bits,
                         labels,
+                        froms,
+                        label_froms,
                         scratch,
                     )
             tiles += tiled

@@ -50,15 +50,22 @@ MUTANTS = (
         "loose = recent if when > edge else untiled",
     ),
     Mutant("an event of the same instant is dropped", "features", "if age <= 0 or when > t_ms:", "if age <= 0 or when >= t_ms:"),
-    Mutant("the tail of a fine tile isn't rounded", "features", "start < begin - begin % tail", "start < begin"),
+    Mutant("the tail of a fine tile isn't rounded", "features", "begin if _TAIL[w] == 0 else begin - begin % _TAIL[w]", "begin"),
     Mutant(
         "a head's event on the tail is dropped",
         "features",
-        "if when < start or not (recent if exact else loose):",
-        "if when <= start or not (recent if exact else loose):",
+        "if when < froms[w] or not (recent if _TAIL[w] == 0 else loose):",
+        "if when <= froms[w] or not (recent if _TAIL[w] == 0 else loose):",
     ),
-    Mutant("a fine tile on the tail is dropped", "features", "start < begin - begin % tail", "start <= begin - begin % tail"),
-    Mutant("a day on the tail is dropped", "features", "start < begin - begin % DAY_MS", "start <= begin - begin % DAY_MS"),
+    Mutant(
+        "a fine tile on the tail is dropped", "features", "if not fits or start < froms[w]:", "if not fits or start <= froms[w]:"
+    ),
+    Mutant(
+        "a day on the tail is dropped",
+        "features",
+        "_TAIL[w] != DAY_MS or start < froms[w]",
+        "_TAIL[w] != DAY_MS or start <= froms[w]",
+    ),
     Mutant(
         "the tile before the boundary is dropped",
         "features",
