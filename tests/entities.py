@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import hiredis
 import msgspec
 import numpy as np
 import redis
@@ -46,11 +47,12 @@ class DirectLink:
     async def call(self, command: Sequence[Any], _timeout_s: float) -> Any:
         return self._client.execute_command(*command)  # type: ignore[no-untyped-call]
 
-    def send(self, commands: Sequence[bytes], replies: int) -> Sent:
+    def send(self, commands: Sequence[Any], replies: int | None = None) -> Sent:
         connection = self._client.connection_pool.get_connection()
         try:
-            connection.send_packed_command(commands)  # type: ignore[no-untyped-call]
-            found = [_reply_on(connection) for _ in range(replies)]
+            packed = [c if isinstance(c, bytes) else hiredis.pack_command(c) for c in commands]
+            connection.send_packed_command(packed)  # type: ignore[no-untyped-call]
+            found = [_reply_on(connection) for _ in range(len(commands) if replies is None else replies)]
         finally:
             self._client.connection_pool.release(connection)
         if replies == 4 and isinstance(found[-1][0], redis.exceptions.NoScriptError):
@@ -72,14 +74,18 @@ def _reply_on(connection: Any) -> Any:
 
 
 class Entities:
-    """`hour` is how far the wall clock has gone since the start: it goes on by `hours_a_batch` with each batch of tiles."""
+    """`hour` is how far the wall clock has gone since `wall_ms` (WALL_MS): it goes on by `hours_a_batch` with each batch of tiles.
 
-    def __init__(self, client: redis.Redis, hours_a_batch: int = 1) -> None:
+    Of a payment that was made long before the wall clock the gateway first looks whether it has observed it already.
+    """
+
+    def __init__(self, client: redis.Redis, hours_a_batch: int = 1, wall_ms: int | None = None) -> None:
         client.flushall()
         self.client = client
         self._wire = wire_to(client)
         self.batch_id = 0
         self.hour = 0
+        self._wall_ms = wall_ms
         self._hours_a_batch = hours_a_batch
         self._offset = 0
         self.store = Store(DirectLink(client), CLAIM_TTL_MS, now_ms=lambda: self.now_ms)  # type: ignore[arg-type]
@@ -87,7 +93,7 @@ class Entities:
 
     @property
     def now_ms(self) -> int:
-        return WALL_MS + self.hour * 3_600_000
+        return (WALL_MS if self._wall_ms is None else self._wall_ms) + self.hour * 3_600_000
 
     def say_progress(self) -> None:
         progress = layout.Progress(EPOCH, self.batch_id, self.now_ms, 0)

@@ -79,11 +79,14 @@ def heads_of(events: Observed, end: Int64s, capacity: Int64s) -> Heads:
 
 
 def _joined(owner: Int64s, place: Int64s, end: Int64s, edges: npt.NDArray[np.int64]) -> Int64s:
-    """The places, ascending by owner, with each leap between two lives made a single step, counted down from the owner's `end`."""
+    """The places, ascending by owner, with each leap between two lives made a single step, counted down from the owner's `end`.
+
+    The last one is right before `end`: the next event gets the place behind the last one.
+    """
     last = np.ones(len(owner), bool)
     last[:-1] = owner[1:] != owner[:-1]
     step = np.where(last, end[owner], np.append(place[1:], 0)) - place
-    step = np.where(step > LIFE_GAP, 1, np.maximum(step, 1))
+    step = np.where(last | (step > LIFE_GAP), 1, np.maximum(step, 1))
     so_far = np.cumsum(step)
     return end[owner] - (so_far[edges[owner + 1] - 1] - so_far + step)
 

@@ -4,19 +4,22 @@ An entity has up to four values in one hash slot. Its head is a list of recent e
 step that reads it. Its tiles are written by the Spark job alone, in one atomic step that also marks the events they now contain as
 tiled in the head: so each event is counted from exactly one of the two, however far Spark has got.
 
-    fg2:{card:abc}:h   HEAD_HEADER (24 bytes), then HEAD_EVENT records (44 bytes each) in order of observation
-    fg2:{card:abc}:t   TILES_HEADER (48 bytes), then FINE_TILE records (5 minutes, then hours), DAY_TILE records, and what the card
+    fg3:{card:abc}:h   HEAD_HEADER (24 bytes), 4 bytes more while there is an early list (how many hashes it has), then HEAD_EVENT
+                       records (44 bytes each) in order of observation, at least one
+    fg3:{card:abc}:t   TILES_HEADER (48 bytes), then FINE_TILE records (5 minutes, then hours), DAY_TILE records, and what the card
                        was seen with (4 bytes each)
-    fg2:{card:abc}:e   hashes (8 bytes each) of transactions that the Spark job tiled before the gateway had observed them: early
-    fg2:{merchant:m}:l LABELS_HEADER (24 bytes), then FRAUD_DAY records (4 bytes each): frauds by day of payment, where labels count
-    fg2:i:{<transaction_id>}   idempotency record: fingerprint (16), position (16), answer (empty until decided)
-    fg2:progress       how far the Spark job has got with tiles: PROGRESS, msgpack
-    fg2:progress:{n}   on a cluster, copies of it in many slots, which tell the Spark job that no master has lost what it held
-    fg2:labels         how far it has got with labels: LABELS_PROGRESS, msgpack
+    fg3:{card:abc}:e   hashes (8 bytes each) of transactions that the Spark job tiled before the gateway had observed them: early
+    fg3:{merchant:m}:l LABELS_HEADER (24 bytes), then FRAUD_DAY records (4 bytes each): frauds by day of payment, where labels count
+    fg3:i:{<transaction_id>}   idempotency record: fingerprint (16), position (16), answer (empty until decided)
+    fg3:progress       how far the Spark job has got with tiles: PROGRESS, msgpack
+    fg3:progress:{n}   on a cluster, copies of it in many slots, which tell the Spark job that no master has lost what it held
+    fg3:labels         how far it has got with labels: LABELS_PROGRESS, msgpack
 
 All numbers are little-endian. The order of observation is absolute: a head is born with a `base` in microseconds of wall-clock time,
 rounded down to BASE_STEP, and each event gets the next number after it. So a head that was lost and born anew continues behind the old
-one's numbers, and the first number of a life tells whether something came before it.
+one's numbers, and the first number of a life tells whether something came before it. An event is appended without its number, for
+what stands before it isn't looked at then: it has the next one after the event before it. The first event of a head, and one behind
+a gap that compaction left, tell theirs. The last event is never dropped.
 """
 
 from __future__ import annotations
@@ -31,14 +34,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 PREFIX = f"fg{LAYOUT_VERSION}"
 PROGRESS_KEY = f"{PREFIX}:progress"
 # So many that a master with a few hundred of the 16,384 slots or more has one of them.
 PROGRESS_COPY_KEYS = tuple(f"{PREFIX}:progress:{{{n}}}" for n in range(512))
 LABELS_PROGRESS_KEY = f"{PREFIX}:labels"
 
-# version, entity, flags, check, base of the order of observation, next number after it, events evicted before they were tiled
+# version, entity, flags, check, base of the order of observation, -, events evicted before they were tiled
 HEAD_HEADER = struct.Struct("<BBHIQII")
 # version, entity, -, check, batch_id, epoch, early hashes, newest event's minute, settled minute, marked minute, wall-clock minute of
 # the mark (contracts.windows.Horizon), then how many records: 5 minutes, hours, days, seen
@@ -66,15 +69,19 @@ TILES_HEADER_FIELDS = np.dtype(
     ]
 )
 assert TILES_HEADER_FIELDS.itemsize == TILES_HEADER.size
-# Of HEAD_HEADER.flags: the entity has label counts, which the observe script returns too.
+# Of HEAD_HEADER.flags: the entity has label counts.
 FLAG_LABELLED = 1
+# Behind the header of a head whose entity has an early list: how many hashes that has.
+EARLY_MARK = struct.Struct("<I")
+# An event's `seq` when it doesn't tell it.
+SEQ_NEXT = 0xFFFFFFFF
 
 HEAD_EVENT = np.dtype(
     [
         ("transaction", "<u8"),  # txn_hash of the transaction_id
         ("event_time_ms", "<i8"),
         ("amount_minor", "<u4"),
-        ("seq", "<u4"),  # place in the entity's order of observation, behind the head's base; filled in by the script
+        ("seq", "<u4"),  # place in the entity's order of observation, behind the head's base; SEQ_NEXT: one after the event before
         ("observed_s", "<u2"),  # wall clock at observation, seconds since the epoch modulo 65,536
         ("tiled", "u1"),
         ("counted", "u1"),  # what arrived later was in the tiles at observation
@@ -94,7 +101,7 @@ ENTITY_RECORD = np.dtype(
         ("flags", "<u2"),
         ("check", "<u4"),
         ("base_us", "<u8"),
-        ("claim_may_be_gone", "<u4"),  # it arrived so long ago that it may have been observed before, and its claim expired
+        ("look", "<u4"),  # 1: look at the head before; it may hold the event, for which there is no claim any more, or be unsound
         ("reserved", "<u4"),
         *((name, HEAD_EVENT.fields[name][0]) for name in HEAD_EVENT.names or ()),  # type: ignore[index]
     ]
@@ -125,9 +132,6 @@ assert (FINE_TILE.itemsize, DAY_TILE.itemsize) == (FINE_TILE_BYTES, DAY_TILE_BYT
 HOUR_MIN, DAY_MIN = 60, 1440
 COUNT_MAX = 0xFFFF
 
-# Heads that may have more events than this are read by plain commands instead of by the script (lua/observe.lua says how).
-SHORT_EVENTS_MAX = 64
-
 HEAD_TTL_MS = 40 * 86_400_000
 TILES_TTL_MS = 40 * 86_400_000
 # Heads longer than this are compacted when the Spark job has tiled their events; the newest few always stay.
@@ -157,7 +161,7 @@ def _script(*names: str) -> str:
 
 
 # A batch at once, for one Redis; and one entity, for a cluster, where a script may touch one hash slot.
-OBSERVE_LUA = _script("entity", "observe").replace("SHORT_EVENTS_MAX", str(SHORT_EVENTS_MAX))
+OBSERVE_LUA = _script("entity", "observe")
 OBSERVE_ENTITY_LUA = _script("entity", "observe_entity")
 MERGE_LUA = _script("merge")
 LABELS_LUA = _script("labels")
@@ -231,11 +235,19 @@ def key_check(entity: str, entity_id: str) -> int:
 
 
 def head_events(value: bytes, entity_index: int, check: int) -> npt.NDArray[np.void]:
-    """The events of a head. Raises `UnknownLayoutError`."""
+    """The events of a head, each with its place. Raises `UnknownLayoutError`."""
     _check(value, HEAD_HEADER, entity_index, check)
-    if (len(value) - HEAD_HEADER.size) % HEAD_EVENT_BYTES:
+    count, rest = divmod(len(value) - HEAD_HEADER.size, HEAD_EVENT_BYTES)
+    if count < 1 or rest not in (0, EARLY_MARK.size):
         raise UnknownLayoutError("packed value of a wrong length")
-    return np.frombuffer(value, HEAD_EVENT, offset=HEAD_HEADER.size)
+    events = np.frombuffer(value, HEAD_EVENT, offset=HEAD_HEADER.size + rest).copy()
+    index = np.arange(count)
+    told = np.where(events["seq"] != SEQ_NEXT, index, -1)
+    if told[0] < 0:
+        raise UnknownLayoutError("a head that doesn't tell the place of its first event")
+    last_told = np.maximum.accumulate(told)
+    events["seq"] = events["seq"][last_told] + (index - last_told)
+    return events
 
 
 def fraud_days(value: bytes, entity_index: int, check: int) -> npt.NDArray[np.void]:

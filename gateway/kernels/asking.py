@@ -1,4 +1,4 @@
-"""What Redis is asked for a batch: a record for each entity of each transaction, and the whole script call as bytes on the wire.
+"""What Redis is asked for a batch: a record for each entity of each transaction, and script call and MGET as bytes on the wire.
 
 Called by gateway/store.py. About a microsecond a transaction.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.features import ENTITIES
-from gateway.contracts.layout import CLAIM_BYTES, ENTITY_RECORD, FLAG_LABELLED, LAYOUT_VERSION, PREFIX, SHORT_EVENTS_MAX
+from gateway.contracts.layout import CLAIM_BYTES, ENTITY_RECORD, FLAG_LABELLED, LAYOUT_VERSION, PREFIX, SEQ_NEXT
 from gateway.kernels.compiled import compiled
 from gateway.kernels.intake import TEXT_INDEX, TRANSACTION_ID, Floats, Int64s
 from gateway.kernels.raw import Bytes, crc32, put_bytes, put_decimal
@@ -38,7 +38,6 @@ _KEY_START, _KEY_START_LENGTHS = _padded([f"{PREFIX}:{{{e.name}:".encode() for e
 _END = np.frombuffer(b"}:htl", np.uint8)
 _HEAD, _TILES, _LABELS = 2, 3, 4
 _IS_LABELLED = np.array([e.labelled for e in ENTITIES])
-IS_LONG = np.array([e.head_events_max > SHORT_EVENTS_MAX for e in ENTITIES])
 _CLAIM_START = np.frombuffer(f"{PREFIX}:i:{{".encode(), np.uint8)
 _CLAIM_END = np.frombuffer(b"}", np.uint8)
 # "$" and the length, the line's end, the text, the line's end.
@@ -58,7 +57,7 @@ def entity_records(
     places: Floats,
     hashes: npt.NDArray[np.uint64],
     counted: npt.NDArray[np.uint8],
-    claim_may_be_gone: npt.NDArray[np.uint8],
+    look: npt.NDArray[np.uint8],
     base_us: int,
     observed_s: int,
     records: npt.NDArray[np.void],
@@ -90,7 +89,8 @@ def entity_records(
             record.flags = _FLAGS[e]
             record.check = crc32(buf, starts[row, text], lengths[row, text], _CHECK_START[e])
             record.base_us = base_us
-            record.claim_may_be_gone = claim_may_be_gone[row]
+            record.look = look[row]
+            record.seq = SEQ_NEXT
             record.transaction = hashes[row]
             record.event_time_ms = numbers[row, 0]
             record.amount_minor = numbers[row, 1]
@@ -136,21 +136,12 @@ def _put_key(out: Bytes, at: int, buf: Bytes, entity: int, start: int, length: i
 
 @compiled
 def script_call(
-    buf: Bytes,
-    starts: Int64s,
-    lengths: Int64s,
-    claims: Bytes,
-    records: Bytes,
-    before: Bytes,
-    between: Bytes,
-    behind: Bytes,
-    out: Bytes,
+    buf: Bytes, starts: Int64s, lengths: Int64s, claims: Bytes, records: Bytes, before: Bytes, between: Bytes, out: Bytes
 ) -> int:
-    """The call of lua/observe.lua and the MGET behind it as RESP, in `out`; its length is returned.
+    """The call of lua/observe.lua as RESP, in `out`; its length is returned.
 
-    `before` is all up to the batch's keys, `between` the script's arguments that come first, `behind` the start of the MGET. `claims`
-    is (rows * CLAIM_BYTES,), `records` the bytes of ENTITY_RECORD (rows * ENTITY_COUNT). `out` must hold them, and ROW_BYTES_MAX a row.
-    The MGET asks for the tiles of each transaction's entities, then for the frauds of those that count labels, then for long heads.
+    `before` is all up to the batch's keys, `between` the script's arguments that come first. `claims` is (rows * CLAIM_BYTES,),
+    `records` the bytes of ENTITY_RECORD (rows * ENTITY_COUNT). `out` must hold them, and ROW_BYTES_MAX a row.
     """
     rows = len(starts)
     at = put_bytes(out, 0, before, 0, len(before))
@@ -178,15 +169,20 @@ def script_call(
             if lengths[row, ENTITY_TEXT[e]] >= 0:
                 at = put_bytes(out, at, records, (row * ENTITY_COUNT + e) * RECORD_BYTES, RECORD_BYTES)
         at = _put_end(out, at)
-    at = put_bytes(out, at, behind, 0, len(behind))
+    return at
+
+
+@compiled
+def values_call(buf: Bytes, starts: Int64s, lengths: Int64s, before: Bytes, out: Bytes) -> int:
+    """The MGET of the batch's values as RESP, in `out`, as for `script_call`; `before` is its start.
+
+    Asks for the tiles of each transaction's entities, then for the frauds of those that count labels, then for the heads.
+    """
+    at = put_bytes(out, 0, before, 0, len(before))
     for kind in (_TILES, _LABELS, _HEAD):
-        for row in range(rows):
+        for row in range(len(starts)):
             for e in range(ENTITY_COUNT):
                 text = ENTITY_TEXT[e]
-                if kind == _LABELS:
-                    wanted = _IS_LABELLED[e]
-                else:
-                    wanted = kind == _TILES or IS_LONG[e]
-                if lengths[row, text] >= 0 and wanted:
+                if lengths[row, text] >= 0 and (kind != _LABELS or _IS_LABELLED[e]):
                     at = _put_key(out, at, buf, e, starts[row, text], lengths[row, text], kind)
     return at

@@ -1,4 +1,4 @@
-"""From what the observe script returned to the model's input, for a whole batch. Called by gateway/store.py; 2 to 4 us a transaction.
+"""From what Redis held to the model's input, for a whole batch. Called by gateway/store.py; 2 to 4 us a transaction.
 
 Says in loops what contracts.windows.aggregate and contracts.features.feature_matrix say with numpy, on the same list of features:
 those two are its slow twins, equal to the bit (tests/agreement). The one exception is `speed`, whose sines and cosines numpy computes.
@@ -15,14 +15,12 @@ from gateway.contracts.features import ENTITIES, ENTITY_INDEX, FEATURES, LABELLE
 from gateway.contracts.layout import (
     DAY_TILE_BYTES,
     FINE_TILE_BYTES,
-    FLAG_LABELLED,
     FRAUD_DAY,
     HEAD_EVENT,
     HEAD_EVENT_BYTES,
-    HEAD_HEADER,
     LABELS_HEADER,
-    LAYOUT_VERSION,
     SEEN_BYTES,
+    SEQ_NEXT,
     TILES_HEADER,
 )
 from gateway.contracts.windows import (
@@ -45,12 +43,13 @@ from gateway.contracts.windows import (
     WINDOW_INDEX,
     WINDOWS,
 )
-from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, IS_LONG
+from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT
 from gateway.kernels.compiled import compiled
 from gateway.kernels.intake import Floats, Int64s
+from gateway.kernels.packed import events_from, place_in, sound, sound_head
 from gateway.kernels.raw import Bytes, i64, u16, u32, u64
 
-_HEAD, _EVENT, _TILES = HEAD_HEADER.size, HEAD_EVENT_BYTES, TILES_HEADER.size
+_EVENT, _TILES = HEAD_EVENT_BYTES, TILES_HEADER.size
 _FINE, _DAY, _SEEN, _LABELS, _FRAUDS = FINE_TILE_BYTES, DAY_TILE_BYTES, SEEN_BYTES, LABELS_HEADER.size, FRAUD_DAY.itemsize
 # Offsets in an event of a head, after HEAD_EVENT; those of tiles stand where they are read.
 _fields: Any = HEAD_EVENT.fields
@@ -58,7 +57,7 @@ _WHEN, _AMOUNT, _SEQ, _TILED, _LATITUDE, _LONGITUDE, _DIM_A, _DIM_B, _DIM_C = (
     _fields[name][1]
     for name in ("event_time_ms", "amount_minor", "seq", "tiled", "latitude", "longitude", "dim_a", "dim_b", "dim_c")
 )
-_NEXT, _LOST, _EARLY, _COUNTS = 16, 20, 20, TILES_HEADER.size - 8
+_BASE, _LOST, _EARLY, _COUNTS = 8, 20, 20, TILES_HEADER.size - 8
 # An unaligned load is what these offsets of the packed tiles ask for: start or day, count, largest, total, squares, bitmaps.
 _FINE_COUNT, _FINE_LARGEST, _FINE_TOTAL, _FINE_SQUARES, _FINE_A, _FINE_B, _FINE_C = 4, 8, 12, 20, 28, 36, 44
 _DAY_COUNT, _DAY_LARGEST, _DAY_TOTAL, _DAY_SQUARES = 2, 6, 10, 18
@@ -109,32 +108,6 @@ def _divided(a: float, b: float) -> float:
 
 
 @compiled
-def _sound(buf: Bytes, entity: int, check: int, head: int, heads: int, tiles: int, tiled: int, frauds: int, frauded: int) -> bool:
-    """True when each value is empty, or one of this layout, entity and key with whole records. Places and lengths in bytes."""
-    if heads > 0 and (
-        heads < _HEAD
-        or (heads - _HEAD) % _EVENT != 0
-        or buf[head] != LAYOUT_VERSION
-        or buf[head + 1] != entity
-        or u16(buf, head + 2) != (FLAG_LABELLED if _IS_LABELLED[entity] else 0)
-        or u32(buf, head + 4) != check
-    ):
-        return False
-    if tiled > 0:
-        if tiled < _TILES or buf[tiles] != LAYOUT_VERSION or buf[tiles + 1] != entity or u32(buf, tiles + 4) != check:
-            return False
-        fine = u16(buf, tiles + _COUNTS) + u16(buf, tiles + _COUNTS + 2)
-        days, seen = u16(buf, tiles + _COUNTS + 4), u16(buf, tiles + _COUNTS + 6)
-        if tiled != _TILES + _FINE * fine + _DAY * days + _SEEN * seen:
-            return False
-    if frauded > 0:
-        if frauded < _LABELS or (frauded - _LABELS) % _FRAUDS != 0:
-            return False
-        return buf[frauds] == LAYOUT_VERSION and buf[frauds + 1] == entity and u32(buf, frauds + 4) == check
-    return True
-
-
-@compiled
 def request_features(numbers: Int64s, places: Floats, out: npt.NDArray[np.float32]) -> None:
     """Fills in the columns of `out` (rows, features) that the request alone says."""
     for row in range(len(out)):
@@ -166,8 +139,8 @@ def request_features(numbers: Int64s, places: Floats, out: npt.NDArray[np.float3
 def _entity(
     buf: Bytes,
     entity: int,
-    head: int,
-    heads: int,
+    events: int,
+    events_end: int,
     tiles: int,
     tiled: int,
     frauds: int,
@@ -204,9 +177,11 @@ def _entity(
     pair_from = t_ms - _LENGTH[_PAIR_WINDOW]
     pair_from -= pair_from % _TAIL[_PAIR_WINDOW]
 
-    for at in range(head + _HEAD, head + heads, _EVENT):
+    place = -1
+    for at in range(events, events_end, _EVENT):
         when = i64(buf, at + _WHEN)
-        place = u32(buf, at + _SEQ)
+        told = u32(buf, at + _SEQ)
+        place = place + 1 if told == SEQ_NEXT else told
         age = seq - place
         # Observed before this transaction and not later by event time.
         if age <= 0 or when > t_ms:
@@ -379,7 +354,7 @@ def _ones(bits: np.uint64) -> int:
 def decode(
     buf: Bytes,
     sizes: Int64s,
-    places: npt.NDArray[np.uint32],
+    transactions: npt.NDArray[np.uint64],
     settled: npt.NDArray[np.bool_],
     lengths: Int64s,
     numbers: Int64s,
@@ -392,36 +367,32 @@ def decode(
     seq: Int64s,
     label_changes: Int64s,
     stale: npt.NDArray[np.bool_],
-) -> int:
-    """Decodes what Redis held of a batch. Returns how many values were refused.
+    refused: npt.NDArray[np.bool_],
+) -> None:
+    """Decodes what Redis held of a batch.
 
-    `buf` holds, end to end, the short heads of all rows that aren't `settled`, then the tiles of all entities of all rows, then the
-    frauds of those that count labels, then the long heads of all rows; `sizes` has the length of each, 0 where there is none; `places`
-    where each transaction that isn't settled stands behind each entity's base.
+    `buf` holds, end to end, the tiles of all entities of all rows, then the frauds of those that count labels, then the heads; `sizes`
+    has the length of each, 0 where there is none.
 
-    Asked: `lengths` and `numbers` of the intake, `checks` (rows * ENTITY_COUNT,), `dims` and
-    `country` of `entity_records`, and the `base_us` of heads that are born now. Filled in, by row: `matrix` (rows, features), which
-    holds NaN where nothing is filled in; `last` (rows * ENTITY_COUNT, 3); `seq` (rows, ENTITY_COUNT), absolute; `label_changes`
-    (rows, labelled entities); `stale` (rows,).
+    Asked: `transactions` (rows * ENTITY_COUNT,), the hash of each row's own, whose place in a head tells what came before it;
+    `lengths` and `numbers` of the intake, `checks` (rows * ENTITY_COUNT,), `dims` and `country` of `entity_records`, and the `base_us` of
+    heads that are born now. Filled in for rows that aren't `settled`: `matrix` (rows, features), which holds NaN where nothing is
+    filled in; `last` (rows * ENTITY_COUNT, 3); `seq` (rows, ENTITY_COUNT), absolute; `label_changes` (rows, labelled entities);
+    `stale` (rows,); `refused` (rows * ENTITY_COUNT,), where a value of the entity is none of this layout and key.
     """
     rows = len(numbers)
-    # Where each of the four kinds begins: its first value in `sizes`, its first byte in `buf`.
-    short_value, tiles_value, frauds_value, long_value = 0, 0, 0, 0
+    # Where each of the three kinds begins: its first value in `sizes`, its first byte in `buf`.
+    tiles_value, frauds_value, head_value = 0, 0, 0
     for row in range(rows):
         for e in range(ENTITY_COUNT):
             if lengths[row, ENTITY_TEXT[e]] >= 0:
-                tiles_value += not (settled[row] or IS_LONG[e])
                 frauds_value += 1
-                long_value += _IS_LABELLED[e]
-    frauds_value += tiles_value
-    long_value += frauds_value
-    short_head, tiles, frauds, long_head = 0, 0, 0, 0
-    for i in range(long_value):
-        tiles += sizes[i] if i < tiles_value else 0
+                head_value += _IS_LABELLED[e]
+    head_value += frauds_value
+    tiles, frauds, head = 0, 0, 0
+    for i in range(head_value):
         frauds += sizes[i] if i < frauds_value else 0
-        long_head += sizes[i]
-    place_value = 0
-    refused = 0
+        head += sizes[i]
     counts = np.zeros((4, _W), np.int64)
     bits = np.zeros((3, _W), np.uint64)
     labels = np.zeros((2, _LW), np.int64)
@@ -437,25 +408,24 @@ def decode(
             if _IS_LABELLED[e]:
                 frauded = sizes[frauds_value]
                 frauds_value += 1
-            head, heads = short_head, 0
-            if IS_LONG[e]:
-                head, heads = long_head, sizes[long_value]
-                long_value += 1
-                long_head += heads
-            elif not settled[row]:
-                heads = sizes[short_value]
-                short_value += 1
-                short_head += heads
+            heads = sizes[head_value]
+            head_value += 1
             if not settled[row]:
-                place = np.int64(places[place_value])
-                place_value += 1
-                base = base_us
-                if not _sound(buf, e, np.int64(checks[owner]), head, heads, tiles, tiled, frauds, frauded):
-                    refused += 1
+                check = np.int64(checks[owner])
+                events, events_end, place = 0, 0, 0
+                if not sound_head(buf, e, check, head, heads):
+                    refused[owner] = True
+                else:
+                    base = base_us
+                    if heads > 0:
+                        base = i64(buf, head + _BASE)
+                        events, events_end = head + events_from(heads), head + heads
+                        place = place_in(buf, events, events_end, transactions[owner])
+                    seq[row, e] = base + place
+                    refused[owner] = not sound(buf, e, check, tiles, tiled, frauds, frauded)
+                if refused[owner]:
                     stale[row] = True
                 else:
-                    if heads > 0:
-                        base = i64(buf, head + 8)
                     # Events are missing that were never tiled, or counted that nobody has observed yet.
                     if (heads > 0 and u32(buf, head + _LOST) != 0) or (tiled > 0 and u32(buf, tiles + _EARLY) != 0):
                         stale[row] = True
@@ -464,8 +434,8 @@ def decode(
                     _entity(
                         buf,
                         e,
-                        head,
-                        heads,
+                        events,
+                        events_end,
                         tiles,
                         tiled,
                         frauds,
@@ -483,7 +453,6 @@ def decode(
                         labels,
                         scratch,
                     )
-                seq[row, e] = base + place
             tiles += tiled
             frauds += frauded
-    return refused
+            head += heads

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from gateway.contracts import layout
-from gateway.contracts.features import ENTITIES
+from gateway.contracts.features import ENTITIES, ENTITY_INDEX
 from gateway.contracts.transaction import Transaction
-from tests.entities import NOON_MS, Entities, events_of, make_stream, redis_server
+from tests.entities import NOON_MS, WALL_MS, Entities, events_of, make_stream, redis_server
 from tests.oracle import Oracle, differences
 
 pytestmark = pytest.mark.integration
@@ -28,17 +28,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example(seed=9863, step_ms=20_000_000, disorder_ms=30_000, tile_chance=0.0)
+@example(seed=9863, step_ms=20_000_000, disorder_ms=30_000, tile_chance=0.0, wall_ms=WALL_MS)
+@example(seed=9863, step_ms=20_000_000, disorder_ms=30_000, tile_chance=0.1, wall_ms=NOON_MS)
 @given(
     seed=st.integers(0, 2**32),
     step_ms=st.sampled_from([1_000, 60_000, 1_800_000, 20_000_000, 100_000_000]),
     disorder_ms=st.sampled_from([0, 30_000, 240_000]),
     tile_chance=st.sampled_from([0.0, 0.1, 0.5]),
+    # As payments are made, or long afterwards.
+    wall_ms=st.sampled_from([NOON_MS, WALL_MS]),
 )
 def test_each_event_counts_once_whenever_it_is_tiled(
-    server: redis.Redis, seed: int, step_ms: int, disorder_ms: int, tile_chance: float
+    server: redis.Redis, seed: int, step_ms: int, disorder_ms: int, tile_chance: float, wall_ms: int
 ) -> None:
-    entities, oracle, rng = Entities(server), Oracle(), random.Random(seed + 1)
+    entities, oracle, rng = Entities(server, wall_ms=wall_ms), Oracle(), random.Random(seed + 1)
     pending: list[Transaction] = []
     labelled: dict[str, int] = {}
     past: list[Transaction] = []
@@ -64,13 +67,13 @@ def test_each_event_counts_once_whenever_it_is_tiled(
 
 def test_a_batch_of_many_sees_what_its_rows_would_have_seen_one_by_one(server: redis.Redis) -> None:
     stream = make_stream(11, 200, 1_800_000, 0)
-    one_by_one = Entities(server)
+    one_by_one = Entities(server, wall_ms=NOON_MS)
     rows = []
     for n, t in enumerate(stream):
         rows.append(one_by_one.observe(t))
         if n % 40 == 39:
             one_by_one.tile(stream[n - 39 : n + 1])
-    together, found = Entities(server), []
+    together, found = Entities(server, wall_ms=NOON_MS), []
     for first in range(0, len(stream), 40):
         found += together.look(stream[first : first + 40]).matrix.tolist()
         together.tile(stream[first : first + 40])
@@ -106,15 +109,16 @@ def test_observing_a_transaction_again_returns_what_it_saw_the_first_time(server
     assert differences(first[4], entities.observe(stream[4], again=True)) == []
 
 
-def test_events_that_leave_a_full_head_before_they_are_tiled_are_counted(server: redis.Redis) -> None:
-    entities = Entities(server)
+@pytest.mark.parametrize("wall_ms", [NOON_MS, WALL_MS])
+def test_events_that_leave_a_full_head_before_they_are_tiled_are_counted(server: redis.Redis, wall_ms: int) -> None:
+    entities = Entities(server, wall_ms=wall_ms)
     stream = [t for t in make_stream(9, 400, 1_000, 0) if t.device_id == "d0"][:100]
     for t in stream:
         entities.observe(t)
     head = server.get(layout.head_key("device", "d0"))
     assert isinstance(head, bytes)
     lost = layout.HEAD_HEADER.unpack_from(head)[6]
-    held = (len(head) - layout.HEAD_HEADER.size) // layout.HEAD_EVENT_BYTES
+    held = len(layout.head_events(head, ENTITY_INDEX["device"], layout.key_check("device", "d0")))
     assert lost > 0
     assert lost + held == len(stream)
     entities.tile(stream)
@@ -123,8 +127,9 @@ def test_events_that_leave_a_full_head_before_they_are_tiled_are_counted(server:
     assert layout.HEAD_HEADER.unpack_from(head)[6] == 0, "once Spark has tiled them, nothing is missing any more"
 
 
-def test_a_burst_over_the_heads_bound_counts_as_many_as_the_definition_says(server: redis.Redis) -> None:
-    entities, oracle = Entities(server), Oracle()
+@pytest.mark.parametrize("wall_ms", [NOON_MS, WALL_MS])
+def test_a_burst_over_the_heads_bound_counts_as_many_as_the_definition_says(server: redis.Redis, wall_ms: int) -> None:
+    entities, oracle = Entities(server, wall_ms=wall_ms), Oracle()
     burst = [t for t in make_stream(9, 800, 1, 0) if t.card_id == "c0"][:150]
     stream = [structs.replace(t, event_time_ms=NOON_MS + 100 * n) for n, t in enumerate(burst)]
     for n, t in enumerate(stream):

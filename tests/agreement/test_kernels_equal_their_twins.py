@@ -1,4 +1,5 @@
-"""The compiled kernels against their slow twins: the intake against msgspec's decoding and checks, receipts against the plain encoder.
+"""The compiled kernels against their slow twins: the intake against msgspec's decoding and checks, receipts against the plain encoder,
+places in heads against the contract.
 
 Features have their own: test_head_and_tiles_equal_a_recount.py compares them with the oracle, and here with the numpy of contracts.
 """
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from gateway.avro import encode_receipt, encode_transaction, receipt_of
+from gateway.contracts import layout
 from gateway.contracts.decision import SEVERITY, Outcome, Receipt
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, LABELLED, feature_matrix, request_columns
 from gateway.contracts.transaction import CHANNELS, RefusedError, Transaction, check
 from gateway.contracts.windows import Asked, aggregate, nothing_held
 from gateway.job import requests_of
-from gateway.kernels import raw
+from gateway.kernels import packed, raw
 from gateway.kernels.intake import CLEAN, READ, UNREAD
 from gateway.receipts import Decided, encode_receipts
 from gateway.requests import read_requests, transactions_of
@@ -144,6 +146,43 @@ def test_checksums_are_those_of_zlib(first: bytes, second: bytes) -> None:
     data = np.frombuffer(first + second + b"-", np.uint8)
     assert raw.crc32(data, 0, len(first), 0) == zlib.crc32(first)
     assert raw.crc32(data, len(first), len(second), zlib.crc32(first)) == zlib.crc32(first + second)
+
+
+def make_head(told: list[int | None], rest: bytes = b"", version: int = layout.LAYOUT_VERSION) -> bytes:
+    """A card's head whose events tell these places or, where None, don't."""
+    events = np.zeros(len(told), layout.HEAD_EVENT)
+    events["transaction"] = np.arange(len(told)) + 1
+    events["seq"] = [layout.SEQ_NEXT if place is None else place for place in told]
+    return layout.HEAD_HEADER.pack(version, 0, 0, 77, 5, 0, 0) + rest + events.tobytes()
+
+
+@given(st.lists(st.none() | st.integers(1, 9), max_size=20), st.sampled_from([0, 3, 4, 5]), st.booleans())
+def test_places_in_a_head_are_those_of_the_contract(gaps: list[int | None], rest: int, begins: bool) -> None:
+    told: list[int | None] = [7] if begins else []
+    place = 7
+    for gap in gaps:
+        place += gap or 1
+        told.append(place if gap else None)
+    head = make_head(told, bytes(rest))
+    buf = np.frombuffer(head, np.uint8)
+    try:
+        events = layout.head_events(head, 0, 77)
+    except layout.UnknownLayoutError:
+        assert not packed.sound_head(buf, 0, 77, 0, len(head))
+        return
+    assert packed.sound_head(buf, 0, 77, 0, len(head))
+    start = packed.events_from(len(head))
+    found = [packed.place_in(buf, start, len(head), np.uint64(i + 1)) for i in range(len(told))]
+    assert found == events["seq"].tolist()
+    assert packed.place_in(buf, start, len(head), np.uint64(10**9)) == found[-1] + 1
+
+
+@pytest.mark.parametrize("version", [layout.LAYOUT_VERSION - 1, layout.LAYOUT_VERSION + 1])
+def test_a_head_of_another_layout_is_refused_by_both(version: int) -> None:
+    head = make_head([0, None], version=version)
+    assert not packed.sound_head(np.frombuffer(head, np.uint8), 0, 77, 0, len(head))
+    with pytest.raises(layout.UnknownLayoutError):
+        layout.head_events(head, 0, 77)
 
 
 @pytest.mark.parametrize("from_kafka", [True, False])

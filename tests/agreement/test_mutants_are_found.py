@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import redis
 from msgspec import structs
@@ -21,9 +22,10 @@ import gateway.redis_backend
 import gateway.store
 from feature_jobs import tiles as tile_writer
 from gateway.contracts import layout, tiles
+from gateway.contracts.features import ENTITY_INDEX
 from gateway.contracts.transaction import Transaction
 from gateway.kernels import features
-from tests.entities import NOON_MS, Entities, make_stream, redis_server
+from tests.entities import NOON_MS, WALL_MS, Entities, make_stream, redis_server
 from tests.oracle import Oracle, differences
 
 pytestmark = pytest.mark.integration
@@ -99,12 +101,27 @@ MUTANTS = (
         "retention_ms = np.full(len(tiles), TILE_RETENTION_MS[resolution_ms])",
         "retention_ms = np.full(len(tiles), TILE_RETENTION_MS[resolution_ms] - DAY_MS)",
     ),
-    Mutant("a redelivery counts twice", "entity.lua", "  if own then return head, own end\n", ""),
-    Mutant("a redelivery counts twice in a long head", "observe.lua", "      if own then return own end\n", ""),
-    Mutant("a full long head drops what its batch needs", "observe.lua", "keep = capacity + own_batch", "keep = capacity - 8"),
+    Mutant("a redelivery counts twice", "entity.lua", "    if head and holds(head, record) then return end\n", ""),
+    Mutant("what may have outlived its claim isn't looked for", "entity.lua", "look or byte(records, at + 16) == 1", "look"),
+    Mutant("a full head drops what its batch needs", "entity.lua", "keep = capacity + others", "keep = capacity - 8"),
+    Mutant(
+        "the first event that a full head keeps gets a wrong place",
+        "entity.lua",
+        "seq = told == 0xFFFFFFFF and seq + 1 or told",
+        "seq = told == 0xFFFFFFFF and seq or told",
+    ),
+    Mutant(
+        "a new head doesn't ask for the early list",
+        "entity.lua",
+        "local tiled, early = early_of(head_key, record, early_max)\n  local event",
+        "local tiled, early = '\\0', 0\n  local event",
+    ),
+    Mutant("a head isn't told of its early list", "merge.lua", "early ~= '' and", "false and"),
+    Mutant("an event behind a gap doesn't tell its place", "merge.lua", "if drop[i - 1] then", "if false then"),
+    Mutant("an event's number is that of the one before", "features", "place + 1 if told == SEQ_NEXT", "place if told == SEQ_NEXT"),
     Mutant("what Spark counted first counts twice", "entity.lua", "if at or (forgotten", "if (forgotten"),
     Mutant("what a tile holds isn't marked", "merge.lua", "      tiled[at] = true\n", ""),
-    Mutant("compaction drops what a window needs", "merge.lua", "times[i + 1] >= keep_from", "times[i + 1] > sorted[events]"),
+    Mutant("compaction drops what a window needs", "merge.lua", "times[i + 1] < keep_from", "times[i + 1] <= sorted[events]"),
 )
 
 
@@ -114,9 +131,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
         yield client
 
 
-def differs(server: redis.Redis, seed: int, step_ms: int, disorder_ms: int) -> bool:
+def differs(server: redis.Redis, seed: int, step_ms: int, disorder_ms: int, wall_ms: int) -> bool:
     """True when some feature of some transaction differs from its recount: late, redelivered, tiled early, tiled late."""
-    entities, oracle, rng = Entities(server), Oracle(), random.Random(seed)
+    entities, oracle, rng = Entities(server, wall_ms=wall_ms), Oracle(), random.Random(seed)
     pending: list[Transaction] = []
     stream = make_stream(seed, 100, step_ms, disorder_ms)
     early = rng.sample(range(20, 100), 8)
@@ -144,25 +161,29 @@ def differs(server: redis.Redis, seed: int, step_ms: int, disorder_ms: int) -> b
 
 def burst_differs(server: redis.Redis) -> bool:
     """The same for more events in a minute than a head counts."""
-    entities, oracle = Entities(server), Oracle()
+    entities, oracle = Entities(server, wall_ms=NOON_MS), Oracle()
     stream = [structs.replace(t, event_time_ms=NOON_MS + 100 * n) for n, t in enumerate(make_stream(9, 160, 1, 0))]
     if any(differences(oracle.observe(t), entities.observe(t)) for t in [structs.replace(t, card_id="c") for t in stream]):
         return True
     # And by batches, from one address: its head is long enough to be full more than once.
-    entities, oracle = Entities(server), Oracle()
+    entities, oracle = Entities(server, wall_ms=NOON_MS), Oracle()
+    places: list[int] = []
     batches = [[structs.replace(t, ip="i") for t in make_stream(n, 60, 1, 0)] for n in range(6)]
     for n, batch in enumerate(batches):
         at_ms = NOON_MS + 10_000 * n
         batch[:] = [structs.replace(t, event_time_ms=at_ms + i, transaction_id=f"{n}-{i}") for i, t in enumerate(batch)]
-        seen = entities.look(batch).matrix
-        if any(differences(oracle.observe(t), [float(x) for x in row]) for t, row in zip(batch, seen, strict=True)):
+        found = entities.look(batch)
+        if any(differences(oracle.observe(t), [float(x) for x in row]) for t, row in zip(batch, found.matrix, strict=True)):
             return True
-    return False
+        places += found.seq[:, ENTITY_INDEX["ip"]].tolist()
+    return bool((np.diff(places) != 1).any())
 
 
 def found(server: redis.Redis) -> bool:
     kinds = ((20_000_000, 0), (60_000, 240_000), (1_800_000, 30_000), (1_000, 30_000))
-    return burst_differs(server) or any(differs(server, seed, *kind) for seed in (3, 8) for kind in kinds)
+    return burst_differs(server) or any(
+        differs(server, seed, *kind, wall_ms) for seed, wall_ms in ((3, NOON_MS), (8, WALL_MS), (9, NOON_MS)) for kind in kinds
+    )
 
 
 def mutated(mutant: Mutant) -> str:
@@ -177,7 +198,6 @@ def install(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
     if mutant.source in ("entity.lua", "observe.lua"):
         parts = {name: (LUA / name).read_text() for name in ("entity.lua", "observe.lua")} | {mutant.source: text}
         script = "\n".join(parts.values())
-        script = script.replace("SHORT_EVENTS_MAX", str(layout.SHORT_EVENTS_MAX))
         patch.setattr(gateway.redis_backend, "OBSERVE_LUA", script)
     elif mutant.source == "merge.lua":
         patch.setattr(layout, "MERGE_LUA", text)

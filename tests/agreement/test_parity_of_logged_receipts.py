@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from feature_jobs.parity import NoReceiptsError, Report, check_parity
-from gateway.contracts import tables
+from gateway.contracts import layout, tables
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, FINGERPRINT
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import SCORED_NEVER
@@ -199,7 +199,7 @@ def test_a_late_payment_that_its_tile_lacks_is_found(server: redis.Redis, tmp_pa
     for entity in ENTITIES:
         entity_id = getattr(late, entity.field)
         if entity_id is not None:
-            key = f"fg2:{{{entity.name}:{entity_id}}}:h"
+            key = layout.head_key(entity.name, entity_id)
             head = server.get(key)
             assert isinstance(head, bytes)
             server.setrange(key, len(head) - 44 + 26, b"\1")

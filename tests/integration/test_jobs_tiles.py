@@ -27,6 +27,8 @@ NOW_MS = 1_700_000_000_000
 LONG_AGO_S = NOW_MS // 1000 - 10_000
 CARD = ENTITIES[0]
 CAPACITY = CARD.head_events_max
+# With one event more a head is full: it keeps what its newest counts, and the newest.
+FULL = CAPACITY + 1 + CAPACITY // 4
 
 
 @dataclasses.dataclass
@@ -45,11 +47,11 @@ class Card:
         """As the gateway does for a transaction of the Kafka door."""
         check = layout.key_check(CARD.name, self.card_id)
         header = layout.HEAD_HEADER.pack(layout.LAYOUT_VERSION, 0, 0, check, NOW_MS * 1000, 0, 0)
-        event = layout.HEAD_EVENT_PACK.pack(hash_, t_ms, 100, 0, observed_s % 65_536, 0, counted, 0.0, 0.0, 1, 2, 3)
+        event = layout.HEAD_EVENT_PACK.pack(hash_, t_ms, 100, layout.SEQ_NEXT, observed_s % 65_536, 0, counted, 0.0, 0.0, 1, 2, 3)
         claim = secrets.token_bytes(16) + layout.POSITION.pack(b"k", 0, 0, hash_)
-        keys = [layout.PROGRESS_KEY, layout.idempotency_key(f"{self.card_id}-{hash_}"), self.head_key]
+        keys = [layout.idempotency_key(f"{self.card_id}-{hash_}"), self.head_key]
         capacities = struct.pack("<H", CAPACITY)
-        arguments: list[bytes | int] = [1, 60_000, layout.HEAD_TTL_MS, layout.EARLY_MAX, capacities, claim, header + event]
+        arguments: list[bytes | int] = [60_000, layout.HEAD_TTL_MS, layout.EARLY_MAX, capacities, claim, header + event]
         self.client.eval(layout.OBSERVE_LUA, len(keys), *keys, *arguments)
 
     def merge(
@@ -79,10 +81,13 @@ class Card:
     def tiles_key(self) -> str:
         return layout.tiles_key(CARD.name, self.card_id)
 
-    def head(self) -> npt.NDArray[np.void]:
+    def raw(self) -> bytes:
         value = self.client.get(self.head_key)
         assert isinstance(value, bytes)
-        return layout.head_events(value, 0, layout.key_check(CARD.name, self.card_id))
+        return value
+
+    def head(self) -> npt.NDArray[np.void]:
+        return layout.head_events(self.raw(), 0, layout.key_check(CARD.name, self.card_id))
 
     def early(self) -> int:
         """How many transactions the tiles are ahead of the gateway by, as their header says."""
@@ -131,7 +136,20 @@ def test_a_fence_the_worker_could_not_see_yet_holds_in_the_script(card: Card) ->
     assert isinstance(value, bytes)
     keys = (card.head_key, card.tiles_key, layout.early_key(CARD.name, card.card_id))
     other = value[:24] + b"\0" * 24
-    arguments: list[bytes | int] = [other, b"", b"", 0, layout.TILES_TTL_MS, 6, 4, 90, HEAD_RETENTION_MS, layout.EARLY_TTL_MS, 64]
+    arguments: list[bytes | int] = [
+        other,
+        b"",
+        b"",
+        0,
+        layout.TILES_TTL_MS,
+        6,
+        4,
+        90,
+        HEAD_RETENTION_MS,
+        layout.EARLY_TTL_MS,
+        64,
+        layout.HEAD_TTL_MS,
+    ]
     assert card.client.eval(layout.MERGE_LUA, 3, *keys, *arguments) == 0
     assert card.client.get(card.tiles_key) == value
 
@@ -186,11 +204,11 @@ def test_compaction_drops_what_nobody_needs_and_keeps_the_order_of_observation(c
 
 
 def test_events_that_were_evicted_before_they_were_tiled_are_missed_only_until_they_are(card: Card) -> None:
-    total = CAPACITY + CAPACITY // 4 + 1
+    total = FULL + 1
     for i in range(1, total + 1):
         card.observe(i)
     evicted = card.lost()
-    assert evicted == total - CAPACITY
+    assert evicted == total - CAPACITY - 1
     card.merge(list(range(1, total + 1)))
     assert card.lost() == 0
 
@@ -210,8 +228,31 @@ def test_what_spark_tiles_before_the_gateway_observes_it_counts_once(card: Card)
     assert card.client.exists(layout.early_key(CARD.name, card.card_id)) == 0
 
 
+def test_a_head_that_an_early_list_marks_is_read_like_any_other(card: Card) -> None:
+    card.merge([1, 2, 3])
+    card.observe(9)
+    assert (len(card.raw()) - layout.HEAD_HEADER.size) % layout.HEAD_EVENT_BYTES == layout.EARLY_MARK.size
+    card.merge([9], job=dataclasses.replace(card.job, batch_id=2))
+    for i in (1, 2, 8, 3):
+        card.observe(i)
+    assert card.head()["transaction"].tolist() == [9, 1, 2, 8, 3]
+    assert card.head()["seq"].tolist() == [0, 1, 2, 3, 4]
+    assert card.head()["tiled"].tolist() == [1, 1, 1, 0, 1]
+    # The list is empty: the head is of the usual length again.
+    assert (len(card.raw()) - layout.HEAD_HEADER.size) % layout.HEAD_EVENT_BYTES == 0
+
+
+def test_a_head_lives_on_with_each_batch_of_tiles_and_takes_no_more_than_it_needs(card: Card) -> None:
+    for i in range(1, 4):
+        card.observe(i)
+    card.client.pexpire(card.head_key, 60_000)
+    card.merge([1, 2, 3])
+    assert card.client.pttl(card.head_key) > layout.HEAD_TTL_MS - 60_000
+    assert (card.client.memory_usage(card.head_key) or 0) < len(card.raw()) + 150
+
+
 def test_what_a_head_evicted_is_not_waited_for(card: Card) -> None:
-    total = CAPACITY + CAPACITY // 4 + 1
+    total = FULL + 1
     for i in range(1, total + 1):
         card.observe(i)
     card.merge(list(range(1, total + 3)))

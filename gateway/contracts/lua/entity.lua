@@ -1,95 +1,122 @@
--- Append one transaction to the head of one of its entities, and return what stood there before.
--- Used by observe.lua (a batch at once) and observe_entity.lua (one entity, for a cluster).
+-- Append one transaction to the head of one of its entities, once. Used by observe.lua (a batch at once) and observe_entity.lua (one
+-- entity, for a cluster). The head itself is read by a command of its own, after this: a transaction's place in it tells what came before.
 --
--- record  ENTITY_RECORD (68 bytes): HEAD_HEADER (24) for a head that is born now, whose flags say whether the entity has label counts,
---         then HEAD_EVENT (44); its place in the order of observation is filled in here; its byte 28 says that the Spark job has
---         counted what arrived later, which decides where the early list can't
+-- record  ENTITY_RECORD (68 bytes): HEAD_HEADER (24) for a head that is born now, whose byte 17 says that the head must be looked at
+--         first, then HEAD_EVENT (44), whose byte 28 says that the Spark job has counted what arrived later, which decides where the
+--         early list can't. It stands at `at` of `records`, and is cut out only where it is needed whole
+-- capacity, others  how many events the head counts, and how many more must stay in it because a reader of this batch may count them
 -- early_max  as many hashes as the early list may have: a full one has forgotten some
--- Returns head (empty where there is none) and the transaction's place behind the head's base.
--- Idempotent: an event that stands in the head already keeps its place.
--- Lua reads each byte of each new string: what needs no look, such as tiles, is better read by other commands beside the script.
-local sub, pack, unpack_, find, byte = string.sub, struct.pack, struct.unpack, string.find, string.byte
+--
+-- The usual way is one APPEND, whose reply tells all that must be known: each call from a script costs a microsecond or two, and Lua reads
+-- each byte of each new string. A new head, one with an early list (4 bytes longer) and a full one show by their length, and are mended.
+local sub, pack, unpack_, find, byte, floor = string.sub, struct.pack, struct.unpack, string.find, string.byte, math.floor
 local call = redis.call
 
--- The event of `record` as it enters a head at place `seq`.
-local function stamped(head_key, record, seq, early_max)
-  local tiled = sub(record, 51, 51)
-  -- The Spark job may have come to it first (see merge.lua): then a tile holds it already.
-  local tiles_key = sub(head_key, 1, -2) .. 't'
-  local early = call('GETRANGE', tiles_key, 20, 23)
-  if #early == 4 and early ~= '\0\0\0\0' then
-    local early_key = sub(head_key, 1, -2) .. 'e'
-    local hashes = call('GET', early_key) or ''
-    local txn, at = sub(record, 25, 32), 1
-    while true do
-      at = find(hashes, txn, at, true)
-      if not at or (at - 1) % 8 == 0 then break end
-      at = at + 1
-    end
-    local forgotten = #hashes / 8 ~= unpack_('<I4', early) or #hashes / 8 >= early_max
-    if at or (forgotten and byte(record, 52) == 1) then tiled = '\1' end
-    if at then
-      -- Now it is observed: what is left of the list is what the tiles are ahead by.
-      hashes = sub(hashes, 1, at - 1) .. sub(hashes, at + 8)
-      if hashes == '' then call('DEL', early_key) else call('SET', early_key, hashes, 'KEEPTTL') end
-      call('SETRANGE', tiles_key, 20, pack('<I4', #hashes / 8))
-    end
-  end
-  return sub(record, 25, 44) .. pack('<I4', seq) .. sub(record, 49, 50) .. tiled .. sub(record, 52)
+-- Where the events begin in a head of so many bytes (from 1), or nil: no whole events.
+local function start_of(size)
+  local rest = (size - 24) % 44
+  if size < 68 or (rest ~= 0 and rest ~= 4) then return nil end
+  return 25 + rest
 end
 
--- The place of the record's transaction in a head that holds it already, or nil.
-local function place_in(head, record)
-  local txn, at = sub(record, 25, 32), 25
+local function is_sound(head, record)
+  return start_of(#head) and sub(head, 1, 8) == sub(record, 1, 8)
+end
+
+local function holds(head, record)
+  local start, txn = start_of(#head), sub(record, 25, 32)
+  local at = start
   while true do
     at = find(head, txn, at, true)
-    if not at then return nil end
-    if (at - 25) % 44 == 0 then return unpack_('<I4', head, at + 20) end
+    if not at or (at - start) % 44 == 0 then return at end
     at = at + 1
   end
 end
 
+-- '\1' when a tile holds the record's event already, for the Spark job may have come to it first (see merge.lua); and how many such
+-- events the gateway has still to come to.
+local function early_of(head_key, record, early_max)
+  local tiles_key = sub(head_key, 1, -2) .. 't'
+  local early = call('GETRANGE', tiles_key, '20', '23')
+  if #early < 4 or early == '\0\0\0\0' then return '\0', 0 end
+  local early_key = sub(head_key, 1, -2) .. 'e'
+  local hashes, count = call('GET', early_key) or '', unpack_('<I4', early)
+  local txn, at = sub(record, 25, 32), 1
+  while true do
+    at = find(hashes, txn, at, true)
+    if not at or (at - 1) % 8 == 0 then break end
+    at = at + 1
+  end
+  local forgotten = #hashes / 8 ~= count or #hashes / 8 >= early_max
+  local tiled = '\0'
+  if at or (forgotten and byte(record, 52) == 1) then tiled = '\1' end
+  if at then
+    -- Now it is observed: what is left of the list is what the tiles are ahead by.
+    hashes = sub(hashes, 1, at - 1) .. sub(hashes, at + 8)
+    count = #hashes / 8
+    if hashes == '' then call('DEL', early_key) else call('SET', early_key, hashes, 'KEEPTTL') end
+    call('SETRANGE', tiles_key, '20', pack('<I4', count))
+  end
+  return tiled, count
+end
+
+-- What stands behind a head's header while the entity has an early list.
+local function early_mark(count)
+  return count > 0 and pack('<I4', count) or ''
+end
+
+local function marked(record, tiled)
+  return sub(record, 25, 50) .. tiled .. sub(record, 52)
+end
+
 -- A new head. When something stood there, no head of this layout and key, events are missing: the counter of the evicted says so.
-local function born(head_key, record, event, seq, stood, ttl_ms)
-  call('SET', head_key, sub(record, 1, 16) .. pack('<I4I4', seq + 1, stood and 1 or 0) .. event, 'PX', ttl_ms)
+local function born(head_key, record, stood, ttl_ms, early_max)
+  local tiled, early = early_of(head_key, record, early_max)
+  local event = marked(record, tiled)
+  local header = sub(record, 1, 16) .. pack('<I4I4', 0, stood and 1 or 0) .. early_mark(early)
+  call('SET', head_key, header .. sub(event, 1, 20) .. '\0\0\0\0' .. sub(event, 25), 'PX', ttl_ms)
 end
 
--- Let the oldest go but `keep`. Those that no tile holds yet are counted, for then the value is short of them.
-local function evicted(head, keep)
-  local drop = (#head - 24) / 44 - keep
-  local lost = unpack_('<I4', head, 21)
-  for i = 0, drop - 1 do
-    if byte(head, 25 + 44 * i + 26) == 0 then lost = lost + 1 end
+-- The head without its oldest `drop` events, and how many of them no tile holds yet: the value is short of those.
+local function without(events, drop)
+  local seq, lost = 0, 0
+  for i = 0, drop do
+    local told = unpack_('<I4', events, 44 * i + 21)
+    seq = told == 0xFFFFFFFF and seq + 1 or told
+    if i < drop and byte(events, 44 * i + 27) == 0 then lost = lost + 1 end
   end
-  return lost, sub(head, 25 + 44 * drop)
+  local at = 44 * drop
+  -- The first event of a head tells its place.
+  return sub(events, at + 1, at + 20) .. pack('<I4', seq) .. sub(events, at + 25), lost
 end
 
-local function observe_entity(head_key, capacity, record, update, ttl_ms, early_max)
-  local head = call('GET', head_key) or ''
-  local size = #head
-  local seq = 0
-  local own = nil
-  local sound = size >= 24 and (size - 24) % 44 == 0 and sub(head, 1, 8) == sub(record, 1, 8)
-  if sound then
-    seq = unpack_('<I4', head, 17)
-    own = place_in(head, record)
+-- The event is the last 44 of the head's `size` bytes now.
+local function mended(head_key, capacity, others, record, size, ttl_ms, early_max)
+  local head = size > 44 and call('GET', head_key) or ''
+  local start = start_of(size)
+  if not start or not start_of(size - 44) or sub(head, 1, 8) ~= sub(record, 1, 8) then
+    born(head_key, record, size > 44, ttl_ms, early_max)
+    return
   end
-  if own then return head, own end
-  if update then
-    local event = stamped(head_key, record, seq, early_max)
-    if not sound then
-      born(head_key, record, event, seq, head ~= '', ttl_ms)
-    elseif size - 24 >= 44 * (capacity + math.floor(capacity / 4)) then
-      local lost, rest = evicted(head, capacity - 1)
-      call('SET', head_key, sub(head, 1, 16) .. pack('<I4I4', seq + 1, lost) .. rest .. event, 'PX', ttl_ms)
-    elseif size < 2048 then
-      -- Written whole: APPEND would double the memory of a small value.
-      call('SET', head_key, sub(head, 1, 16) .. pack('<I4', seq + 1) .. sub(head, 21) .. event, 'PX', ttl_ms)
-    else
-      call('APPEND', head_key, event)
-      call('SETRANGE', head_key, 16, pack('<I4', seq + 1))
-      call('PEXPIRE', head_key, ttl_ms)
+  local tiled, early = early_of(head_key, record, early_max)
+  local events, lost = sub(head, start, -45) .. marked(record, tiled), 0
+  local keep = capacity + others
+  if #events / 44 > keep + floor(capacity / 4) then events, lost = without(events, #events / 44 - keep) end
+  local header = sub(head, 1, 20) .. pack('<I4', unpack_('<I4', head, 21) + lost) .. early_mark(early)
+  call('SET', head_key, header .. events, 'PX', ttl_ms)
+end
+
+local function observe_entity(head_key, capacity, others, records, at, look, ttl_ms, early_max)
+  if look or byte(records, at + 16) == 1 then
+    local head, record = call('GET', head_key), sub(records, at, at + 67)
+    if head and not is_sound(head, record) then
+      born(head_key, record, true, ttl_ms, early_max)
+      return
     end
+    if head and holds(head, record) then return end
   end
-  return head, seq
+  local size = call('APPEND', head_key, sub(records, at + 24, at + 67))
+  if size < 112 or (size - 24) % 44 ~= 0 or size > 24 + 44 * (capacity + others + floor(capacity / 4)) then
+    mended(head_key, capacity, others, sub(records, at, at + 67), size, ttl_ms, early_max)
+  end
 end

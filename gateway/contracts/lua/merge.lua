@@ -6,12 +6,13 @@
 --       3 hashes of its others (observed before they were published, or never), 4 how many transactions the batch added in all,
 --       5 tiles ttl ms, 6 compact heads above this many events, 7 events kept before the retention,
 --       8 keep what was observed within this many seconds before the newest, 9 head retention ms, 10 early ttl ms,
---       11 most early hashes
+--       11 most early hashes, 12 head ttl ms
 -- Reply 1 when written, 0 when this batch had been written before.
 --
 -- A transaction of argument 2 that isn't in the head was evicted from it, or the gateway has not come to it yet (it was down, or
 -- lags). Its hash goes to the early list, so that entity.lua marks it as tiled when it comes: else it would count twice. Bytes 21 to
--- 24 of the tiles header say how many hashes the list has, so that a reader need not look for a list that isn't there.
+-- 24 of the tiles header say how many hashes the list has, and so do 4 more bytes behind the header of the head, while there are any: so
+-- nobody need look for a list that isn't there.
 local function fence(value)
   return struct.unpack('<i8I4', string.sub(value, 9, 20))
 end
@@ -25,10 +26,11 @@ if #now == 24 then
 end
 
 local head = redis.call('GET', KEYS[1]) or ''
-local events = 0
-if #head >= 24 and (#head - 24) % 44 == 0 then events = (#head - 24) / 44 end
+local events, start = 0, 25
+if #head >= 68 and (#head - 24) % 44 == 4 then start = 29 end
+if #head >= 68 and (#head - start + 1) % 44 == 0 then events = (#head - start + 1) / 44 end
 local place = {}
-for i = 0, events - 1 do place[string.sub(head, 25 + 44 * i, 32 + 44 * i)] = i end
+for i = 0, events - 1 do place[string.sub(head, start + 44 * i, start + 7 + 44 * i)] = i end
 local tiled, found = {}, 0
 local function mark(hashes)
   local unfound = {}
@@ -57,8 +59,8 @@ if old_early > 0 then
   end
   early = table.concat(still)
 end
-local seq, lost = 0, 0
-if events > 0 then seq, lost = struct.unpack('<I4I4', string.sub(head, 17, 24)) end
+local lost = 0
+if events > 0 then lost = struct.unpack('<I4', string.sub(head, 21, 24)) end
 -- The head has evicted some before they were tiled, and the oldest are taken to be those: the gateway won't come to them again.
 for _ = 1, math.min(lost, #unfound) do table.remove(unfound, 1) end
 if #unfound > 0 or old_early > 0 then
@@ -70,32 +72,56 @@ if events == 0 then return 1 end
 
 -- What this batch added and the head no longer holds was evicted before it was tiled: now it is in the tiles after all.
 local less = math.max(0, lost - (tonumber(ARGV[4]) - found))
-local kept = {}
+local drop, drops = {}, 0
 if events > tonumber(ARGV[6]) then
   -- Keep what a reader may still need: untiled, lately observed, within the retention behind the newest, or among the few before.
   local times = {}
-  for i = 0, events - 1 do times[i + 1] = struct.unpack('<i8', string.sub(head, 25 + 44 * i + 8, 25 + 44 * i + 15)) end
+  for i = 0, events - 1 do times[i + 1] = struct.unpack('<i8', head, start + 44 * i + 8) end
   local sorted = {unpack(times)}
   table.sort(sorted)
   -- The newest few of those before the retention: an event out of order within it still finds the one before it.
   local keep_from, older = sorted[events] - tonumber(ARGV[9]), 0
   while older < events and sorted[older + 1] < keep_from do older = older + 1 end
   if older > 0 then keep_from = sorted[math.max(1, older - tonumber(ARGV[7]) + 1)] end
-  local newest_s = struct.unpack('<I2', string.sub(head, 25 + 44 * (events - 1) + 24, 25 + 44 * (events - 1) + 25))
+  -- The last one is always kept, so the next one's place is known.
+  local newest_s = struct.unpack('<I2', head, start + 44 * (events - 1) + 24)
   for i = 0, events - 1 do
-    local is_tiled = tiled[i] or string.byte(head, 25 + 44 * i + 26) == 1
-    local observed_s = struct.unpack('<I2', string.sub(head, 25 + 44 * i + 24, 25 + 44 * i + 25))
-    if not is_tiled or (newest_s - observed_s) % 65536 <= tonumber(ARGV[8]) or times[i + 1] >= keep_from then
-      local record = string.sub(head, 25 + 44 * i, 68 + 44 * i)
-      if is_tiled then record = string.sub(record, 1, 26) .. '\1' .. string.sub(record, 28) end
-      kept[#kept + 1] = record
+    local is_tiled = tiled[i] or string.byte(head, start + 44 * i + 26) == 1
+    local observed_s = struct.unpack('<I2', head, start + 44 * i + 24)
+    if is_tiled and (newest_s - observed_s) % 65536 > tonumber(ARGV[8]) and times[i + 1] < keep_from then
+      drop[i] = true
+      drops = drops + 1
     end
   end
-  if #kept < events then
-    redis.call('SET', KEYS[1], string.sub(head, 1, 16) .. struct.pack('<I4I4', seq, less) .. table.concat(kept), 'KEEPTTL')
-    return 1
-  end
 end
-for i in pairs(tiled) do redis.call('SETRANGE', KEYS[1], 24 + 44 * i + 26, '\1') end
+local mark = early ~= '' and struct.pack('<I4', #early / 8) or ''
+if drops > 0 or start ~= 25 + #mark or #head < 2048 then
+  -- Written whole, in no more memory than it needs: what the gateway appends takes twice as much.
+  local parts, from, seq = {string.sub(head, 1, 20), struct.pack('<I4', less), mark}, start, 0
+  local function until_(at, instead, next_from)
+    parts[#parts + 1] = string.sub(head, from, at - 1)
+    parts[#parts + 1] = instead
+    from = next_from
+  end
+  for i = 0, events - 1 do
+    local at = start + 44 * i
+    if drops > 0 then
+      local told = struct.unpack('<I4', head, at + 20)
+      seq = told == 0xFFFFFFFF and seq + 1 or told
+    end
+    if drop[i] then
+      until_(at, '', at + 44)
+    else
+      -- Behind a gap an event tells its place itself.
+      if drop[i - 1] then until_(at + 20, struct.pack('<I4', seq), at + 24) end
+      if tiled[i] then until_(at + 26, '\1', at + 27) end
+    end
+  end
+  until_(#head + 1, '', 0)
+  redis.call('SET', KEYS[1], table.concat(parts), 'PX', ARGV[12])
+  return 1
+end
+for i in pairs(tiled) do redis.call('SETRANGE', KEYS[1], start - 1 + 44 * i + 26, '\1') end
 if less ~= lost then redis.call('SETRANGE', KEYS[1], 20, struct.pack('<I4', less)) end
+redis.call('PEXPIRE', KEYS[1], ARGV[12])
 return 1

@@ -121,10 +121,10 @@ class ScriptedLink:
         elif isinstance(self._reply, RedisUnavailableError):
             future.set_exception(self._reply)
         else:
-            failed = isinstance(self._reply, Exception)
-            # Without a transaction around them: a read that changes nothing.
-            alone: Any = [self._reply, []] if isinstance(self._reply, Exception) else list(self._reply)
-            future.set_result([b"OK", b"QUEUED", b"QUEUED", self._reply if failed else tuple(alone)] if replies == 4 else alone)
+            reply: Any = self._reply
+            # A read that changes nothing is the MGET alone.
+            alone = reply if isinstance(reply, Exception) else reply[1]
+            future.set_result([b"OK", b"QUEUED", b"QUEUED", reply] if replies == 4 else [alone])
         return Sent(self, None, future)  # type: ignore[arg-type]
 
     def in_time(self) -> None:

@@ -1,5 +1,4 @@
 import math
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +13,12 @@ from gateway.contracts.layout import (
     EARLY_MAX,
     ENTITY_RECORD,
     FRAUD_DAY,
-    HEAD_EVENT_BYTES,
     HEAD_EVENT_PACK,
     HEAD_HEADER,
     HEAD_TTL_MS,
     LAYOUT_VERSION,
     PROGRESS_KEY,
+    SEQ_NEXT,
     TILES_HEADER_FIELDS,
     dim_hash,
     head_key,
@@ -30,7 +29,7 @@ from gateway.contracts.layout import (
     tiles_key,
     txn_hash,
 )
-from gateway.contracts.windows import DAY_MS, LABEL_DELAY_MS, SETTLE_MS
+from gateway.contracts.windows import DAY_MS, LABEL_DELAY_MS, LAST_MS_MAX, SETTLE_MS
 from gateway.job import Job, requests_of
 from gateway.redis_link import RedisReplyError, RedisUnavailableError, Sent
 from gateway.store import TILES_AHEAD_MARGIN_MS, Observation, Store, request_only_matrix
@@ -41,22 +40,26 @@ BASE = 1_795_400_000_000_000
 
 
 def head_of(entity: int, name: str, entity_id: str, *events: bytes, lost: int = 0, version: int = LAYOUT_VERSION) -> bytes:
-    header = HEAD_HEADER.pack(version, entity, int(ENTITIES[entity].labelled), key_check(name, entity_id), BASE, len(events), lost)
+    header = HEAD_HEADER.pack(version, entity, int(ENTITIES[entity].labelled), key_check(name, entity_id), BASE, 0, lost)
     return header + b"".join(events)
 
 
-def event(seq: int, when_ms: int, amount: int = 100, merchant: str = "m0") -> bytes:
+def event(seq: int, when_ms: int, amount: int = 100, merchant: str = "m0", transaction: int | None = None) -> bytes:
     dims = (dim_hash(merchant), dim_hash("DE"), dim_hash(None))
-    return HEAD_EVENT_PACK.pack(1000 + seq, when_ms, amount, seq, 0, 0, 0, math.nan, math.nan, *dims)
+    hash_ = 1000 + seq if transaction is None else transaction
+    return HEAD_EVENT_PACK.pack(hash_, when_ms, amount, seq, 0, 0, 0, math.nan, math.nan, *dims)
+
+
+def own_event(transaction_id: str = "t1", seq: int = SEQ_NEXT) -> bytes:
+    """The event of the transaction itself, as the script has appended it."""
+    return event(seq, NOW_MS, transaction=txn_hash(transaction_id))
 
 
 def reply_of(*heads: bytes, before: bytes | None = None, progress: bytes | None = None) -> tuple[list[Any], list[Any]]:
     """The replies of script and MGET for one transaction with card, customer and merchant, whose heads are given."""
-    held = [heads[i] if i < len(heads) else b"" for i in range(3)]
-    places = [max(0, len(head) - HEAD_HEADER.size) // HEAD_EVENT_BYTES for head in held]
-    # tiles of each, frauds of customer and merchant, and the merchant's head, which is a long one
-    values: list[Any] = [None] * 5 + [held[2]]
-    return [progress, [before], held[:2], struct.pack("<3I", *places)], values
+    held = [heads[i] if i < len(heads) else None for i in range(3)]
+    # progress, tiles of each, frauds of customer and merchant, heads
+    return [before], [progress, *[None] * 5, *held]
 
 
 def commands_of(sent: bytes) -> list[list[bytes]]:
@@ -95,7 +98,10 @@ FRESH = packed_progress()
 
 
 async def test_events_of_the_head_become_features() -> None:
-    head = head_of(0, "card", "card-1", event(0, NOW_MS - 60_000, 200), event(1, NOW_MS - 1000, 100, "m1"))
+    later = event(SEQ_NEXT, NOW_MS, 999)
+    head = head_of(
+        0, "card", "card-1", event(0, NOW_MS - 60_000, 200), event(SEQ_NEXT, NOW_MS - 1000, 100, "m1"), own_event(), later
+    )
     found = await observed(make_store(ScriptedLink(reply_of(head, progress=FRESH))), make_job())
     assert feature(found, "card_count_5m") == 2
     assert feature(found, "card_amount_sum_1h") == 300
@@ -116,11 +122,23 @@ async def test_events_of_the_head_become_features() -> None:
     [
         head_of(0, "card", "card-2", event(0, NOW_MS - 1000)),
         head_of(1, "card", "card-1", event(0, NOW_MS - 1000)),
+        head_of(0, "card", "card-1", event(0, NOW_MS - 1000), version=LAYOUT_VERSION - 1),
         head_of(0, "card", "card-1", event(0, NOW_MS - 1000), version=9),
         head_of(0, "card", "card-1", event(0, NOW_MS - 1000))[:-1],
+        head_of(0, "card", "card-1", event(SEQ_NEXT, NOW_MS - 1000)),
+        head_of(0, "card", "card-1"),
         b"short",
     ],
-    ids=["another key", "another entity", "another version", "a broken record", "no header"],
+    ids=[
+        "another key",
+        "another entity",
+        "the layout before",
+        "another version",
+        "a broken record",
+        "no place",
+        "no event",
+        "no header",
+    ],
 )
 async def test_a_value_that_is_not_the_keys_own_is_never_used(head: bytes) -> None:
     store = make_store(ScriptedLink(reply_of(head, progress=FRESH)))
@@ -128,7 +146,29 @@ async def test_a_value_that_is_not_the_keys_own_is_never_used(head: bytes) -> No
     assert math.isnan(feature(found, "card_count_5m"))
     assert feature(found, "customer_count_1h") == 0
     assert found.stale.tolist() == [True]
+    assert found.seq[0, 0] == -1
     assert store.refused_values == 1
+
+
+async def test_a_refused_entitys_head_is_looked_at_when_it_comes_again() -> None:
+    link = ScriptedLink(reply_of(head_of(0, "card", "card-2", event(0, NOW_MS)), progress=FRESH), progress=FRESH)
+    store = make_store(link)
+    looks = []
+    for _ in range(2):
+        await observed(store, make_job())
+        looks.append(np.frombuffer(sent_commands(link)[1][-1], ENTITY_RECORD)["look"].tolist())
+    assert looks == [[0, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("arrived_ms", "event_ms", "look"), [(0, 0, 0), (-300_001, 0, 1), (0, -300_001, 1), (-300_000, -300_000, 0)]
+)
+async def test_what_may_have_outlived_its_claim_is_looked_for(arrived_ms: int, event_ms: int, look: int) -> None:
+    link = ScriptedLink(reply_of(progress=FRESH), progress=FRESH)
+    job = make_job(make_transaction(event_time_ms=NOW_MS + event_ms))
+    job.arrived_ms = NOW_MS + arrived_ms
+    await observed(make_store(link), job)
+    assert np.frombuffer(sent_commands(link)[1][-1], ENTITY_RECORD)["look"].tolist() == [look] * 3
 
 
 async def test_features_are_stale_until_a_redis_that_lost_data_is_whole_again() -> None:
@@ -145,11 +185,24 @@ async def test_frauds_of_a_merchant_become_its_rate() -> None:
     tiles = header.tobytes() + np.array([(day, 4, 1, 1, 1), (day + 1, 9, 1, 1, 1)], DAY_TILE).tobytes()
     frauds = pack_frauds(2, merchant, 1, 1, 7, np.array([(day, 3), (day + 1, 5)], FRAUD_DAY))
     reply = reply_of(progress=FRESH)
-    reply[1][2], reply[1][4] = tiles, frauds
+    reply[1][3], reply[1][5] = tiles, frauds
     found = await observed(make_store(ScriptedLink(reply)), make_job())
     assert feature(found, "merchant_fraud_rate_1d") == 0.75
     assert feature(found, "merchant_frauds_30d") == 3
     assert found.label_changes.tolist() == [[0, 7]]
+
+
+async def test_a_head_that_may_soon_expire_is_renewed_when_a_payment_is_appended() -> None:
+    long_ago = event(0, NOW_MS - LAST_MS_MAX - 1)
+    heads = (
+        head_of(0, "card", "card-1", long_ago, own_event()),
+        head_of(1, "customer", "customer-1", event(0, NOW_MS), own_event()),
+    )
+    link = ScriptedLink(reply_of(*heads, progress=FRESH), progress=FRESH)
+    await observed(make_store(link), make_job())
+    assert link.sent[-1] == (("PEXPIRE", head_key("card", "card-1"), HEAD_TTL_MS),)
+    await observe(make_store(link), make_job(), update=False)
+    assert [command[0] for command in sent_commands(link)] == [b"MGET"]
 
 
 async def test_evicted_events_make_the_features_stale() -> None:
@@ -180,7 +233,7 @@ async def test_tiles_ahead_of_what_was_observed_are_stale() -> None:
     header = np.zeros(1, TILES_HEADER_FIELDS)
     header["version"], header["check"], header["early"] = LAYOUT_VERSION, key_check("card", "card-1"), 1
     reply = reply_of(progress=FRESH)
-    reply[1][0] = header.tobytes()
+    reply[1][1] = header.tobytes()
     assert (await observed(make_store(ScriptedLink(reply)), make_job())).stale.tolist() == [True]
 
 
@@ -200,15 +253,15 @@ async def test_redis_is_asked_for_the_values_of_the_batchs_entities_in_one_trans
     multi, script, mget, execute = sent_commands(link)
     assert (multi, execute) == ([b"MULTI"], [b"EXEC"])
     heads = [head_key("card", "card-1"), head_key("customer", "customer-1"), head_key("merchant", "merchant-1")]
-    keys = [PROGRESS_KEY, idempotency_key("t1"), *heads]
-    assert script[2:8] == [b"5", *(key.encode() for key in keys)]
+    keys = [idempotency_key("t1"), *heads]
+    assert script[2:7] == [b"4", *(key.encode() for key in keys)]
     capacities = np.array([e.head_events_max for e in ENTITIES], "<u2").tobytes()
-    assert script[8:13] == [b"1", b"600000", str(HEAD_TTL_MS).encode(), str(EARLY_MAX).encode(), capacities]
-    assert script[13] == job.claim
-    assert len(script) == 15
+    assert script[7:11] == [b"600000", str(HEAD_TTL_MS).encode(), str(EARLY_MAX).encode(), capacities]
+    assert script[11] == job.claim
+    assert len(script) == 13
     tiles = [tiles_key("card", "card-1"), tiles_key("customer", "customer-1"), tiles_key("merchant", "merchant-1")]
     frauds = [labels_key("customer", "customer-1"), labels_key("merchant", "merchant-1")]
-    assert mget == [b"MGET", *(key.encode() for key in [*tiles, *frauds, heads[2]])]
+    assert mget == [b"MGET", *(key.encode() for key in [PROGRESS_KEY, *tiles, *frauds, *heads])]
 
 
 async def test_the_record_of_an_entity_is_what_the_layout_says() -> None:
@@ -223,17 +276,17 @@ async def test_the_record_of_an_entity_is_what_the_layout_says() -> None:
         own = getattr(t, entity.field)
         header = HEAD_HEADER.pack(LAYOUT_VERSION, e, int(entity.labelled), key_check(entity.name, own), base_us, 0, 0)
         dims = [dim_hash(getattr(t, name)) for name in entity.dims]
-        said = (txn_hash("t9"), t.event_time_ms, 77, 0, NOW_MS // 1000 % 65_536, 0, 0, 52.5, 13.25, *dims)
+        said = (txn_hash("t9"), t.event_time_ms, 77, SEQ_NEXT, NOW_MS // 1000 % 65_536, 0, 0, 52.5, 13.25, *dims)
         assert record == header + HEAD_EVENT_PACK.pack(*said), entity.name
 
 
 async def test_a_settled_transaction_has_no_features_and_its_neighbour_has() -> None:
     first, second = make_job(make_transaction("a")), make_job(make_transaction("b"))
     before = first.claim + b"answer"
-    head = head_of(0, "card", "card-1", event(0, NOW_MS - 1000))
-    script, values = reply_of(head, progress=FRESH)
-    script[1] = [before, None]
-    found = await observed(make_store(ScriptedLink((script, values[:3] * 2 + values[3:5] * 2 + values[5:] * 2))), first, second)
+    head = head_of(0, "card", "card-1", event(0, NOW_MS - 1000), own_event("b"))
+    _, values = reply_of(head, progress=FRESH)
+    reply = ([before, None], values[:1] + values[1:4] * 2 + values[4:6] * 2 + values[6:] * 2)
+    found = await observed(make_store(ScriptedLink(reply)), first, second)
     assert found.settled == [before, None]
     assert math.isnan(feature(found, "card_count_5m", 0))
     assert feature(found, "card_count_5m", 1) == 1
@@ -266,11 +319,14 @@ async def test_a_script_that_redis_has_forgotten_is_loaded_again() -> None:
     assert link.loaded
 
 
-async def test_a_what_if_read_says_so_to_the_script() -> None:
-    link = ScriptedLink(reply_of(progress=FRESH), progress=FRESH)
-    await observe(make_store(link), make_job(), update=False)
-    script, _ = sent_commands(link)
-    assert script[3 + int(script[2])] == b"0"
+async def test_a_what_if_read_is_no_more_than_a_read() -> None:
+    link = ScriptedLink(reply_of(head_of(0, "card", "card-1", event(0, NOW_MS - 1000)), progress=FRESH), progress=FRESH)
+    found = await observe(make_store(link), make_job(), update=False)
+    [mget] = sent_commands(link)
+    assert mget[0] == b"MGET"
+    assert found is not None
+    assert feature(found, "card_count_5m") == 1
+    assert found.seq[0, 0] == BASE + 1
 
 
 async def test_answers_that_can_not_be_stored_are_counted() -> None:
