@@ -7,8 +7,8 @@
 -- capacity, others  how many events the head counts, and how many more must stay in it because a reader of this batch may count them
 -- early_max  as many hashes as the early list may have: a full one has forgotten some
 --
--- The usual way is one APPEND, whose reply tells all that must be known: each call from a script costs a microsecond, and Lua reads each
--- byte of each new string. A new head, one with an early list (4 bytes longer) and a full one show by their length, and are mended.
+-- The usual way is one APPEND, whose reply tells all that must be known: each call from a script costs a microsecond or two, and Lua reads
+-- each byte of each new string. A new head, one with an early list (4 bytes longer) and a full one show by their length, and are mended.
 local sub, pack, unpack_, find, byte, floor = string.sub, struct.pack, struct.unpack, string.find, string.byte, math.floor
 local call = redis.call
 
