@@ -88,6 +88,8 @@ class Link:
         self._exactly_once = exactly_once
         self._turn = 0
         self._partitions: dict[str, int] = {}
+        # By partition of transactions.
+        self._ends: dict[int, int] = {}
         self._abandoned = threading.Event()
         self._failed: list[KafkaError] = []
         self._all_down = False
@@ -157,6 +159,11 @@ class Link:
             # Partitions went and came among these messages: which of them are ours can't be told, so they are read again.
             self._rewind()
             return self.membership, []
+        for partition in {m.partition for m in found}:
+            # Here and not where it is asked for: the client lets one thread in at a time, and a poll takes its time.
+            end = self._consumer.get_watermark_offsets(TopicPartition(TRANSACTIONS, partition), cached=True)
+            if end is not None and end[1] >= 0:
+                self._ends[partition] = int(end[1])
         return before, found
 
     def commit(self, records: Sequence[Record], next_offsets: Mapping[int, int], membership: Membership) -> None:
@@ -188,11 +195,7 @@ class Link:
 
     def end_of(self, partition: int) -> int | None:
         """The end of a partition as the last fetch saw it."""
-        consumer = self._consumer
-        if consumer is None:
-            return None
-        end = consumer.get_watermark_offsets(TopicPartition(TRANSACTIONS, partition), cached=True)
-        return None if end is None or end[1] < 0 else int(end[1])
+        return self._ends.get(partition)
 
     def abandon(self) -> None:
         """Whatever is under way gives up within about SLICE_S."""
