@@ -129,6 +129,7 @@ class Gateway:
                 self.metrics,
                 self._make_link,
                 batch_rows_max=settings.batch_rows_max,
+                chunk_interval_s=settings.kafka_chunk_interval_ms / 1000,
             )
         self.watchdog: Watchdog | None = None
         # What the process is to end with: not 0 when it can't go on.

@@ -72,6 +72,13 @@ class Settings:
         "how the Kafka door commits: exactly_once, in transactions, or at_least_once, which is faster and may repeat receipts after"
         " a crash",
     )
+    kafka_chunk_interval_ms: int = _setting(
+        20,
+        "least time between the beginnings of two Kafka transactions that aren't full, milliseconds: each takes milliseconds of CPU, the"
+        " broker's above all",
+        least=0,
+        most=1000,
+    )
     kafka_watchdog_s: int = _setting(
         60,
         "how long a partition with something to consume may stand still before the Kafka door starts anew, and as long again until the"
@@ -88,7 +95,7 @@ class Settings:
     idempotency_window_s: int = _setting(600, "how long a retry gets the same answer, seconds", least=1, most=86_400)
     batch_rows_max: int = _setting(256, "most transactions in one micro-batch", least=1, most=512)
     batch_interval_ms: int = _setting(
-        3,
+        5,
         "least time between the beginnings of two micro-batches over HTTP of less than 64, milliseconds; the first after a pause begins at"
         " once",
         least=0,
