@@ -106,8 +106,10 @@ class Batcher:
         # Those whose body is, by transaction_id.
         self._in_flight: dict[str, Accepted] = {}
         self._running: asyncio.Task[None] | None = None
-        # When the last batch was taken.
+        # When the last batch of those who can wait was taken; whether one of the others came after it; whether there is one to take now.
         self._taken_s = -math.inf
+        self._hurried = False
+        self._urgent = False
         # Set when the next batch may start, and how many must be waiting for that.
         self._next = asyncio.Event()
         self._next_rows = 0
@@ -132,6 +134,7 @@ class Batcher:
         self._open += 1
         self._pending.append(Accepted(body, received_s, deadline_s, done))
         if deadline_s - received_s < HURRY_S:
+            self._urgent = True
             self._next.set()
         if self._running is None:
             # A task starts in the next pass of the loop, when every socket that is readable in this one has been read.
@@ -226,28 +229,33 @@ class Batcher:
     async def _collect(self) -> None:
         """While batches follow each other closely, leave the next one a little time to grow: it shares what each batch costs."""
         pause_s = self._taken_s + self._batch_interval_s - self._clock_s()
-        if pause_s > 0 and len(self._pending) < self._full_rows:
+        if pause_s > 0 and not self._urgent and len(self._pending) < self._full_rows:
             self._next.clear()
             self._next_rows = self._full_rows
             timer = asyncio.get_running_loop().call_later(pause_s, self._next.set)
             await self._next.wait()
             timer.cancel()
             self._next_rows = 0
-        self._taken_s = self._clock_s()
+        self._urgent = False
 
     def _take(self) -> tuple[list[Accepted], bool]:
-        """The next batch, and True when it is one of those that can't wait for anything. These go by themselves, and first."""
+        """The next batch, and True when it is one of those that can't wait for anything. These go by themselves, and first, but not twice
+        in a row while others wait.
+        """
         batch, rest = self._pending[: self._batch_rows_max], self._pending[self._batch_rows_max :]
         now_s = self._clock_s()
         hurry_s = now_s + HURRY_S
         hurried = [a for a in batch if a.deadline_s < hurry_s]
-        if not hurried:
-            self._pending = rest
-            return batch, False
+        patient = [a for a in batch if a.deadline_s >= hurry_s] if hurried else batch
+        if not hurried or (patient and self._hurried):
+            self._hurried = False
+            self._taken_s = now_s
+            self._pending = hurried + rest
+            return patient, False
         for accepted in hurried:
             accepted.deadline_s = min(accepted.deadline_s, now_s + TAIL_BUDGET_MS / 1000)
-        chosen = set(map(id, hurried))
-        self._pending = [a for a in batch if id(a) not in chosen] + rest
+        self._hurried = True
+        self._pending = patient + rest
         self._metrics.hurried.inc(len(hurried))
         return hurried, True
 

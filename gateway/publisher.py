@@ -348,7 +348,6 @@ class Publisher:
         self._metrics.spool_age_s.set(max(map(self._age_s, spools), default=0.0))
 
     async def _deliver_forever(self) -> None:
-        pause_s = RETRY_FIRST_S
         while True:
             await self._wake.wait()
             lane = self._lanes()[0]
@@ -361,10 +360,10 @@ class Publisher:
             if delivery is None:
                 self._finished(lane)
                 continue
+            pause_s = RETRY_FIRST_S
             while not await self._tried(delivery):
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, RETRY_MAX_S)
-            pause_s = RETRY_FIRST_S
             lane.delivered(delivery)
             self._metrics.buffer.set(self._own.records)
             self._note_spool()
@@ -391,6 +390,12 @@ class Publisher:
             if isinstance(exc, (OutOfOrderSequenceNumber, InvalidProducerEpoch, UnknownProducerId)):
                 log.warning("publisher: the broker no longer knows our producer: the delivery under way may be repeated")
                 delivery.identity = self._identity = None
+            await self._close()
+            return False
+        except Exception:
+            # A bug, or a client's: the delivery is kept and tried again, and the log tells.
+            log.exception("publisher: a delivery of %d records failed", len(delivery.records))
+            self._in_trouble = True
             await self._close()
             return False
         if self._in_trouble:

@@ -274,11 +274,16 @@ async def test_a_batch_close_behind_another_waits_to_grow_and_no_longer_than_it_
     waiting.append(submit(batcher, body_of("last")))
     await asyncio.gather(*waiting)
     assert [len(batch) for batch in scorer.batches] == [1, FULL_ROWS]
+    batcher = make_batcher(scorer, rows=100, batch_interval_s=0.2)
+    await submit(batcher, body_of("second"))
     patient = submit(batcher, body_of("patient"))
     await turns()
     assert not patient.done()
     await submit(batcher, body_of("urgent"), deadline_s=HURRY_S / 2)
-    assert scorer.batches[2] == ["urgent"]
+    assert scorer.batches[-1] == ["urgent"]
+    # The one that begins the wait is as urgent as one that comes during it; and others who are urgent too don't keep it from its turn.
+    await asyncio.gather(patient, *[submit(batcher, body_of(f"hurry-{i}"), deadline_s=HURRY_S / 2) for i in range(2)])
+    assert ["patient"] in scorer.batches
     short = make_batcher(scorer, rows=100, batch_interval_s=0.001)
     await submit(short, body_of("a"))
     assert await verdict_of(short, body_of("b")) is Verdict.DECIDED
