@@ -125,7 +125,10 @@ class Tail:
                     raise AssertionError(str(error))
             if condition() and len(self._at_end) == self._partitions:
                 return
-        raise AssertionError(f"not within {timeout_s:.0f} s; {len(self.messages)} messages were read")
+        raise AssertionError(
+            f"not within {timeout_s:.0f} s; {len(self.messages)} messages were read, {len(self._at_end)} of {self._partitions} partitions"
+            f" to their ends, the condition is {condition()}"
+        )
 
     def read_some(self, count: int, timeout_s: float = TIMEOUT_S) -> None:
         """Read until `count` messages more are there."""

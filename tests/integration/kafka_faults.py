@@ -112,7 +112,10 @@ def gateways(settings: Settings, folder: Path, count: int) -> Iterator[list[tupl
 
 def assert_each_decided_once(tail: Receipts, sent: set[str], what: str, within_s: float = 120) -> None:
     """And say so in figures."""
-    tail.read_until(lambda: tail.decided(sent) == len(sent), within_s)
+    try:
+        tail.read_until(lambda: tail.decided(sent) == len(sent), within_s)
+    finally:
+        print(f"\n{tail.decided(sent)} of {len(sent)} were decided", flush=True)
     twice = {i for i in sent if tail.counts[i] > 1}
     print(f"\n{what}: {len(sent)} transactions, {len(twice)} decided twice, {len(sent - tail.counts.keys())} lost", flush=True)
     assert twice == set()
