@@ -92,7 +92,10 @@ class _Lane:
         self.behind = spool.records > 0
         if spool.pending is not None:
             end, note = spool.pending
-            self._before = end, _identity_decoder.decode(note)
+            try:
+                self._before = end, _identity_decoder.decode(note)
+            except msgspec.DecodeError as exc:
+                log.warning("publisher: whose the delivery under way was can't be read, it may be repeated: %s", exc)
 
     @property
     def empty(self) -> bool:

@@ -242,7 +242,7 @@ class ClusterRedis:
         """The commands that claim the transactions."""
         claims: list[Keyed] = []
         for job in call.batch:
-            key = idempotency_key(job.transaction.transaction_id)
+            key = idempotency_key(job.transaction_id)
             claims.append((hash_slot(key), ("SET", key, job.claim, "NX", "GET", "PX", call.claim_ttl_ms)))
         return claims
 
