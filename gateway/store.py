@@ -182,10 +182,13 @@ class Store:
         claims = b"".join([job.claim for job in batch])
         return _Plan(Call(batch, requests, claims, records, update, self._claim_ttl_ms), dims, country, base_us)
 
-    def _suspect(self, checks: npt.NDArray[np.uint32]) -> None:
-        self.refused_values += len(checks)
+    def _suspect(self, checks: npt.NDArray[np.uint32], refused: npt.NDArray[np.bool_], looked: npt.NDArray[np.bool_]) -> None:
+        """Remember the entities whose values were refused, and forget those that were `looked` at and are sound again."""
+        self.refused_values += int(refused.sum())
+        if self._suspects:
+            self._suspects.difference_update(checks[looked & ~refused].tolist())
         room = SUSPECTS_MAX - len(self._suspects)
-        self._suspects.update(checks[:room].tolist())
+        self._suspects.update(checks[refused][:room].tolist())
 
     def _renew(self, batch: Sequence[Job], entities: npt.NDArray[np.bool_]) -> None:
         """Heads live on with each batch of tiles. That one which is near its end must not take a payment with it that no tile holds yet."""
@@ -262,7 +265,8 @@ class Store:
             stale,
             refused,
         )
-        self._suspect(call.records["check"][refused])
+        looked = np.repeat(~found.settled, ENTITY_COUNT) if update else np.zeros(rows * ENTITY_COUNT, bool)
+        self._suspect(call.records["check"], refused, looked)
         if update:
             # The number of an older life, and no payment before this one within LAST_MS_MAX.
             self._renew(call.batch, (seq >= 0) & (seq < plan.base_us) & (last[:, 0].reshape(seq.shape) == NEVER))

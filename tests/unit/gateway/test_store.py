@@ -160,6 +160,21 @@ async def test_a_refused_entitys_head_is_looked_at_when_it_comes_again() -> None
     assert looks == [[0, 0, 0], [1, 0, 0]]
 
 
+async def test_a_head_that_is_sound_again_is_no_longer_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.store.SUSPECTS_MAX", 1)
+    damaged = reply_of(head_of(0, "card", "card-2", event(0, NOW_MS)), progress=FRESH)
+    sound = reply_of(head_of(0, "card", "card-1", event(0, NOW_MS), own_event()), progress=FRESH)
+    link = ScriptedLink(damaged, progress=FRESH)
+    store = make_store(link)
+    looks = []
+    for reply in (damaged, sound, damaged, damaged):
+        link._reply = reply
+        await observed(store, make_job())
+        looks.append(np.frombuffer(sent_commands(link)[1][-1], ENTITY_RECORD)["look"].tolist())
+    # There is room for one, and the one that was mended has left it.
+    assert looks == [[0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0]]
+
+
 @pytest.mark.parametrize(
     ("arrived_ms", "event_ms", "look"), [(0, 0, 0), (-300_001, 0, 1), (0, -300_001, 1), (-300_000, -300_000, 0)]
 )
