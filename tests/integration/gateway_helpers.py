@@ -86,6 +86,10 @@ def produce(settings: Settings, values: Iterable[tuple[str, bytes]], headers: li
     assert not failed
 
 
+# What a reader may be told while its broker is away.
+_PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
+
+
 class Tail:
     """Reads a topic, committed records only, from its end at the time this was made."""
 
@@ -110,19 +114,23 @@ class Tail:
         self._partitions = len(ends)
         self.messages: list[Message] = []
 
+    def _read(self, timeout_s: float) -> None:
+        """Every way of reading goes through here: the client tells once that a partition is at its end, and mustn't tell it in vain."""
+        for message in self._consumer.consume(500, timeout=timeout_s):
+            error = message.error()
+            if error is None:
+                self.messages.append(message)
+                self._at_end.discard(message.partition() or 0)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                self._at_end.add(message.partition() or 0)
+            elif not error.retriable() and error.code() not in _PASSING:
+                raise AssertionError(str(error))
+
     def read_until(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
         """Read until `condition` holds and there is nothing more in any partition."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            for message in self._consumer.consume(500, timeout=0.2):
-                error = message.error()
-                if error is None:
-                    self.messages.append(message)
-                    self._at_end.discard(message.partition() or 0)
-                elif error.code() == KafkaError._PARTITION_EOF:
-                    self._at_end.add(message.partition() or 0)
-                else:
-                    raise AssertionError(str(error))
+            self._read(0.2)
             if condition() and len(self._at_end) == self._partitions:
                 return
         raise AssertionError(
@@ -136,7 +144,7 @@ class Tail:
         deadline = time.monotonic() + timeout_s
         while len(self.messages) < wanted:
             assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {count} more messages"
-            self.messages += [m for m in self._consumer.consume(500, timeout=0.2) if m.error() is None]
+            self._read(0.2)
 
     def close(self) -> None:
         self._consumer.close()

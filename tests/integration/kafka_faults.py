@@ -50,7 +50,7 @@ class Receipts(Tail):
     def read_for(self, seconds: float) -> None:
         until_s = time.monotonic() + seconds
         while time.monotonic() < until_s:
-            self.messages += [m for m in self._consumer.consume(500, timeout=0.1) if m.error() is None]
+            self._read(0.1)
 
     def decided(self, ids: set[str]) -> int:
         return len(ids & self.count().keys())
