@@ -44,7 +44,10 @@ REGISTERED_NAME = "fraudgate"
 
 
 class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
-    """`training_table_version` is the Delta version the training rows were read at."""
+    """`training_table_version` is the Delta version the training rows were read at.
+
+    `training_end_ms` is the event time of the newest row that the trees were grown or stopped on; None in older packages.
+    """
 
     name: str
     version: str
@@ -57,6 +60,7 @@ class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
     training_rows: int
     training_frauds: int
     metrics: dict[str, float]
+    training_end_ms: int | None = None
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
