@@ -27,6 +27,7 @@ from model_export.admission_quality import (
     SliceFinding,
     ap_floor,
     average_precision,
+    is_worse,
     judge_slices,
     slices,
 )
@@ -193,13 +194,13 @@ def _check_quality(
     else:
         quality = Check(
             name="quality",
-            passed=interval.value >= -AP_LOSS_MAX and interval.low >= -AP_LOSS_LOW_MAX,
+            passed=not is_worse(interval),
             found=f"average precision {interval.value:+.4f} ({interval.low:+.4f} to {interval.high:+.4f}) against champion version "
-            f"{champion.version}, allowed {-AP_LOSS_MAX:+g} (from {-AP_LOSS_LOW_MAX:+g}), {on}",
+            f"{champion.version}, allowed {-AP_LOSS_MAX:+g} and from {-AP_LOSS_LOW_MAX:+g}, {on}",
         )
     country = None if data.country is None else data.country[part]
     found = judge_slices(list(slices(features, country, is_fraud, bands)), is_fraud, candidate, before)
-    return [quality, _check_slices(found, champion is not None)], found
+    return [quality, _check_slices(found)], found
 
 
 def _rows_to_compare(data: TrainingSet, model: TrainedModel, champion: Champion | None) -> tuple[slice, str]:
@@ -216,28 +217,34 @@ def _rows_to_compare(data: TrainingSet, model: TrainedModel, champion: Champion 
     return fresh, ", the newest, which the champion wasn't grown on"
 
 
-def _check_slices(found: list[SliceFinding], against_champion: bool) -> Check:
-    refused = [f for f in found if not f.passed]
+def _check_slices(found: list[SliceFinding]) -> Check:
     if not found:
         return Check(name="slices", passed=True, found="none has enough frauds to be judged")
-    what = "the champion's" if against_champion else "overall"
-    named = refused or found[:1]
-    text = "; ".join(f"{f.name} recall {f.recall:.3f}, {what} {f.reference:.3f}, {f.frauds} frauds" for f in named)
+    refused = [f for f in found if not f.passed]
+    text = "; ".join(_told(f) for f in refused or found[:1])
     return Check(
         name="slices",
         passed=not refused,
-        found=f"{len(refused)} of {len(found)} fall below their floor, {'' if refused else 'the weakest: '}{text}",
+        found=f"{len(refused)} of {len(found)} fall below their floor{': ' if refused else ', the weakest: '}{text}",
     )
+
+
+def _told(f: SliceFinding) -> str:
+    against = f", the champion's {f.champion:.3f}" if f.champion is not None else ""
+    return f"{f.name} recall {f.recall:.3f}{against}, AUC {_number(f.auc)}, {f.frauds} frauds"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def report(admission: Admission) -> str:
     """The report as tables for a terminal."""
     lines = [f"  {'ok' if check.passed else 'FAILED':<7}{check.name:<29}{check.found}" for check in admission.checks]
     if admission.slices:
-        reference = "champion" if admission.champion is not None else "overall"
-        lines += ["", f"  {'slice':<32}{'rows':>8}{'frauds':>8}{'recall':>8}{reference:>10}{'p':>8}"]
+        lines += ["", f"  {'slice':<32}{'rows':>8}{'frauds':>8}{'recall':>8}{'champion':>10}{'AUC':>8}{'p':>9}"]
         lines += [
-            f"  {f.name:<32}{f.rows:>8}{f.frauds:>8}{f.recall:>8.3f}{f.reference:>10.3f}{f.p_value:>8.2g}"
+            f"  {f.name:<32}{f.rows:>8}{f.frauds:>8}{f.recall:>8.3f}{_number(f.champion):>10}{_number(f.auc):>8}{f.p_value:>9.2g}"
             f"{'' if f.passed else '  FAILED'}"
             for f in admission.slices
         ]

@@ -142,7 +142,6 @@ def test_the_command_says_in_one_line_what_is_missing(
 
 
 def test_attempts_follow_each_other_by_the_hours_given_until_it_is_told_to_stop() -> None:
-    stop = threading.Event()
     waited: list[float] = []
     times = iter([0.0, 20.0, 3600.0, 3700.0, 7200.0, 99_000.0])
 
@@ -156,6 +155,11 @@ def test_attempts_follow_each_other_by_the_hours_given_until_it_is_told_to_stop(
 
     stop = Stop()
     made: list[int] = []
-    assert repeat(lambda: made.append(1) or 1, 3600, stop, lambda: next(times)) == 0
+
+    def once() -> int:
+        made.append(1)
+        return 1
+
+    assert repeat(once, 3600, stop, lambda: next(times)) == 0
     # An attempt that took longer than the interval is followed at once, and one that failed by the next.
     assert (len(made), waited) == (3, [3580.0, 3500.0, 0.0])

@@ -28,10 +28,12 @@ from model_export.admission import (
 )
 from model_export.admission_quality import (
     SLICE_FRAUDS_MIN,
+    Interval,
     Ranking,
     alerted,
     ap_floor,
     average_precision,
+    is_worse,
     judge_slices,
     slices,
 )
@@ -81,7 +83,7 @@ def failed(admission: Admission) -> dict[str, str]:
 def test_the_champion_itself_is_as_good_as_the_champion(exported: Export, model: TrainedModel, data: TrainingSet) -> None:
     admission = admit(exported, model, data, BANDS, champion_of(exported))
     assert (admission.verdict, admission.champion, admission.failed()) == ("passed", "7", [])
-    assert all(finding.recall == finding.reference for finding in admission.slices)
+    assert all(finding.recall == finding.champion for finding in admission.slices)
 
 
 def test_a_model_that_learnt_nothing_is_refused_with_and_without_a_champion(exported: Export, data: TrainingSet) -> None:
@@ -188,6 +190,25 @@ def test_the_interval_of_a_difference_is_narrower_than_that_of_two_values(data: 
     assert average_precision(data.is_fraud, p, p) == dataclasses.replace(paired, value=0.0, low=0.0, high=0.0)
 
 
+@pytest.mark.parametrize(("noise", "refused"), [(0.3, 0), (0.55, 10)])
+def test_an_equal_model_is_not_refused_for_luck_and_a_worse_one_is_refused(noise: float, refused: int) -> None:
+    rng = np.random.default_rng(6)
+    is_fraud = np.arange(6300) < 300
+    found = 0
+    for _ in range(10):
+        risk = np.where(is_fraud, 3.2, 0.0) + rng.normal(0, 1, 6300)
+        champion, candidate = risk + rng.normal(0, 0.3, 6300), risk + rng.normal(0, noise, 6300)
+        found += is_worse(average_precision(is_fraud, candidate, champion))
+    assert found == refused
+
+
+def test_too_few_frauds_to_rule_out_a_large_loss_prove_nothing() -> None:
+    assert is_worse(Interval(0.0, -0.11, 0.11))
+    assert not is_worse(Interval(-0.05, -0.09, 0.01))
+    assert is_worse(Interval(-0.03, -0.05, -0.01))
+    assert not is_worse(Interval(-0.019, -0.03, -0.01))
+
+
 def test_without_a_champion_three_times_chance_is_asked_for_or_half_way_to_perfect() -> None:
     assert ap_floor(0.01) == pytest.approx(0.03)
     assert ap_floor(0.4) == pytest.approx(0.7)
@@ -220,6 +241,26 @@ def test_a_slice_fails_for_a_loss_that_is_large_and_not_luck() -> None:
     # Of 200 frauds 15 are surely lost, but few enough; 30 are too many.
     assert [passed for _, _, passed in sliced(200, 15)] == [True]
     assert [passed for _, _, passed in sliced(200, 30)] == [False]
+
+
+def without_champion(probability_of_frauds: float) -> list[tuple[float, bool]]:
+    """Recall and verdict of a slice with 20 frauds among 400 payments, none of which is alerted, without a champion."""
+    rng = np.random.default_rng(2)
+    is_fraud = np.zeros(4000, bool)
+    is_fraud[:20] = is_fraud[-500:] = True
+    probability = rng.uniform(0.1, 0.2, 4000)
+    probability[:20] = rng.uniform(0.1, 0.2, 20) * probability_of_frauds
+    probability[-500:] = 0.9
+    rows = np.zeros(4000, bool)
+    rows[:400] = True
+    return [(round(f.recall, 1), f.passed) for f in judge_slices([("one", rows)], is_fraud, probability, None)]
+
+
+def test_without_a_champion_a_slice_may_be_hard_but_not_upside_down() -> None:
+    # Nothing tells its frauds from genuine payments: no other model would either.
+    assert without_champion(1.0) == [(0.0, True)]
+    # They score lower than genuine payments.
+    assert without_champion(0.8) == [(0.0, False)]
 
 
 def test_the_more_slices_are_looked_at_the_more_one_must_show() -> None:
