@@ -47,6 +47,8 @@ FLIP_ROWS_MAX = 100_000
 LATENCY_MS_MAX = {1: 2.0, 64: 8.0, 256: 20.0}
 LATENCY_REPEATS = 50
 LATENCY_WARM_UP = 5
+# Slices that the message of a refusal names; the table has them all.
+SLICES_NAMED_MAX = 3
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,7 +223,8 @@ def _check_slices(found: list[SliceFinding]) -> Check:
     if not found:
         return Check(name="slices", passed=True, found="none has enough frauds to be judged")
     refused = [f for f in found if not f.passed]
-    text = "; ".join(_told(f) for f in refused or found[:1])
+    named = (refused or found)[: SLICES_NAMED_MAX if refused else 1]
+    text = "; ".join(_told(f) for f in named) + (f"; and {len(refused) - len(named)} more" if len(refused) > len(named) else "")
     return Check(
         name="slices",
         passed=not refused,
