@@ -7,6 +7,7 @@ alias is only ever given to a version whose report says that every check passed.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,15 @@ import onnxruntime
 import xgboost
 
 from gateway.contracts.features import FEATURE_INDEX
-from gateway.contracts.model_meta import ADMISSION_FILE, INPUT_NAME, METADATA_FILE, MODEL_FILE, OUTPUT_NAME, ModelMetadata
+from gateway.contracts.model_meta import (
+    ADMISSION_FILE,
+    GOLDEN_FILE,
+    INPUT_NAME,
+    METADATA_FILE,
+    MODEL_FILE,
+    OUTPUT_NAME,
+    ModelMetadata,
+)
 from model_export.admission_quality import (
     AP_LOSS_LOW_MAX,
     AP_LOSS_MAX,
@@ -33,7 +42,7 @@ from model_export.admission_quality import (
 )
 from model_export.checks import Check, check_export, open_session
 from model_export.dataset import Floats, TrainingSet
-from model_export.export import Export
+from model_export.export import Export, golden_bytes
 from model_export.policy_bands import Bands, risk_scores
 from model_export.training import PART_FRAUDS_MIN, TrainedModel, probabilities
 
@@ -52,13 +61,17 @@ SLICES_NAMED_MAX = 3
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
-    """The report. `champion` is the version that the candidate was compared with, None when there was none that could be."""
+    """The report. `champion` is the version that the candidate was compared with, None when there was none that could be.
+
+    `files` has the sha256 of each file that was judged, so that a report can't be taken for another model's.
+    """
 
     verdict: Literal["passed", "refused"]
     checked_at_ms: int
     champion: str | None
     checks: list[Check]
     slices: list[SliceFinding]
+    files: dict[str, str]
 
     @property
     def passed(self) -> bool:
@@ -110,7 +123,18 @@ def admit(
         champion=None if champion is None else champion.version,
         checks=checks,
         slices=found,
+        files=judged_files(exported),
     )
+
+
+def judged_files(exported: Export) -> dict[str, str]:
+    """sha256 in hex of each file of an export."""
+    contents = {
+        MODEL_FILE: exported.onnx_bytes,
+        GOLDEN_FILE: golden_bytes(exported.golden_features, exported.golden_probability),
+        **exported.extras,
+    }
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def with_report(exported: Export, admission: Admission) -> Export:
