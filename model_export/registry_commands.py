@@ -19,6 +19,8 @@ from model_export.signing import read_public_key
 from model_export.url_store import UrlStore
 from model_export.versions import ModelVersion
 
+ROUTE_WIDTH_MIN = 11
+
 
 def pull(argv: list[str]) -> int:
     """`fraudgate pull`: the models of the aliases champion, challenger and shadow... into the gateway's model directory.
@@ -44,9 +46,10 @@ def pull(argv: list[str]) -> int:
         pulled = pull_models(settings.models_path, source, options.name, key)
     except (ModelExportError, OSError) as exc:
         return _fail("pull", exc)
+    width = max(ROUTE_WIDTH_MIN, *(len(route) + 1 for route in pulled.routes))
     for route, entry in sorted(pulled.routes.items()):
         note = "downloaded" if entry.version in pulled.fetched else "there already"
-        print(f"{route:<11}{entry.name} version {entry.version}  {note}  {settings.models_path / entry.directory}")
+        print(f"{route:<{width}}{entry.name} version {entry.version}  {note}  {settings.models_path / entry.directory}")
     print("the manifest has changed" if pulled.changed else "the manifest was right already")
     return 0
 
@@ -136,7 +139,9 @@ def demote(argv: list[str]) -> int:
 
 
 def versions_table(versions: list[ModelVersion]) -> str:
-    rows: list[tuple[str, ...]] = [("version", "aliases", "admission", "AP", "AUC", "training set", "rows", "created", "code")]
+    rows: list[tuple[str, ...]] = [
+        ("version", "aliases", "admission", "against", "AP", "AUC", "training set", "rows", "created", "code")
+    ]
     for v in versions:
         table_version = "-" if v.training_table_version is None else str(v.training_table_version)
         rows.append(
@@ -144,6 +149,7 @@ def versions_table(versions: list[ModelVersion]) -> str:
                 v.version,
                 ", ".join(v.aliases) or "-",
                 v.admission or "missing",
+                v.against or "-",
                 *(f"{v.metrics[m]:.4f}" if m in v.metrics else "-" for m in ("test_average_precision", "test_auc")),
                 table_version,
                 "-" if v.training_rows is None else str(v.training_rows),
