@@ -34,8 +34,9 @@ in `FEATURES`; an aggregate of a new kind is one function in `AGGREGATES` and on
   {heads}.
 - Distinct counts are estimated from 64 buckets (linear counting): exact up to a few, within about 10 % at 40, saturated at 266.
 - A *new* merchant or device is one that the card wasn't seen with in {pair} (15 bits of a hash: one in 32,768 is taken for known).
-- Label windows are whole days and end at the midnight {delay} days before t, for labels take days to come. A label counts from the moment
-  it was applied; a correction takes it back. The rate is frauds over all payments of the window.
+- Label windows end {delay} days before t, for labels take days to come; their older end is a midnight. Frauds count up to the full hour,
+  payments up to the end of that day (how many there were is known without labels), and the rate is the one over the other. A label counts
+  from the moment it was applied; a correction takes it back.
 - A payment that arrives late counts from then on, in whatever window its event time lies; receipts written before keep what they saw.
 
 | window | length | older end rounded down to | newer end |
@@ -71,6 +72,9 @@ MEANING = {
     "label_rate": "share of payments labelled fraud",
     "label_count": "payments old enough to be labelled",
     "frauds": "payments labelled fraud",
+    "since_first_fraud": "seconds since the first hour with a payment labelled fraud, in the longest label window",
+    "since_last_fraud": "seconds since the last such hour",
+    "rate_since_fraud": "share of payments labelled fraud since the day of the first",
     "new_a": "1 when this {dim_a} is new to the entity",
     "new_c": "1 when this {dim_c} is new to the entity",
     "changed_b": "1 when the last payment had another {dim_b}",
@@ -93,7 +97,7 @@ def _length(ms: int) -> str:
 def _window(w: Window) -> str:
     name = f"{w.name} of labels" if w.delay_ms else w.name
     tail = _length(w.tail_ms) if w.tail_ms else "exact"
-    end = f"midnight {w.delay_ms // DAY_MS} days before" if w.delay_ms else "the payment"
+    end = f"{w.delay_ms // DAY_MS} days before" if w.delay_ms else "the payment"
     return f"| {name} | {_length(w.length_ms)} | {tail} | {end} |"
 
 

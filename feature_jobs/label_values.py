@@ -1,4 +1,4 @@
-"""Frauds by day of payment to Redis: an entity's value is made anew from all its rows of `label_changes`, so the table is the only truth.
+"""Frauds by hour of payment to Redis: an entity's value is made anew from all its rows of `label_changes`, so the table is the only truth.
 
 Spark adds up the rows by entity and day; then a value an entity is packed and written in one atomic step, fenced by (epoch, batch id): a
 replay of the batch changes nothing. A batch's few entities are written by the driver, a rebuild's many by Python workers.
@@ -22,7 +22,7 @@ from feature_jobs.redis_client import PIPELINE_COMMANDS_MAX, Client, connect, pi
 from feature_jobs.tiles import patient
 from gateway.contracts import layout
 from gateway.contracts.features import ENTITY_INDEX
-from gateway.contracts.windows import DAY_MS, LABELLED_RETENTION_MS
+from gateway.contracts.windows import HOUR_MS, LABELLED_RETENTION_MS
 
 LABELS_SHA = hashlib.sha1(layout.LABELS_LUA.encode(), usedforsecurity=False).hexdigest()
 OUTPUT_DDL = "written bigint, unchanged bigint"
@@ -41,12 +41,12 @@ class ValueJob:
 
 
 @dataclass(frozen=True)
-class Days:
+class Hours:
     """Sums of some entities' label changes by day, sorted by (owner, day); `owner` indexes `tags` ("merchant:x"), (rows,) each."""
 
     tags: list[str]
     owner: Int64s
-    day: Int64s
+    hour: Int64s
     frauds: Int64s
     changes: Int64s
 
@@ -56,45 +56,45 @@ def write_values(changes: DataFrame, job: ValueJob, partitions: int) -> int:
 
     In Python workers, one call a partition; `partitions` bounds a worker's memory.
     """
-    # One shuffle serves both: the sums by (tag, day), and all days of an entity in one partition.
-    days = _sums(explode_entities(changes).repartition(partitions, "tag"))
-    return sum(r["written"] for r in days.mapInArrow(write_partition(job), OUTPUT_DDL).collect())
+    # One shuffle serves both: the sums by (tag, hour), and all hours of an entity in one partition.
+    hours = _sums(explode_entities(changes).repartition(partitions, "tag"))
+    return sum(r["written"] for r in hours.mapInArrow(write_partition(job), OUTPUT_DDL).collect())
 
 
 def write_some_values(changes: DataFrame, job: ValueJob, tags: DataFrame) -> int:
     """Like `write_values`, of the entities in `tags` (one column, tag) only: those of one batch, few enough for the driver itself."""
-    days = _sums(explode_entities(changes).join(F.broadcast(tags), "tag", "left_semi"))
-    return write_days(days.toArrow().to_batches(), job)[0]
+    hours = _sums(explode_entities(changes).join(F.broadcast(tags), "tag", "left_semi"))
+    return write_hours(hours.toArrow().to_batches(), job)[0]
 
 
 def explode_entities(changes: DataFrame) -> DataFrame:
-    """One row for each labelled entity of a row with a change: tag, day, change."""
+    """One row for each labelled entity of a row with a change: tag, hour, change."""
     entities = F.array(*(F.concat(F.lit(f"{e.name}:"), F.col(e.field)) for e in LABELLED_ENTITIES))
     return changes.where("change <> 0").select(
-        F.explode(F.array_compact(entities)).alias("tag"), F.expr(f"event_time_ms div {DAY_MS}").alias("day"), "change"
+        F.explode(F.array_compact(entities)).alias("tag"), F.expr(f"event_time_ms div {HOUR_MS}").alias("hour"), "change"
     )
 
 
 def _sums(rows: DataFrame) -> DataFrame:
-    return rows.groupBy("tag", "day").agg(F.sum("change").alias("frauds"), F.count("*").alias("changes"))
+    return rows.groupBy("tag", "hour").agg(F.sum("change").alias("frauds"), F.count("*").alias("changes"))
 
 
 def write_partition(job: ValueJob) -> Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]]:
-    """The worker's side: all days of an entity are in one partition."""
+    """The worker's side: all hours of an entity are in one partition."""
 
     def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        written, unchanged = write_days(list(batches), job)
+        written, unchanged = write_hours(list(batches), job)
         yield pa.RecordBatch.from_pydict({"written": pa.array([written]), "unchanged": pa.array([unchanged])})
 
     return write
 
 
-def write_days(batches: list[pa.RecordBatch], job: ValueJob) -> tuple[int, int]:
+def write_hours(batches: list[pa.RecordBatch], job: ValueJob) -> tuple[int, int]:
     """(entities written, entities that had this batch or a later one already). Raises `RedisUnavailableError`."""
-    days = read_days(batches)
+    hours = read_hours(batches)
     calls = [
         ("EVALSHA", LABELS_SHA, 1, layout.labels_key(*tag.split(":", 1)), value, layout.TILES_TTL_MS)
-        for tag, value in zip(days.tags, values_of(days, job.epoch, job.batch_id), strict=True)
+        for tag, value in zip(hours.tags, values_of(hours, job.epoch, job.batch_id), strict=True)
     ]
     written = 0
     if calls:
@@ -104,34 +104,34 @@ def write_days(batches: list[pa.RecordBatch], job: ValueJob) -> tuple[int, int]:
     return written, len(calls) - written
 
 
-def read_days(batches: list[pa.RecordBatch]) -> Days:
+def read_hours(batches: list[pa.RecordBatch]) -> Hours:
     batches = [b for b in batches if b.num_rows]
     if not batches:
         none = np.zeros(0, np.int64)
-        return Days([], none, none, none, none)
+        return Hours([], none, none, none, none)
     table = pa.Table.from_batches(batches).combine_chunks()
     tags = table["tag"].combine_chunks().dictionary_encode()
     owner = tags.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    day, frauds, changes = (table[name].to_numpy().astype(np.int64) for name in ("day", "frauds", "changes"))
-    order = np.lexsort((day, owner))
-    return Days(tags.dictionary.to_pylist(), owner[order], day[order], frauds[order], changes[order])
+    hour, frauds, changes = (table[name].to_numpy().astype(np.int64) for name in ("hour", "frauds", "changes"))
+    order = np.lexsort((hour, owner))
+    return Hours(tags.dictionary.to_pylist(), owner[order], hour[order], frauds[order], changes[order])
 
 
-def values_of(days: Days, epoch: int, batch_id: int) -> list[bytes]:
-    """The packed value of each of `days.tags`.
+def values_of(hours: Hours, epoch: int, batch_id: int) -> list[bytes]:
+    """The packed value of each of `hours.tags`.
 
-    Left out are days without frauds and days that are older than LABELLED_RETENTION_MS behind the entity's newest day. That one stays in
-    any case: so the value follows from the rows alone, not from the order in which days were dropped.
+    Left out are hours without frauds and hours that are older than LABELLED_RETENTION_MS behind the entity's newest hour. That one stays in
+    any case: so the value follows from the rows alone, not from the order in which hours were dropped.
     """
-    edges = np.searchsorted(days.owner, np.arange(len(days.tags) + 1))
-    newest = np.repeat(days.day[edges[1:] - 1], np.diff(edges))
-    kept = ((newest - days.day) * DAY_MS <= LABELLED_RETENTION_MS) & ((days.frauds != 0) | (days.day == newest))
-    changes = np.add.reduceat(days.changes, edges[:-1]).tolist()
-    records = np.zeros(len(days.day), layout.FRAUD_DAY)
-    records["day"] = days.day
-    records["frauds"] = np.clip(days.frauds, 0, layout.COUNT_MAX)
+    edges = np.searchsorted(hours.owner, np.arange(len(hours.tags) + 1))
+    newest = np.repeat(hours.hour[edges[1:] - 1], np.diff(edges))
+    kept = ((newest - hours.hour) * HOUR_MS <= LABELLED_RETENTION_MS) & ((hours.frauds != 0) | (hours.hour == newest))
+    changes = np.add.reduceat(hours.changes, edges[:-1]).tolist()
+    records = np.zeros(len(hours.hour), layout.FRAUD_HOUR)
+    records["hour"] = hours.hour
+    records["frauds"] = np.clip(hours.frauds, 0, layout.COUNT_MAX)
     values = []
-    for i, tag in enumerate(days.tags):
+    for i, tag in enumerate(hours.tags):
         entity, entity_id = tag.split(":", 1)
         mine = slice(edges[i], edges[i + 1])
         check = layout.key_check(entity, entity_id)

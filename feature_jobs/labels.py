@@ -1,4 +1,4 @@
-"""Stream 4: labels become frauds by day of payment, for each customer and merchant, in Redis.
+"""Stream 4: labels become frauds by hour of payment, for each customer and merchant, in Redis.
 
 Inside a batch: the table `label_changes` first, then Redis, then the progress record. The table is the only truth: values in Redis are
 made from its rows, so a kill between any two steps is repaired by the replay, and a Redis that lost data is filled anew. A label whose

@@ -27,6 +27,8 @@ from gateway.contracts.features import (
     RequestColumns,
 )
 from gateway.contracts.windows import (
+    DAY_MS,
+    HOUR_MS,
     LABEL_WINDOWS,
     LAST_MS_MAX,
     NEVER,
@@ -38,13 +40,15 @@ from gateway.contracts.windows import (
     Aggregates,
     Window,
     boundary,
-    end,
+    fraud_end,
+    payments_end,
     tail,
 )
 
 Int64s = npt.NDArray[np.int64]
 
 CHUNK_ROWS = 200_000
+_OF_FIRST_FRAUD = frozenset({"since_first_fraud", "since_last_fraud", "rate_since_fraud"})
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,9 @@ class _Chunk:
             new_c=self._new(dims[2]) if self.entity.pairs else np.ones(n, bool),
             label_count=np.zeros((len(self.definition.label_windows), n), np.int64),
             label_frauds=np.zeros((len(self.definition.label_windows), n), np.int64),
+            first_fraud_ms=np.full(n, NEVER, np.int64),
+            last_fraud_ms=np.full(n, NEVER, np.int64),
+            payments_since_fraud=np.zeros(n, np.int64),
         )
         for i, window in enumerate(windows):
             for a, b in self._ranges(window):
@@ -246,12 +253,13 @@ class _Chunk:
         return ~seen
 
     def _labels(self, result: Aggregates) -> None:
-        """Fill in the label windows. A change counts for the rows of one range of places: from when it is known and its day has
-        come into the window, until that day has left it."""
+        """Fill in the label windows. A change counts for the rows of one range of places: from when it is known and its payment has
+        come into the window, until that has left it."""
         changes = self._own_changes()
+        counted: tuple[Int64s, Int64s, Int64s, Int64s] | None = None
         for i, window in enumerate(self.definition.label_windows):
-            first, stop = self.place_of(tail(self.t_ms, window)), self.place_of(end(self.t_ms, window))
-            result.label_count[i] = stop - first
+            first, stop = self.place_of(tail(self.t_ms, window)), self.place_of(fraud_end(self.t_ms, window))
+            result.label_count[i] = self.place_of(payments_end(self.t_ms, window)) - first
             if changes is None:
                 continue
             payment, change, known = changes
@@ -261,10 +269,40 @@ class _Chunk:
             to_first = np.searchsorted(self.rank * (n + 1) + first, rank * (n + 1) + payment, side="right")
             difference = np.zeros(n + 1, np.int64)
             begin = np.maximum(from_stop, known)
-            counted = begin < to_first
-            np.add.at(difference, begin[counted], change[counted])
-            np.add.at(difference, to_first[counted], -change[counted])
+            counts = begin < to_first
+            counted = payment[counts], change[counts], begin[counts], to_first[counts]
+            np.add.at(difference, counted[2], counted[1])
+            np.add.at(difference, counted[3], -counted[1])
             result.label_frauds[i] = np.cumsum(difference[:-1])
+        if counted is not None and any(f.aggregate in _OF_FIRST_FRAUD for f in self.definition.features):
+            self._first_and_last_fraud(result, *counted)
+
+    def _first_and_last_fraud(self, result: Aggregates, payment: Int64s, change: Int64s, begin: Int64s, end: Int64s) -> None:
+        """Of the last of the label windows, from the changes that count in it: each for the rows [begin, end)."""
+        hour = self.t_ms[payment] // HOUR_MS * HOUR_MS
+        # The changes of a payment in the order in which they became known, payments in order of time within an id.
+        order = np.lexsort((begin, payment))
+        spans: list[tuple[int, int, int]] = []
+        open_since: dict[int, int] = {}
+        for i in order.tolist():
+            p = int(payment[i])
+            if change[i] > 0:
+                open_since[p] = int(begin[i])
+                spans.append((int(hour[i]), int(begin[i]), int(end[i])))
+            elif p in open_since:
+                at_ms, since, _ = spans.pop()
+                del open_since[p]
+                if since < begin[i]:
+                    spans.append((at_ms, since, int(begin[i])))
+        for at_ms, since, until in spans:
+            result.last_fraud_ms[since:until] = at_ms
+        for at_ms, since, until in reversed(spans):
+            result.first_fraud_ms[since:until] = at_ms
+        known = result.first_fraud_ms != NEVER
+        first_day = np.where(known, result.first_fraud_ms // DAY_MS * DAY_MS, self.t_ms)
+        longest = self.definition.label_windows[-1]
+        since_first = self.place_of(payments_end(self.t_ms, longest)) - self.place_of(first_day)
+        result.payments_since_fraud[:] = np.where(known, since_first, 0)
 
     def _own_changes(self) -> tuple[Int64s, Int64s, Int64s] | None:
         """Of each change to a payment of this chunk: the payment's place, the change, and the first place of its id that knows it."""

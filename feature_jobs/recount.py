@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from feature_jobs.offline import History, take
 from gateway.contracts.features import ENTITIES, feature_matrix
-from gateway.contracts.layout import FRAUD_DAY, HEAD_EVENT
-from gateway.contracts.windows import DAY_MS, LABELLED_RETENTION_MS, Asked, Int64s, aggregate, boundary, nothing_held
+from gateway.contracts.layout import FRAUD_HOUR, HEAD_EVENT
+from gateway.contracts.windows import DAY_MS, HOUR_MS, LABELLED_RETENTION_MS, Asked, Int64s, aggregate, boundary, nothing_held
 
 RECORDS_MAX = 2_000_000
 # What no gateway observed stands so far before everything observed that no head counts it.
@@ -73,7 +73,7 @@ class Recount:
             head[name] = getattr(columns, name)[past]
         held = nothing_held(len(rows))
         held.head, held.heads = head, np.bincount(owner, minlength=len(rows))
-        held.frauds, held.fraud_days = self._frauds(rows, code)
+        held.frauds, held.fraud_hours = self._frauds(rows, code)
         asked = Asked(
             t_ms=t_ms,
             seq=self._rank[rows] + UNOBSERVED_PLACES,
@@ -90,18 +90,17 @@ class Recount:
         return feature_matrix(request, type(found)(*(getattr(found, f)[..., spread] for f in vars(found))), known)
 
     def _frauds(self, rows: Int64s, code: Int64s) -> tuple[npt.NDArray[np.void], Int64s]:
-        """The days of frauds that each row knew of."""
+        """The hours of frauds that each row knew of."""
         changes = self._changes
         if changes is None or not len(changes.row):
-            return np.zeros(0, FRAUD_DAY), np.zeros(len(rows), np.int64)
+            return np.zeros(0, FRAUD_HOUR), np.zeros(len(rows), np.int64)
         records, lengths = [], np.zeros(len(rows), np.int64)
         for i, (row, own) in enumerate(zip(rows.tolist(), code.tolist(), strict=True)):
             mine = np.flatnonzero((self._change_code == own) & (changes.known < self._applied[row]))
-            day = self._history.request.t_ms[changes.row[mine]] // DAY_MS
-            days, at = np.unique(day, return_inverse=True)
-            frauds = np.bincount(at, changes.change[mine], len(days)).astype(np.int64)
-            record = np.zeros(len(days), FRAUD_DAY)
-            record["day"], record["frauds"] = days, frauds
+            hours, at = np.unique(self._history.request.t_ms[changes.row[mine]] // HOUR_MS, return_inverse=True)
+            frauds = np.bincount(at, changes.change[mine], len(hours)).astype(np.int64)
+            record = np.zeros(len(hours), FRAUD_HOUR)
+            record["hour"], record["frauds"] = hours, frauds
             records.append(record)
-            lengths[i] = len(days)
+            lengths[i] = len(hours)
         return np.concatenate(records), lengths

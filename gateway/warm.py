@@ -10,6 +10,7 @@ import numpy as np
 from gateway.bodies import read_bodies
 from gateway.contracts.transaction import Transaction, encode_json
 from gateway.job import http_job
+from gateway.kernels.compiled import forget_old
 from gateway.receipts import Decided, encode_receipts
 from gateway.redis_link import RedisLink
 from gateway.store import Store
@@ -63,3 +64,4 @@ def warm() -> None:
 
 if __name__ == "__main__":
     warm()
+    forget_old()

@@ -144,11 +144,11 @@ class Entities:
             check = layout.key_check(*name)
             held = self.client.get(layout.labels_key(*name))
             assert held is None or isinstance(held, bytes)
-            days = {} if held is None else {int(r["day"]): int(r["frauds"]) for r in layout.fraud_days(held, i, check)}
-            day = t.event_time_ms // windows.DAY_MS
-            days[day] = days.get(day, 0) + change
+            hours = {} if held is None else {int(r["hour"]): int(r["frauds"]) for r in layout.fraud_hours(held, i, check)}
+            hour = t.event_time_ms // windows.HOUR_MS
+            hours[hour] = hours.get(hour, 0) + change
             changes = 1 if held is None else layout.LABELS_HEADER.unpack_from(held)[6] + 1
-            records = np.array(sorted(days.items()), layout.FRAUD_DAY)
+            records = np.array(sorted(hours.items()), layout.FRAUD_HOUR)
             self.client.set(layout.labels_key(*name), layout.pack_frauds(i, check, changes, EPOCH, changes, records))
 
 

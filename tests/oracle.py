@@ -29,7 +29,7 @@ WINDOWS_MS = {
 
 LABEL_DELAY_MS = 7 * DAY_MS
 LAST_MS_MAX = 31 * DAY_MS
-LABEL_WINDOWS_MS = {"1d": DAY_MS, "7d": 7 * DAY_MS, "30d": 30 * DAY_MS}
+LABEL_WINDOWS_MS = {f"{days}d": days * DAY_MS for days in (1, 3, 7, 14, 30)}
 
 
 def float32(x: float) -> float:
@@ -67,11 +67,25 @@ class Past:
         return tiled + [e for e in newest if max(boundary_ms, first_ms) <= e.event_time_ms <= t_ms]
 
     def label_window(self, t_ms: int, window: str) -> tuple[int, int]:
-        """(payments, frauds) of whole days, up to the midnight LABEL_DELAY_MS ago."""
-        until_ms = floor_to(t_ms - LABEL_DELAY_MS, DAY_MS)
-        first_ms = until_ms - LABEL_WINDOWS_MS[window]
-        payments = sum(first_ms <= e.event_time_ms < until_ms for e in self.events)
-        return payments, sum(c.change for c in self.labels if first_ms <= c.event_time_ms < until_ms)
+        """(payments, frauds) since a midnight: payments of whole days, the one LABEL_DELAY_MS ago included, frauds of whole hours."""
+        first_ms = floor_to(t_ms - LABEL_DELAY_MS, DAY_MS) - LABEL_WINDOWS_MS[window]
+        until_ms = floor_to(t_ms - LABEL_DELAY_MS, HOUR_MS)
+        return self.payments_since(t_ms, first_ms), sum(c.change for c in self.labels if first_ms <= c.event_time_ms < until_ms)
+
+    def payments_since(self, t_ms: int, first_ms: int) -> int:
+        end_ms = floor_to(t_ms - LABEL_DELAY_MS, DAY_MS) + DAY_MS
+        return sum(first_ms <= e.event_time_ms < end_ms for e in self.events)
+
+    def fraud_hours(self, t_ms: int) -> list[int]:
+        """The hours with a fraud in the longest label window."""
+        first_ms = floor_to(t_ms - LABEL_DELAY_MS, DAY_MS) - max(LABEL_WINDOWS_MS.values())
+        until_ms = floor_to(t_ms - LABEL_DELAY_MS, HOUR_MS)
+        by_hour: dict[int, int] = {}
+        for c in self.labels:
+            if first_ms <= c.event_time_ms < until_ms:
+                hour = floor_to(c.event_time_ms, HOUR_MS)
+                by_hour[hour] = by_hour.get(hour, 0) + c.change
+        return sorted(hour for hour, frauds in by_hour.items() if frauds > 0)
 
     def last(self, entity: Entity, t_ms: int) -> Transaction | None:
         before = [e for e in self.events[-entity.head_events_max :] if e.event_time_ms <= t_ms]
@@ -144,6 +158,14 @@ def pair_hash(value: str | None) -> int:
 
 
 def _lasting_value(aggregate: str, entity: Entity, t: Transaction, past: Past) -> float:
+    if aggregate in {"since_first_fraud", "since_last_fraud", "rate_since_fraud"}:
+        hours = past.fraud_hours(t.event_time_ms)
+        if not hours:
+            return math.nan
+        if aggregate == "rate_since_fraud":
+            _, frauds = past.label_window(t.event_time_ms, max(LABEL_WINDOWS_MS, key=lambda w: LABEL_WINDOWS_MS[w]))
+            return _over(float(frauds), float(past.payments_since(t.event_time_ms, floor_to(hours[0], DAY_MS))))
+        return (t.event_time_ms - hours[0 if aggregate == "since_first_fraud" else -1]) / 1000.0
     if aggregate in {"new_a", "new_c"}:
         dim = entity.dim_a if aggregate == "new_a" else entity.dim_c
         before = past.covered(entity, t.event_time_ms, "30d")

@@ -175,6 +175,20 @@ def _frauds(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
     return out
 
 
+def _since_first_fraud(a: Aggregates, _w: int | slice, r: RequestColumns) -> Floats:
+    """Seconds since the first hour with a known fraud in the longest label window."""
+    return np.where(a.first_fraud_ms == NEVER, np.nan, (r.t_ms - a.first_fraud_ms) / 1000.0)
+
+
+def _since_last_fraud(a: Aggregates, _w: int | slice, r: RequestColumns) -> Floats:
+    return np.where(a.last_fraud_ms == NEVER, np.nan, (r.t_ms - a.last_fraud_ms) / 1000.0)
+
+
+def _rate_since_fraud(a: Aggregates, _w: int | slice, _: RequestColumns) -> Floats:
+    """Share of frauds since the day of the first, in the longest label window: of a terminal that was taken over, near 1."""
+    return _divide(a.label_frauds[-1].astype(np.float64), a.payments_since_fraud.astype(np.float64))
+
+
 def _new_a(a: Aggregates, _w: int | slice, _: RequestColumns) -> Floats:
     """1 when the entity was not seen with this value of dim_a in PAIR_WINDOW."""
     return a.new_a.astype(np.float64)
@@ -239,13 +253,16 @@ AGGREGATES: dict[str, Callable[[Aggregates, int | slice, RequestColumns], Floats
     "label_rate": _label_rate,
     "label_count": _label_count,
     "frauds": _frauds,
+    "since_first_fraud": _since_first_fraud,
+    "since_last_fraud": _since_last_fraud,
+    "rate_since_fraud": _rate_since_fraud,
     "new_a": _new_a,
     "new_c": _new_c,
     "changed_b": _changed_b,
     "since_last": _since_last,
     "speed": _speed,
 }
-LABEL_AGGREGATES = frozenset({"label_rate", "label_count", "frauds"})
+LABEL_AGGREGATES = frozenset({"label_rate", "label_count", "frauds", "since_first_fraud", "since_last_fraud", "rate_since_fraud"})
 SKETCH_AGGREGATES = frozenset({"distinct_a", "distinct_b", "distinct_c"})
 PAIR_AGGREGATES = frozenset({"new_a", "new_c"})
 REQUEST_FEATURES: dict[str, Callable[[RequestColumns], Floats]] = {
@@ -293,6 +310,9 @@ def _of(entity: str, aggregate: str, *windows: str) -> list[Feature]:
         "zscore": "amount_zscore",
         "label_rate": "fraud_rate",
         "frauds": "frauds",
+        "since_first_fraud": "since_first_fraud",
+        "since_last_fraud": "since_last_fraud",
+        "rate_since_fraud": "fraud_rate_since_first",
         "new_a": f"new_{e.dim_a.removesuffix('_id')}",
         "new_c": f"new_{e.dim_c.removesuffix('_id')}",
         "changed_b": f"{e.dim_b}_changed",
@@ -335,8 +355,11 @@ FEATURES: tuple[Feature, ...] = (
     *_of("merchant", "zscore", "30d"),
     *_of("merchant", "distinct_a", "5m", "1h", "24h"),
     *_of("merchant", "distinct_b", "1h"),
-    *_of("merchant", "label_rate", "1d", "7d", "30d"),
-    *_of("merchant", "frauds", "30d"),
+    *_of("merchant", "label_rate", "1d", "3d", "7d", "14d", "30d"),
+    *_of("merchant", "frauds", "1d", "3d", "7d", "14d", "30d"),
+    *_of("merchant", "since_first_fraud"),
+    *_of("merchant", "since_last_fraud"),
+    *_of("merchant", "rate_since_fraud"),
     *_of("device", "count", "5m", "1h", "24h", "7d"),
     *_of("device", "distinct_a", "1h", "24h"),
     *_of("device", "distinct_b", "24h"),
@@ -366,7 +389,7 @@ def _fingerprint() -> str:
         "settle_ms": SETTLE_MS,
         "tiles_ms": TILE_RESOLUTIONS_MS,
         "sketch": [float(v) for v in SKETCH_ESTIMATE],
-        "semantics": 2,
+        "semantics": 3,
     }
     return hashlib.sha256(msgspec.json.encode(definition)).hexdigest()[:16]
 

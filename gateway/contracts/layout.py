@@ -4,16 +4,16 @@ An entity has up to four values in one hash slot. Its head is a list of recent e
 step that reads it. Its tiles are written by the Spark job alone, in one atomic step that also marks the events they now contain as
 tiled in the head: so each event is counted from exactly one of the two, however far Spark has got.
 
-    fg3:{card:abc}:h   HEAD_HEADER (24 bytes), 4 bytes more while there is an early list (how many hashes it has), then HEAD_EVENT
+    fg4:{card:abc}:h   HEAD_HEADER (24 bytes), 4 bytes more while there is an early list (how many hashes it has), then HEAD_EVENT
                        records (44 bytes each) in order of observation, at least one
-    fg3:{card:abc}:t   TILES_HEADER (48 bytes), then FINE_TILE records (5 minutes, then hours), DAY_TILE records, and what the card
+    fg4:{card:abc}:t   TILES_HEADER (48 bytes), then FINE_TILE records (5 minutes, then hours), DAY_TILE records, and what the card
                        was seen with (4 bytes each)
-    fg3:{card:abc}:e   hashes (8 bytes each) of transactions that the Spark job tiled before the gateway had observed them: early
-    fg3:{merchant:m}:l LABELS_HEADER (24 bytes), then FRAUD_DAY records (4 bytes each): frauds by day of payment, where labels count
-    fg3:i:{<transaction_id>}   idempotency record: fingerprint (16), position (16), answer (empty until decided)
-    fg3:progress       how far the Spark job has got with tiles: PROGRESS, msgpack
-    fg3:progress:{n}   on a cluster, copies of it in many slots, which tell the Spark job that no master has lost what it held
-    fg3:labels         how far it has got with labels: LABELS_PROGRESS, msgpack
+    fg4:{card:abc}:e   hashes (8 bytes each) of transactions that the Spark job tiled before the gateway had observed them: early
+    fg4:{merchant:m}:l LABELS_HEADER (24 bytes), then FRAUD_HOUR records (6 bytes each): frauds by hour of payment, where labels count
+    fg4:i:{<transaction_id>}   idempotency record: fingerprint (16), position (16), answer (empty until decided)
+    fg4:progress       how far the Spark job has got with tiles: PROGRESS, msgpack
+    fg4:progress:{n}   on a cluster, copies of it in many slots, which tell the Spark job that no master has lost what it held
+    fg4:labels         how far it has got with labels: LABELS_PROGRESS, msgpack
 
 All numbers are little-endian. The order of observation is absolute: a head is born with a `base` in microseconds of wall-clock time,
 rounded down to BASE_STEP, and each event gets the next number after it. So a head that was lost and born anew continues behind the old
@@ -34,7 +34,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 PREFIX = f"fg{LAYOUT_VERSION}"
 PROGRESS_KEY = f"{PREFIX}:progress"
 # So many that a master with a few hundred of the 16,384 slots or more has one of them.
@@ -125,7 +125,7 @@ TILE = np.dtype(
 # As it lies in Redis: the resolution is told by the place, and a day has no bitmaps, which no window of days needs.
 FINE_TILE = np.dtype([(name, TILE.fields[name][0]) for name in TILE.names if name != "resolution_min"])  # type: ignore[index,union-attr]
 DAY_TILE = np.dtype([("day", "<u2"), ("count", "<u4"), ("largest", "<u4"), ("total", "<i8"), ("squares", "<i8")])
-FRAUD_DAY = np.dtype([("day", "<u2"), ("frauds", "<u2")])
+FRAUD_HOUR = np.dtype([("hour", "<u4"), ("frauds", "<u2")])  # hours since the epoch
 HEAD_EVENT_BYTES, FINE_TILE_BYTES, DAY_TILE_BYTES, SEEN_BYTES = 44, 52, 26, 4
 assert HEAD_EVENT.itemsize == HEAD_EVENT_PACK.size == HEAD_EVENT_BYTES
 assert (FINE_TILE.itemsize, DAY_TILE.itemsize) == (FINE_TILE_BYTES, DAY_TILE_BYTES)
@@ -250,17 +250,17 @@ def head_events(value: bytes, entity_index: int, check: int) -> npt.NDArray[np.v
     return events
 
 
-def fraud_days(value: bytes, entity_index: int, check: int) -> npt.NDArray[np.void]:
-    """The frauds of an entity by day of payment. Raises `UnknownLayoutError`."""
+def fraud_hours(value: bytes, entity_index: int, check: int) -> npt.NDArray[np.void]:
+    """The frauds of an entity by hour of payment. Raises `UnknownLayoutError`."""
     _check(value, LABELS_HEADER, entity_index, check)
-    if (len(value) - LABELS_HEADER.size) % FRAUD_DAY.itemsize:
+    if (len(value) - LABELS_HEADER.size) % FRAUD_HOUR.itemsize:
         raise UnknownLayoutError("packed value of a wrong length")
-    return np.frombuffer(value, FRAUD_DAY, offset=LABELS_HEADER.size)
+    return np.frombuffer(value, FRAUD_HOUR, offset=LABELS_HEADER.size)
 
 
-def pack_frauds(entity_index: int, check: int, batch_id: int, epoch: int, changes: int, days: npt.NDArray[np.void]) -> bytes:
-    """`days` is FRAUD_DAY (n,), ascending; `changes` counts all label changes of the entity so far."""
-    return LABELS_HEADER.pack(LAYOUT_VERSION, entity_index, 0, check, batch_id, epoch, changes) + days.tobytes()
+def pack_frauds(entity_index: int, check: int, batch_id: int, epoch: int, changes: int, hours: npt.NDArray[np.void]) -> bytes:
+    """`hours` is FRAUD_HOUR (n,), ascending; `changes` counts all label changes of the entity so far."""
+    return LABELS_HEADER.pack(LAYOUT_VERSION, entity_index, 0, check, batch_id, epoch, changes) + hours.tobytes()
 
 
 def tiles_bytes(fives: int, hours: int, days: int, seen: int) -> int:

@@ -12,8 +12,9 @@ Where each event of the past is read from depends on t alone:
 
 so the value is the same however far the Spark job has got, as long as the head could hold what Spark had not yet tiled.
 
-Label windows end at the midnight LABEL_DELAY_MS before t and are whole days: labels take days to come, and a newer payment without
-one is not known to be genuine.
+Label windows end LABEL_DELAY_MS before t: labels take days to come, and a newer payment without one is not known to be genuine. Their
+older end is a midnight. Frauds count up to the hour in which the delay ends, payments up to the end of that day: how many there were is
+known at once, and days are what is held of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.layout import DAY_MIN, DAY_TILE, FINE_TILE, FRAUD_DAY, HEAD_EVENT, HEAD_TTL_MS, HOUR_MIN
+from gateway.contracts.layout import DAY_MIN, DAY_TILE, FINE_TILE, FRAUD_HOUR, HEAD_EVENT, HEAD_TTL_MS, HOUR_MIN
 
 Int64s = npt.NDArray[np.int64]
 
@@ -43,7 +44,7 @@ assert all(b % a == 0 for a, b in zip(TILE_RESOLUTIONS_MS, TILE_RESOLUTIONS_MS[1
 
 @dataclass(frozen=True)
 class Window:
-    """Covers [t - delay - length, t - delay), both ends rounded down to `tail_ms` where there is a delay, the older one only without.
+    """Covers [t - delay - length, t - delay), the older end rounded down to `tail_ms`; for the newer one see `fraud_end`, `payments_end`.
 
     `tail_ms` 0 keeps the window exact; online that is read from the head alone.
     """
@@ -76,13 +77,19 @@ assert LAST_MS_MAX < HEAD_TTL_MS
 LABEL_DELAY_MS = 7 * DAY_MS
 LABEL_WINDOWS: tuple[Window, ...] = (
     Window("1d", DAY_MS, DAY_MS, LABEL_DELAY_MS),
+    Window("3d", 3 * DAY_MS, DAY_MS, LABEL_DELAY_MS),
     Window("7d", 7 * DAY_MS, DAY_MS, LABEL_DELAY_MS),
+    Window("14d", 14 * DAY_MS, DAY_MS, LABEL_DELAY_MS),
     Window("30d", 30 * DAY_MS, DAY_MS, LABEL_DELAY_MS),
 )
 LABEL_WINDOW_INDEX: dict[str, int] = {w.name: i for i, w in enumerate(LABEL_WINDOWS)}
 assert all(w.tail_ms == DAY_MS and w.delay_ms == LABEL_DELAY_MS and w.length_ms % DAY_MS == 0 for w in LABEL_WINDOWS)
+assert all(a.length_ms < b.length_ms for a, b in zip(LABEL_WINDOWS, LABEL_WINDOWS[1:], strict=False)), (
+    "the last one holds all others"
+)
 assert LABEL_DELAY_MS % DAY_MS == 0
-assert LABEL_DELAY_MS >= SETTLE_MS + BOUNDARY_MS
+# The day in which the delay ends is over and in its tile.
+assert LABEL_DELAY_MS >= DAY_MS + SETTLE_MS + BOUNDARY_MS
 
 # How long behind an entity's newest event its data is kept, so that events out of order by up to SLACK_MS still find it.
 SLACK_MS = HOUR_MS
@@ -131,10 +138,16 @@ def tail(t_ms: Int64s, window: Window) -> Int64s:
     return start if window.tail_ms == 0 else start - start % window.tail_ms
 
 
-def end(t_ms: Int64s, window: Window) -> Int64s:
-    """The instant before which `window` ends at `t_ms`, for a window with a delay."""
+def fraud_end(t_ms: Int64s, window: Window) -> Int64s:
+    """The instant before which frauds count in a label window at `t_ms`: the hour in which the delay ends; exact without a tail."""
     stop = t_ms - window.delay_ms
-    return stop if window.tail_ms == 0 else stop - stop % window.tail_ms
+    return stop if window.tail_ms == 0 else stop - stop % HOUR_MS
+
+
+def payments_end(t_ms: Int64s, window: Window) -> Int64s:
+    """The instant before which payments count in a label window at `t_ms`: the end of the tile in which the delay ends."""
+    stop = t_ms - window.delay_ms
+    return stop if window.tail_ms == 0 else stop - stop % window.tail_ms + window.tail_ms
 
 
 @dataclass
@@ -143,7 +156,9 @@ class Aggregates:
 
     Arrays are (len(WINDOWS), owners), `label_*` (len(LABEL_WINDOWS), owners), `last_*` and `new_*` (owners,). `largest` is -1 and
     `last_event_time_ms` is `NEVER` where there is nothing. `distinct_*` are bitmaps of SKETCH_BITS buckets. `new_*` is True where
-    the transaction's own value of a dimension was not seen in PAIR_WINDOW; it holds for entities that remember pairs.
+    the transaction's own value of a dimension was not seen in PAIR_WINDOW; it holds for entities that remember pairs. `first_fraud_ms` and
+    `last_fraud_ms` (owners,) are the first and the last hour with a fraud in the longest label window, `NEVER` without;
+    `payments_since_fraud` (owners,) the window's payments since the day of the first.
     """
 
     count: Int64s
@@ -161,6 +176,9 @@ class Aggregates:
     new_c: npt.NDArray[np.bool_]
     label_count: Int64s
     label_frauds: Int64s
+    first_fraud_ms: Int64s
+    last_fraud_ms: Int64s
+    payments_since_fraud: Int64s
 
 
 NEVER = -(2**62)
@@ -170,7 +188,7 @@ NEVER = -(2**62)
 class Held:
     """What is held of each owner: records of all owners end to end in owner order, and how many of each, (owners,).
 
-    `head` is HEAD_EVENT, `fine` FINE_TILE (an owner's 5 minutes, then its hours), `day` DAY_TILE, `seen` uint32, `frauds` FRAUD_DAY.
+    `head` is HEAD_EVENT, `fine` FINE_TILE (an owner's 5 minutes, then its hours), `day` DAY_TILE, `seen` uint32, `frauds` FRAUD_HOUR.
     """
 
     head: npt.NDArray[np.void]
@@ -183,14 +201,14 @@ class Held:
     seen: npt.NDArray[np.uint32]
     seens: Int64s
     frauds: npt.NDArray[np.void]
-    fraud_days: Int64s
+    fraud_hours: Int64s
 
 
 def nothing_held(owners: int) -> Held:
     none = np.zeros(owners, np.int64)
     return Held(
         *(np.zeros(0, HEAD_EVENT), none, np.zeros(0, FINE_TILE), none, none, np.zeros(0, DAY_TILE), none),
-        *(np.zeros(0, np.uint32), none, np.zeros(0, FRAUD_DAY), none),
+        *(np.zeros(0, np.uint32), none, np.zeros(0, FRAUD_HOUR), none),
     )
 
 
@@ -287,6 +305,9 @@ def aggregate(asked: Asked, held: Held) -> Aggregates:
         new_c=np.ones(owners, bool),
         label_count=np.zeros((len(LABEL_WINDOWS), owners), np.int64),
         label_frauds=np.zeros((len(LABEL_WINDOWS), owners), np.int64),
+        first_fraud_ms=np.full(owners, NEVER, np.int64),
+        last_fraud_ms=np.full(owners, NEVER, np.int64),
+        payments_since_fraud=np.zeros(owners, np.int64),
     )
     in_pairs = from_head[WINDOW_INDEX[PAIR_WINDOW.name]]
     # By the bits that tiles keep, so that it doesn't matter which of the two holds an event.
@@ -329,21 +350,35 @@ def _seen_before(result: Aggregates, asked: Asked, held: Held, edge: Int64s) -> 
 def _labels(
     result: Aggregates, t_ms: Int64s, held: Held, of_untiled: Int64s, untiled_ms: Int64s, of_day: Int64s, day_count: Int64s
 ) -> None:
-    """Fill in `label_count` (payments) and `label_frauds` of the label windows."""
+    """Fill in `label_count` (payments) and `label_frauds` of the label windows, and what is said of the first and the last fraud."""
     owners = len(t_ms)
-    of_frauds = np.repeat(np.arange(owners), held.fraud_days)
-    until = end(t_ms, LABEL_WINDOWS[0])
-    day_ms, fraud_ms = (records["day"].astype(np.int64) * DAY_MS for records in (held.day, held.frauds))
+    of_frauds = np.repeat(np.arange(owners), held.fraud_hours)
+    day_ms, fraud_ms = held.day["day"].astype(np.int64) * DAY_MS, held.frauds["hour"].astype(np.int64) * HOUR_MS
     frauds = held.frauds["frauds"].astype(np.int64)
-    before, fraud_before = day_ms < until[of_day], fraud_ms < until[of_frauds]
+    longest = LABEL_WINDOWS[-1]
+    before = day_ms < payments_end(t_ms, longest)[of_day]
     # Only when the Spark job has been down for longer than the delay.
-    forgotten = untiled_ms < until[of_untiled]
+    forgotten = untiled_ms < payments_end(t_ms, longest)[of_untiled]
+    fraud_before = (fraud_ms < fraud_end(t_ms, longest)[of_frauds]) & (frauds > 0)
+
+    def payments(start: Int64s) -> Int64s:
+        inside = before & (day_ms >= start[of_day])
+        found: Int64s = np.bincount(of_day[inside], day_count[inside], owners).astype(np.int64)
+        if forgotten.any():
+            found += np.bincount(of_untiled[forgotten & (untiled_ms >= start[of_untiled])], minlength=owners)
+        return found
+
     for i, window in enumerate(LABEL_WINDOWS):
         start = tail(t_ms, window)
-        inside = before & (day_ms >= start[of_day])
-        result.label_count[i] = np.bincount(of_day[inside], day_count[inside], owners)
-        if forgotten.any():
-            result.label_count[i] += np.bincount(of_untiled[forgotten & (untiled_ms >= start[of_untiled])], minlength=owners)
+        result.label_count[i] = payments(start)
         if len(frauds):
             labelled = fraud_before & (fraud_ms >= start[of_frauds])
             result.label_frauds[i] = np.bincount(of_frauds[labelled], frauds[labelled], owners)
+    if not len(frauds):
+        return
+    labelled = fraud_before & (fraud_ms >= tail(t_ms, longest)[of_frauds])
+    first = np.full(owners, -NEVER, np.int64)
+    np.minimum.at(first, of_frauds[labelled], fraud_ms[labelled])
+    np.maximum.at(result.last_fraud_ms, of_frauds[labelled], fraud_ms[labelled])
+    result.first_fraud_ms[:] = np.where(first == -NEVER, NEVER, first)
+    result.payments_since_fraud[:] = np.where(first == -NEVER, 0, payments(first - first % DAY_MS))

@@ -15,7 +15,7 @@ from gateway.contracts.features import ENTITIES, ENTITY_INDEX, FEATURES, LABELLE
 from gateway.contracts.layout import (
     DAY_TILE_BYTES,
     FINE_TILE_BYTES,
-    FRAUD_DAY,
+    FRAUD_HOUR,
     HEAD_EVENT,
     HEAD_EVENT_BYTES,
     LABELS_HEADER,
@@ -50,7 +50,7 @@ from gateway.kernels.packed import events_from, place_in, sound, sound_head
 from gateway.kernels.raw import Bytes, i64, u16, u32, u64
 
 _EVENT, _TILES = HEAD_EVENT_BYTES, TILES_HEADER.size
-_FINE, _DAY, _SEEN, _LABELS, _FRAUDS = FINE_TILE_BYTES, DAY_TILE_BYTES, SEEN_BYTES, LABELS_HEADER.size, FRAUD_DAY.itemsize
+_FINE, _DAY, _SEEN, _LABELS, _FRAUDS = FINE_TILE_BYTES, DAY_TILE_BYTES, SEEN_BYTES, LABELS_HEADER.size, FRAUD_HOUR.itemsize
 # Offsets in an event of a head, after HEAD_EVENT; those of tiles stand where they are read.
 _fields: Any = HEAD_EVENT.fields
 _WHEN, _AMOUNT, _SEQ, _TILED, _LATITUDE, _LONGITUDE, _DIM_A, _DIM_B, _DIM_C = (
@@ -77,10 +77,13 @@ _LABELLED_PLACE = np.array([LABELLED.index(i) if i in LABELLED else -1 for i in 
 AGGREGATE_CODES = (
     *("count", "sum", "mean", "max", "std", "ratio", "zscore", "distinct_a", "distinct_b", "distinct_c"),
     *("label_rate", "label_count", "frauds", "new_a", "new_c", "changed_b", "since_last", "speed"),
+    *("since_first_fraud", "since_last_fraud", "rate_since_fraud"),
 )
 REQUEST_CODES = ("amount_minor", "hour", "weekday", "is_night", "is_weekend", "channel", "mcc", "cross_border")
 (_C_COUNT, _C_SUM, _C_MEAN, _C_MAX, _C_STD, _C_RATIO, _C_ZSCORE, _C_A, _C_B, _C_C) = range(10)
 (_C_RATE, _C_LABELS, _C_FRAUDS, _C_NEW_A, _C_NEW_C, _C_CHANGED, _C_SINCE, _C_SPEED) = range(10, 18)
+(_C_FIRST_FRAUD, _C_LAST_FRAUD, _C_RATE_SINCE) = range(18, 21)
+_LONGEST = len(LABEL_WINDOWS) - 1
 # (features of the entity, 3): code, window, column; by entity from _FEATURE_FROM[e] to _FEATURE_FROM[e + 1] - 1
 _BY_ENTITY = [
     [
@@ -185,11 +188,26 @@ def _entity(
     edge = settled - settled % BOUNDARY_MS
     hour_edge, day_edge = edge - edge % HOUR_MS, edge - edge % DAY_MS
     label_end = t_ms - LABEL_DELAY_MS
-    label_end -= label_end % DAY_MS
+    fraud_end = label_end - label_end % HOUR_MS
+    label_end += DAY_MS - label_end % DAY_MS
     new_a, new_c = True, True
     last_ms, last_seq, last_at = NEVER, -1, -1
     pairs, labelled, capacity = _PAIRS[entity], _IS_LABELLED[entity], _CAPACITY[entity]
     pair_from = froms[_PAIR_WINDOW]
+
+    first_fraud, last_fraud, since_day, payments_since = NEVER, NEVER, t_ms, 0
+    for at in range(frauds + _LABELS, frauds + frauded, _FRAUDS):
+        start = u32(buf, at) * HOUR_MS
+        count = u16(buf, at + 4)
+        if start < fraud_end and count > 0:
+            for w in range(_LW):
+                if start >= label_froms[w]:
+                    labels[1, w] += count
+            if start >= label_froms[_LONGEST]:
+                first_fraud = start if first_fraud == NEVER else min(first_fraud, start)
+                last_fraud = max(last_fraud, start)
+    if first_fraud != NEVER:
+        since_day = first_fraud - first_fraud % DAY_MS
 
     place = -1
     for at in range(events, events_end, _EVENT):
@@ -209,6 +227,7 @@ def _entity(
             for w in range(_LW):
                 if when >= label_froms[w]:
                     labels[0, w] += 1
+            payments_since += when >= since_day
         if not recent and not loose:
             continue
         amount = u32(buf, at + _AMOUNT)
@@ -268,6 +287,8 @@ def _entity(
                 for w in range(_LW):
                     if start >= label_froms[w]:
                         labels[0, w] += count
+                if start >= since_day:
+                    payments_since += count
             at += _DAY
         if pairs:
             now_step = t_ms // SEEN_STEP_MS
@@ -284,13 +305,6 @@ def _entity(
                         else:
                             new_c = False
                 at += _SEEN
-    for at in range(frauds + _LABELS, frauds + frauded, _FRAUDS):
-        start = u16(buf, at) * DAY_MS
-        if start < label_end:
-            for w in range(_LW):
-                if start >= label_froms[w]:
-                    labels[1, w] += u16(buf, at + 2)
-
     if last_at >= 0 and last_ms < t_ms - LAST_MS_MAX:
         last_ms = NEVER
     changed = np.nan
@@ -319,6 +333,12 @@ def _entity(
                 value = changed
             elif code == _C_SINCE and last_ms != NEVER:
                 value = (t_ms - last_ms) / 1000.0
+            elif code == _C_FIRST_FRAUD and first_fraud != NEVER:
+                value = (t_ms - first_fraud) / 1000.0
+            elif code == _C_LAST_FRAUD and last_fraud != NEVER:
+                value = (t_ms - last_fraud) / 1000.0
+            elif code == _C_RATE_SINCE and first_fraud != NEVER:
+                value = _divided(np.float64(labels[1, _LONGEST]), np.float64(payments_since))
             else:
                 value = np.nan
         elif code >= _C_A:

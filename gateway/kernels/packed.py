@@ -13,7 +13,7 @@ from gateway.contracts.layout import (
     EARLY_MARK,
     FINE_TILE_BYTES,
     FLAG_LABELLED,
-    FRAUD_DAY,
+    FRAUD_HOUR,
     HEAD_EVENT,
     HEAD_EVENT_BYTES,
     HEAD_HEADER,
@@ -29,7 +29,7 @@ from gateway.kernels.raw import Bytes, u16, u32, u64
 _HEAD, _EARLY_MARK, _EVENT = HEAD_HEADER.size, EARLY_MARK.size, HEAD_EVENT_BYTES
 _SEQ = HEAD_EVENT.fields["seq"][1]  # type: ignore[index]
 _TILES, _COUNTS, _LABELS = TILES_HEADER.size, TILES_HEADER.size - 8, LABELS_HEADER.size
-_FINE, _DAY, _SEEN, _FRAUDS = FINE_TILE_BYTES, DAY_TILE_BYTES, SEEN_BYTES, FRAUD_DAY.itemsize
+_FINE, _DAY, _SEEN, _FRAUDS = FINE_TILE_BYTES, DAY_TILE_BYTES, SEEN_BYTES, FRAUD_HOUR.itemsize
 _IS_LABELLED = np.array([e.labelled for e in ENTITIES])
 
 

@@ -279,15 +279,15 @@ def test_labels_change_what_is_known_once_and_redis_has_their_sums(streamed: Str
     for row in rows:
         for i in LABELLED:
             name = (ENTITIES[i].name, row[ENTITIES[i].field])
-            frauds[*name, row["event_time_ms"] // (24 * HOUR_MS)] += row["change"]
+            frauds[*name, row["event_time_ms"] // HOUR_MS] += row["change"]
             changes[name] += row["change"] != 0
     with redis.Redis.from_url(streamed.settings.redis) as client:
         for (entity, entity_id), count in changes.items():
             value = client.get(layout.labels_key(entity, entity_id))
             assert isinstance(value, bytes) == (count > 0)
             if isinstance(value, bytes):
-                days = layout.fraud_days(value, ENTITY_INDEX[entity], layout.key_check(entity, entity_id))
-                found = {(entity, entity_id, int(r["day"])): int(r["frauds"]) for r in days if r["frauds"]}
+                hours = layout.fraud_hours(value, ENTITY_INDEX[entity], layout.key_check(entity, entity_id))
+                found = {(entity, entity_id, int(r["hour"])): int(r["frauds"]) for r in hours if r["frauds"]}
                 assert found == {key: n for key, n in frauds.items() if key[:2] == (entity, entity_id) and n}
                 assert layout.LABELS_HEADER.unpack_from(value)[6] == count
 

@@ -1,4 +1,4 @@
-"""The stream of labels on real Spark, Delta and Redis: frauds by day against a recount, replays, lost data, and the gateway's reading."""
+"""The stream of labels on real Spark, Delta and Redis: frauds by hour against a recount, replays, lost data, and the gateway's reading."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ class World:
         return rows
 
     def value(self, entity: str, entity_id: str) -> Value | None:
-        """(frauds by day, without days that have none; the counter of changes)"""
+        """(frauds by hour, without hours that have none; the counter of changes)"""
         held = self.client.get(layout.labels_key(entity, entity_id))
         if held is None:
             return None
         assert isinstance(held, bytes)
-        days = layout.fraud_days(held, ENTITY_INDEX[entity], layout.key_check(entity, entity_id))
-        return {int(r["day"]): int(r["frauds"]) for r in days if r["frauds"]}, layout.LABELS_HEADER.unpack_from(held)[6]
+        hours = layout.fraud_hours(held, ENTITY_INDEX[entity], layout.key_check(entity, entity_id))
+        return {int(r["hour"]): int(r["frauds"]) for r in hours if r["frauds"]}, layout.LABELS_HEADER.unpack_from(held)[6]
 
     def values(self) -> dict[tuple[str, str], Value]:
         found = {}
@@ -143,14 +143,14 @@ class World:
                 mine = [r for r in rows if r[e.field] == entity_id]
                 frauds: Counter[int] = Counter()
                 for r in mine:
-                    frauds[r["event_time_ms"] // DAY_MS] += r["change"]
+                    frauds[r["event_time_ms"] // HOUR_MS] += r["change"]
                 out[e.name, entity_id] = (retained(frauds, mine), len(mine))
         return out
 
 
 def retained(frauds: Counter[int], changed: list[dict[str, Any]]) -> dict[int, int]:
-    newest = max(r["event_time_ms"] // DAY_MS for r in changed)
-    return {day: n for day, n in frauds.items() if n and (newest - day) * DAY_MS <= LABELLED_RETENTION_MS}
+    newest = max(r["event_time_ms"] // HOUR_MS for r in changed)
+    return {hour: n for hour, n in frauds.items() if n and (newest - hour) * HOUR_MS <= LABELLED_RETENTION_MS}
 
 
 def make_payment(n: int, rnd: random.Random, event_time_ms: int | None = None) -> Transaction:
@@ -238,7 +238,7 @@ def labelled(world: World, count: int, seed: int) -> Labels:
     return stream
 
 
-def test_frauds_by_day_equal_a_recount_however_labels_arrive(world: World) -> None:
+def test_frauds_by_hour_equal_a_recount_however_labels_arrive(world: World) -> None:
     rnd = random.Random(3)
     payments = [make_payment(n, rnd) for n in range(400)]
     labels = [label for n, t in enumerate(payments[::2]) for label in labels_of(t, n)]
@@ -272,7 +272,7 @@ def test_frauds_by_day_equal_a_recount_however_labels_arrive(world: World) -> No
     for t in payments:
         if newest.get(t.transaction_id):
             for e in LABELLED_ENTITIES:
-                expected[e.name, getattr(t, e.field)][t.event_time_ms // DAY_MS] += 1
+                expected[e.name, getattr(t, e.field)][t.event_time_ms // HOUR_MS] += 1
     for name, (frauds, counted) in world.values().items():
         field = next(e.field for e in LABELLED_ENTITIES if e.name == name[0])
         changed = [r for r in rows if r["change"] and r[field] == name[1]]
@@ -415,22 +415,22 @@ def test_the_gateway_reads_the_rates_that_the_oracle_counts(world: World) -> Non
     assert max(rates) > 0
 
 
-def days_batch(tag: str, *days: tuple[int, int, int]) -> pa.RecordBatch:
-    day, frauds, changes = zip(*days, strict=True)
-    return pa.RecordBatch.from_pydict({"tag": [tag] * len(days), "day": day, "frauds": frauds, "changes": changes})
+def hours_batch(tag: str, *hours: tuple[int, int, int]) -> pa.RecordBatch:
+    hour, frauds, changes = zip(*hours, strict=True)
+    return pa.RecordBatch.from_pydict({"tag": [tag] * len(hours), "hour": hour, "frauds": frauds, "changes": changes})
 
 
 def test_a_worker_writes_once_a_batch_and_loads_a_script_that_redis_lost(world: World) -> None:
     job = ValueJob(world.settings.redis, epoch=5, batch_id=3, retry_s=1)
     world.client.script_flush()
-    first, second = days_batch("merchant:m1", (19_000, 2, 2)), days_batch("merchant:m1", (19_001, 1, 3))
+    first, second = hours_batch("merchant:m1", (460_000, 2, 2)), hours_batch("merchant:m1", (460_001, 1, 3))
     (out,) = write_partition(job)([first, second])
     assert out.to_pydict() == {"written": [1], "unchanged": [0]}
-    assert world.value("merchant", "m1") == ({19_000: 2, 19_001: 1}, 5)
+    assert world.value("merchant", "m1") == ({460_000: 2, 460_001: 1}, 5)
     for batch_id, epoch, written in ((3, 5, 0), (2, 5, 0), (4, 5, 1), (0, 6, 1)):
         (out,) = write_partition(dataclasses.replace(job, batch_id=batch_id, epoch=epoch))([first])
         assert out.to_pydict() == {"written": [written], "unchanged": [1 - written]}
-    assert world.value("merchant", "m1") == ({19_000: 2}, 2)
+    assert world.value("merchant", "m1") == ({460_000: 2}, 2)
     assert 0 < world.client.pttl(layout.labels_key("merchant", "m1")) <= layout.TILES_TTL_MS
 
 
@@ -439,4 +439,4 @@ def test_a_redis_that_stays_down_fails_the_worker_within_its_time() -> None:
     (out,) = write_partition(job)([])
     assert out.to_pydict() == {"written": [0], "unchanged": [0]}
     with pytest.raises(RedisUnavailableError):
-        list(write_partition(job)([days_batch("merchant:m1", (19_000, 1, 1))]))
+        list(write_partition(job)([hours_batch("merchant:m1", (460_000, 1, 1))]))

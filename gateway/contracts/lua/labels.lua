@@ -1,4 +1,4 @@
--- One atomic step of the Spark job for one entity: replace its frauds by day. Fenced by epoch and batch: a replayed batch changes nothing.
+-- One atomic step of the Spark job for one entity: replace its frauds by hour. Fenced by epoch and batch: a replayed batch changes nothing.
 --
 -- KEYS  labels
 -- ARGV  1 labels value, 2 ttl ms

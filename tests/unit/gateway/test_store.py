@@ -12,7 +12,7 @@ from gateway.contracts.layout import (
     DAY_TILE,
     EARLY_MAX,
     ENTITY_RECORD,
-    FRAUD_DAY,
+    FRAUD_HOUR,
     HEAD_EVENT_PACK,
     HEAD_HEADER,
     HEAD_TTL_MS,
@@ -29,7 +29,7 @@ from gateway.contracts.layout import (
     tiles_key,
     txn_hash,
 )
-from gateway.contracts.windows import DAY_MS, LABEL_DELAY_MS, LAST_MS_MAX, SETTLE_MS
+from gateway.contracts.windows import DAY_MS, HOUR_MS, LABEL_DELAY_MS, LAST_MS_MAX, SETTLE_MS
 from gateway.job import Job, requests_of
 from gateway.redis_link import RedisReplyError, RedisUnavailableError, Sent
 from gateway.store import TILES_AHEAD_MARGIN_MS, Observation, Store, request_only_matrix
@@ -198,12 +198,18 @@ async def test_frauds_of_a_merchant_become_its_rate() -> None:
     header = np.zeros(1, TILES_HEADER_FIELDS)
     header["version"], header["entity"], header["check"], header["days"] = LAYOUT_VERSION, 2, merchant, 2
     tiles = header.tobytes() + np.array([(day, 4, 1, 1, 1), (day + 1, 9, 1, 1, 1)], DAY_TILE).tobytes()
-    frauds = pack_frauds(2, merchant, 1, 1, 7, np.array([(day, 3), (day + 1, 5)], FRAUD_DAY))
+    # Two hours of the day before the delay ends, and the hour in which it ends, which is not over yet.
+    hours = [(day * 24 + 3, 2), (day * 24 + 20, 1), ((NOW_MS - LABEL_DELAY_MS) // HOUR_MS, 5)]
+    frauds = pack_frauds(2, merchant, 1, 1, 7, np.array(hours, FRAUD_HOUR))
     reply = reply_of(progress=FRESH)
     reply[1][3], reply[1][5] = tiles, frauds
     found = await observed(make_store(ScriptedLink(reply)), make_job())
-    assert feature(found, "merchant_fraud_rate_1d") == 0.75
+    # Of the payments of both days: those of the second are known to have been made, if not what they were.
+    assert feature(found, "merchant_fraud_rate_1d") == pytest.approx(3 / 13)
     assert feature(found, "merchant_frauds_30d") == 3
+    assert feature(found, "merchant_fraud_rate_since_first") == pytest.approx(3 / 13)
+    assert feature(found, "merchant_since_first_fraud") == (NOW_MS - hours[0][0] * HOUR_MS) / 1000
+    assert feature(found, "merchant_since_last_fraud") == (NOW_MS - hours[1][0] * HOUR_MS) / 1000
     assert found.label_changes.tolist() == [[0, 7]]
 
 
