@@ -161,7 +161,10 @@ class _Sides:
     def by_reason(self, matrix: Matrix, of_features: Floats) -> Floats:
         n, codes = len(matrix), len(MODEL_REASONS)
         flat = (self._places(matrix) + np.arange(n)[:, None] * codes).ravel()
-        return np.bincount(flat, weights=of_features.ravel(), minlength=n * codes).reshape(n, codes)
+        out: Floats = (
+            np.bincount(flat, weights=of_features.ravel(), minlength=n * codes).reshape(n, codes).astype(np.float64, copy=False)
+        )
+        return out
 
     def reason_of(self, row: Matrix) -> list[Reason]:
         return [MODEL_REASONS[i] for i in self._places(row[None])[0].tolist()]

@@ -197,6 +197,17 @@ def _screen(rule: Rule) -> tuple[int, float] | None:
     return None
 
 
+def _compared(policy: PolicyFile) -> tuple[tuple[str, float], ...]:
+    """Each feature that the policy compares, the amount by its field too, with each number: where a decision can change."""
+    found = [("amount_minor", float(b.up_to_minor)) for b in policy.bands if b.up_to_minor is not None]
+    for c in (c for rule in policy.rules for c in rule.when):
+        name = c.feature if c.feature is not None else c.field
+        if name in FEATURE_INDEX:
+            values = c.value if isinstance(c.value, list) else [c.value]
+            found += [(name, float(v)) for v in values if isinstance(v, int | float)]
+    return tuple(found)
+
+
 def _not_equal(x: npt.NDArray[np.floating[Any]], value: float) -> Bools:
     out: Bools = (x != value) & ~np.isnan(x)
     return out
@@ -248,6 +259,7 @@ class Policy:
         # Most severe first, so that the first reasons found are those that stay.
         self._rules.sort(key=lambda r: -SEVERITY[r[0].outcome])
         self.rule_ids: tuple[str, ...] = tuple(rule.id for rule, _ in self._rules)
+        self.compared = _compared(parsed)
         # Most rules fire for no row of a batch, which one comparison tells for all of them, in the precision of the features.
         screens = [_screen(rule) for rule, _ in self._rules]
         self._screened = [i for i, screen in enumerate(screens) if screen is not None]
