@@ -279,13 +279,12 @@ class SinceLast(Lever):
     def values(self, case: Case, thresholds: Thresholds) -> list[float]:
         now = case.of(self.name)
         edges = thresholds.get(FEATURE_INDEX[self.name], np.empty(0))
-        return _thinned([float(np.float32(v)) for v in edges if v > now], VALUES_MAX)
+        longest_s = max(WINDOWS[w].length_ms for w in self.past.count) / 1000
+        return _thinned([float(np.float32(v)) for v in edges if now < v < longest_s], VALUES_MAX)
 
     def apply(self, case: Case, value: float) -> Case | None:
-        longest = max((w for w in self.past.count if WINDOWS[w].length_ms <= value * 1000), default=None)
-        values = {} if longest is None else self.past.with_count(case, longest, 0)
-        since = max(value, values.get(self.name, value))
-        return case.with_features({**values, self.name: since, **self.past.speed_after(case, since)})
+        values = self.past.without_newer(case, value)
+        return case.with_features({**values, self.name: value, **self.past.speed_after(case, value)})
 
 
 class NoFrauds(Lever):
@@ -326,6 +325,16 @@ class Past:
             return {}
         less = before[window] - count
         after = {w: max(n - less, 0.0) if w >= window else min(n, count) if less > 0 else n for w, n in before.items()}
+        return self._counted(case, before, after) | self._last(case, after)
+
+    def without_newer(self, case: Case, since_s: float) -> dict[str, float]:
+        """The features that change when the last payment was `since_s` seconds ago: newer ones lie before that now."""
+        before = {w: n for w, name in self.count.items() if not math.isnan(n := case.of(name))}
+        after = {w: 0.0 if WINDOWS[w].length_ms <= since_s * 1000 else n for w, n in before.items()}
+        return self._counted(case, before, after)
+
+    def _counted(self, case: Case, before: dict[int, float], after: dict[int, float]) -> dict[str, float]:
+        """What is said of the windows whose count changes, of payments of the same size as before."""
         values: dict[str, float] = {}
         for w, n in after.items():
             if n == before[w]:
@@ -336,7 +345,7 @@ class Past:
             values |= {of[w]: math.nan for of in self._of_some if w in of and n == 0}
             values |= {of[w]: math.nan for of in self._of_two if w in of and n < 2}
             values |= {of[w]: min(case.of(of[w]), _estimate(n)) for of in self._distinct if w in of}
-        return values | self._last(case, after)
+        return values
 
     def _last(self, case: Case, after: dict[int, float]) -> dict[str, float]:
         """The last payment lies before the windows that are empty now."""
