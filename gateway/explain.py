@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.explanation import Explanation, ExplanationError, decode_explanation
+from gateway.contracts.explanation import NO_NODE, Explanation, ExplanationError, check_explanation, decode_explanation
 from gateway.contracts.feature_reasons import FEATURE_REASONS, MODEL_REASONS
 from gateway.contracts.features import FEATURES
 from gateway.contracts.reasons import REASONS_MAX, Reason
@@ -213,6 +213,30 @@ def load_explainer(content: bytes, golden: Matrix, probability: npt.NDArray[np.f
     if not fall <= MARGIN_TOLERANCE:
         raise ExplanationError(f"the model's probability falls by {fall:.2g} while the margin rises: it explains another model")
     return explainer
+
+
+def warm() -> None:
+    """Has the kernels compiled, or loaded from where an earlier run left them."""
+    one_split = Explanation(
+        tree_starts=np.array([0, 3], np.int32),
+        feature=np.array([0, NO_NODE, NO_NODE], np.int32),
+        threshold=np.array([1, 0, 0], np.float32),
+        left=np.array([1, NO_NODE, NO_NODE], np.int32),
+        right=np.array([2, NO_NODE, NO_NODE], np.int32),
+        missing_left=np.array([True, False, False]),
+        value=np.array([0, -1, 1], np.float32),
+        cover=np.array([2, 1, 1], np.float32),
+        base_margin=np.zeros(1),
+        golden_margin=np.zeros(0, np.float32),
+        median=np.zeros(len(FEATURES), np.float32),
+        unusual=np.zeros(len(FEATURES), np.float32),
+    )
+    check_explanation(one_split)
+    row = np.zeros((1, len(FEATURES)), np.float32)
+    for tables_bytes_max in (TABLES_BYTES_MAX, 0):
+        explainer = Explainer(one_split, tables_bytes_max)
+        explainer.codes(row)
+        explainer.margin(row)
 
 
 def _coalition_weights(longest: int) -> Floats:

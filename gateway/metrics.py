@@ -117,6 +117,12 @@ class Metrics:
             "fraudgate_duplicates", "Retries answered or skipped because they were decided before", ["door"], registry=registry
         )
         self.rule_hits = Counter("fraudgate_rule_hits", "Rules that fired", ["rule"], registry=registry)
+        self.reasons = Counter(
+            "fraudgate_reasons",
+            "Scores to give reasons for: by the model, too late for that, or by a model that has no explanation",
+            ["outcome"],
+            registry=registry,
+        )
         self.buffer = Gauge("fraudgate_publish_buffer_records", "Records waiting for Kafka to acknowledge them", registry=registry)
         self.published = Counter("fraudgate_published", "Records acknowledged by Kafka, by topic", ["topic"], registry=registry)
         self.publish_dropped = Counter(

@@ -19,8 +19,10 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from gateway.contracts.decision import ModelRef, Route
+from gateway.contracts.explanation import ExplanationError
 from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.model_meta import (
+    EXPLANATION_FILE,
     GOLDEN_FILE,
     GOLDEN_TOLERANCE,
     INPUT_NAME,
@@ -36,6 +38,7 @@ from gateway.contracts.model_meta import (
     sha256_file,
 )
 from gateway.errors import ModelRefusedError
+from gateway.explain import Explainer, load_explainer
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +51,10 @@ _ORT_ERRORS = (ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGr
 class Model:
     """One loaded and checked model. `probability` costs 5 to 10 us a row and doesn't wait."""
 
-    def __init__(self, session: Any, metadata: ModelMetadata, route: str) -> None:
+    def __init__(self, session: Any, metadata: ModelMetadata, route: str, explainer: Explainer | None = None) -> None:
+        """`explainer` is None for a model whose package has no explanation that can be used."""
         self._session = session
+        self.explainer = explainer
         self._outputs = [OUTPUT_NAME]
         self.metadata = metadata
         self.ref = ModelRef(name=metadata.name, version=metadata.version, route=route)
@@ -126,7 +131,29 @@ def _load(folder: Path, entry: ModelEntry, route: str) -> Model:
         raise ModelRefusedError(f"{what}: a golden row differs by {difference:.2g}, at most {GOLDEN_TOLERANCE:g} is allowed")
     for n in WARM_ROWS:
         model.probability(np.full((n, len(FEATURE_NAMES)), np.nan, np.float32))
+    model.explainer = _load_explainer(folder, entry, rows, expected)
     return model
+
+
+def _load_explainer(
+    folder: Path, entry: ModelEntry, golden: npt.NDArray[np.float32], probability: npt.NDArray[np.float32]
+) -> Explainer | None:
+    """What explains the model, None without one: scores go without reasons of their own then, which is no cause to refuse a model."""
+    what = f"{entry.name} {entry.version}"
+    if EXPLANATION_FILE not in entry.files:
+        log.warning("model: %s has no explanation; its scores get the reason MODEL_SCORE_HIGH alone", what)
+        return None
+    try:
+        explainer = load_explainer((folder / EXPLANATION_FILE).read_bytes(), golden, probability)
+    except ExplanationError as exc:
+        log.error("model: the explanation of %s can't be used: %s", what, exc)  # noqa: TRY400
+        return None
+    if not explainer.fast:
+        log.error("model: the trees of %s are too large to be explained while a customer waits; only on request", what)
+        return None
+    for n in WARM_ROWS:
+        explainer.codes(np.full((n, len(FEATURE_NAMES)), np.nan, np.float32))
+    return explainer
 
 
 class ModelSlot:
