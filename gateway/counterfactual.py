@@ -125,7 +125,7 @@ class _Search:
             for value in lever.values(path.case, self._thresholds):
                 case = lever.apply(path.case, value)
                 if case is not None:
-                    effort = path.effort + lever.effort * (1 + lever.distance(before, value))
+                    effort = path.effort + lever.effort_of(before, value)
                     found.append(_Path(case, (*path.changes, (lever, value)), effort))
         return found
 
@@ -189,7 +189,7 @@ class _Search:
         case = lever.apply(path.case, value)
         if case is None:
             return None
-        effort = path.effort + lever.effort * (1 + lever.distance(path.case.of(lever.name), value))
+        effort = path.effort + lever.effort_of(path.case.of(lever.name), value)
         return _Path(case, (*path.changes, (lever, value)), effort)
 
     def result(self, case: Case, found: _Path) -> Counterfactual:

@@ -84,6 +84,11 @@ def load_model(model_dir: Path, route: str) -> Model | None:
     folder = (model_dir / entry.directory).resolve()
     if not folder.is_relative_to(model_dir.resolve()):
         raise ModelRefusedError("the manifest names a directory outside of the model directory")
+    return load_package(folder, entry, route)
+
+
+def load_package(folder: Path, entry: ModelEntry, route: str) -> Model:
+    """The model in `folder`, whose files `entry` names. Raises `ModelRefusedError`."""
     try:
         return _load(folder, entry, route)
     except (OSError, ValueError, KeyError, *_ORT_ERRORS) as exc:

@@ -43,6 +43,10 @@ class Case:
         return Case(msgspec.structs.replace(self.transaction, **fields) if fields else self.transaction, row)
 
 
+# A number doubled this often is as much as the step from the amount to a card's past or so.
+DISTANCE_OF_EFFORT = 4
+
+
 class Lever(ABC):
     """Something that can be changed. `name` is the feature that is set; `effort` how hard it is, or how little the payer's own choice."""
 
@@ -57,6 +61,10 @@ class Lever(ABC):
     @abstractmethod
     def apply(self, case: Case, value: float) -> Case | None:
         """The case with this value, or None when nobody can say what follows from it."""
+
+    def effort_of(self, before: float, after: float) -> float:
+        """What a change is chosen by. The kind of change counts for more than how far it goes."""
+        return self.effort + self.distance(before, after) / DISTANCE_OF_EFFORT
 
     def distance(self, before: float, after: float) -> float:
         """How far apart two values are, for choosing the nearer: about 1 between a number and its double."""

@@ -134,6 +134,18 @@ class Registry:
         sha256 = {tag.removeprefix(SHA256_TAG): value for tag, value in found.tags.items() if tag.startswith(SHA256_TAG)}
         return RegisteredModel(name=name, version=str(found.version), source=found.source, sha256=sha256)
 
+    def find_version(self, name: str, version: str) -> RegisteredModel | None:
+        """That version whatever its aliases, or None when there is no such. Raises `RegistryUnavailableError`."""
+        with self._asking(f"look up {name} version {version}"):
+            try:
+                found = self._client.get_model_version(name, version)
+            except MlflowException as exc:
+                if exc.error_code in (NOT_FOUND, "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+        sha256 = {tag.removeprefix(SHA256_TAG): value for tag, value in found.tags.items() if tag.startswith(SHA256_TAG)}
+        return RegisteredModel(name=name, version=str(found.version), source=found.source, sha256=sha256)
+
     def download(self, model: RegisteredModel, directory: Path) -> None:
         """A package's files into `directory`, which is created. Raises `RegistryUnavailableError` or `RegistryRefusedError`."""
         with self._asking(f"download {model.name} version {model.version}"):
