@@ -99,15 +99,14 @@ class _Usual:
 
     def mean_of(self, case: Case) -> float:
         """The mean amount, from its own feature or the ratio; NaN when neither tells."""
-        amount = case.of("amount_minor")
-        if self.mean is not None:
-            return case.of(self.mean)
+        if self.mean is not None and not math.isnan(mean := case.of(self.mean)):
+            return mean
         ratio = math.nan if self.ratio is None else case.of(self.ratio)
-        return amount / ratio if ratio > 0 else math.nan
+        return case.of("amount_minor") / ratio if ratio > 0 else math.nan
 
     def std_of(self, case: Case, mean: float) -> float:
-        if self.std is not None:
-            return case.of(self.std)
+        if self.std is not None and not math.isnan(std := case.of(self.std)):
+            return std
         z = math.nan if self.zscore is None else case.of(self.zscore)
         return (case.of("amount_minor") - mean) / z if z != 0 else math.nan
 
