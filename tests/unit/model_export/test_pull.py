@@ -12,18 +12,32 @@ import numpy as np
 import pytest
 
 from gateway.contracts.model_meta import (
+    ADMISSION_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
     METADATA_FILE,
     MODEL_FILE,
+    PACKAGE_FILES,
+    REFERENCE_FILE,
     ModelMetadata,
+    is_route,
     read_manifest,
     sha256_file,
 )
+from gateway.errors import ModelRefusedError
+from gateway.model import load_model
+from model_export.admission import Admission, report_bytes
+from model_export.checks import Check
 from model_export.errors import ModelExportError, PackageRefusedError, RegistryRefusedError, RegistryUnavailableError
-from model_export.package import INCOMING_PREFIX, PACKAGE_FILES, RegisteredModel
+from model_export.package import INCOMING_PREFIX, RegisteredModel
 from model_export.pull import LOCK_FILE, PullRunningError, pull_models
 from tests.factories_model import make_model_dir
+
+PASSED_REPORT = Admission(verdict="passed", checked_at_ms=1, champion=None, checks=[], slices=[])
+
+
+def digests(package: Path, *files: str) -> dict[str, str]:
+    return {file: sha256_file(package / file) for file in files}
 
 
 class DirectorySource:
@@ -41,13 +55,19 @@ class DirectorySource:
         entry = made.routes["champion"]
         kept = self._root / f"kept-{version}"
         shutil.copytree(self._root / entry.directory, kept, dirs_exist_ok=True)
-        model = RegisteredModel(name=entry.name, version=version, source=str(kept), sha256=dict(entry.files))
+        (kept / ADMISSION_FILE).write_bytes(report_bytes(PASSED_REPORT))
+        model = RegisteredModel(
+            name=entry.name, version=version, source=str(kept), sha256=dict(entry.files) | digests(kept, ADMISSION_FILE)
+        )
         self.aliases |= dict.fromkeys(aliases, model)
         return kept
 
     def check(self) -> None:
         if not self.up:
             raise RegistryUnavailableError("it is down")
+
+    def routes(self, name: str) -> list[str]:
+        return [alias for alias, model in self.aliases.items() if model.name == name and is_route(alias)]
 
     def find(self, name: str, alias: str) -> RegisteredModel | None:
         found = self.aliases.get(alias)
@@ -83,7 +103,7 @@ def test_champion_arrives_whole(source: DirectorySource, models: Path) -> None:
     pulled = pull_models(models, source)
     assert (pulled.fetched, pulled.changed) == (["1"], True)
     entry = read_manifest(models).routes["champion"]
-    assert entry.files == {file: sha256_file(kept / file) for file in PACKAGE_FILES}
+    assert entry.files == digests(kept, *PACKAGE_FILES, ADMISSION_FILE)
     assert all(sha256_file(models / entry.directory / file) == digest for file, digest in entry.files.items())
     assert directories(models) == ["fraudgate-1"]
 
@@ -106,6 +126,59 @@ def test_challenger_comes_along_when_it_is_set_and_goes_when_it_is_not(source: D
     del source.aliases["challenger"]
     assert pull_models(models, source).changed
     assert set(read_manifest(models).routes) == {"champion"}
+
+
+def test_every_shadow_comes_along_and_other_aliases_do_not(source: DirectorySource, models: Path) -> None:
+    source.add("1", "champion", "best-of-march")
+    source.add("2", "shadow", "shadow-deep", seed=2)
+    pull_models(models, source)
+    assert set(read_manifest(models).routes) == {"champion", "shadow", "shadow-deep"}
+
+
+def test_extras_travel_with_the_model_and_a_damaged_one_is_refused(source: DirectorySource, models: Path) -> None:
+    kept = source.add("1", "champion")
+    (kept / REFERENCE_FILE).write_bytes(b"{}")
+    source.aliases["champion"].sha256.update(digests(kept, REFERENCE_FILE))
+    pull_models(models, source)
+    entry = read_manifest(models).routes["champion"]
+    assert set(entry.files) == {*PACKAGE_FILES, ADMISSION_FILE, REFERENCE_FILE}
+    extra = models / entry.directory / REFERENCE_FILE
+    assert extra.read_bytes() == b"{}"
+    extra.write_bytes(b"[]")
+    with pytest.raises(ModelRefusedError, match=REFERENCE_FILE):
+        load_model(models, "champion")
+    (kept / REFERENCE_FILE).write_bytes(b"[]")
+    with pytest.raises(PackageRefusedError, match=r"reference\.npz is corrupted"):
+        pull_models(models, source)
+
+
+def test_a_version_whose_report_says_refused_does_not_come_whatever_alias_it_has(source: DirectorySource, models: Path) -> None:
+    kept = source.add("1", "champion")
+    failed = Check(name="quality", passed=False, found="worse")
+    refused = msgspec.structs.replace(PASSED_REPORT, verdict="refused", checks=[failed])
+    (kept / ADMISSION_FILE).write_bytes(report_bytes(refused))
+    source.aliases["champion"].sha256.update(digests(kept, ADMISSION_FILE))
+    with pytest.raises(PackageRefusedError, match="version 1 was refused admission: quality"):
+        pull_models(models, source)
+    assert not (models / MANIFEST_FILE).exists()
+
+
+def test_a_version_without_a_report_does_not_come(source: DirectorySource, models: Path) -> None:
+    kept = source.add("1", "champion")
+    (kept / ADMISSION_FILE).unlink()
+    del source.aliases["champion"].sha256[ADMISSION_FILE]
+    with pytest.raises(PackageRefusedError, match="no admission report"):
+        pull_models(models, source)
+    assert not (models / MANIFEST_FILE).exists()
+
+
+@pytest.mark.parametrize("name", ["../manifest.json", "/etc/passwd", ".hidden", "A" * 65])
+def test_a_file_name_that_leads_elsewhere_is_refused(source: DirectorySource, models: Path, name: str) -> None:
+    source.add("1", "champion")
+    source.aliases["champion"].sha256[name] = "0" * 64
+    with pytest.raises(PackageRefusedError, match="can't be a file of a package"):
+        pull_models(models, source)
+    assert not (models / MANIFEST_FILE).exists()
 
 
 def test_one_version_on_both_routes_is_downloaded_once(source: DirectorySource, models: Path) -> None:
