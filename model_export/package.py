@@ -31,7 +31,7 @@ from gateway.contracts.model_meta import (
     write_manifest,
 )
 from model_export.dataset import TrainingSet
-from model_export.errors import PackageRefusedError
+from model_export.errors import OtherFeaturesError, PackageRefusedError
 from model_export.training import TrainedModel
 
 # Newest version directories of a name that stay whether in use or not: a gateway may still hold the manifest before this one.
@@ -41,12 +41,15 @@ INCOMING_PREFIX = ".incoming-"
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredModel:
-    """One version in a registry. `source` is where that registry keeps its files; `sha256` what it recorded of each of them."""
+    """One version in a registry. `source` is where that registry keeps its files; `sha256` what it recorded of each of them, and
+    `signature` the signature over them, if there is one.
+    """
 
     name: str
     version: str
     source: str
     sha256: dict[str, str]
+    signature: str | None = None
 
 
 def metadata_of(name: str, version: str, data: TrainingSet, model: TrainedModel, onnx_sha256: str) -> ModelMetadata:
@@ -61,6 +64,7 @@ def metadata_of(name: str, version: str, data: TrainingSet, model: TrainedModel,
         training_table_version=data.version,
         training_rows=model.training_rows,
         training_frauds=model.training_frauds,
+        training_end_ms=int(data.event_time_ms[model.split.validation.stop - 1]),
         # JSON has no NaN: a precision of no alerts is left out.
         metrics={k: v for k, v in model.metrics.items() if np.isfinite(v)},
     )
@@ -98,7 +102,7 @@ def verify_package(directory: Path, name: str, version: str, sha256: Mapping[str
     if metadata.onnx_sha256 != found[MODEL_FILE]:
         raise PackageRefusedError(f"{where}: {MODEL_FILE} is not the file that {METADATA_FILE} names")
     if metadata.feature_fingerprint != FINGERPRINT or metadata.feature_names != list(FEATURE_NAMES):
-        raise PackageRefusedError(
+        raise OtherFeaturesError(
             f"{where} was trained for features {metadata.feature_fingerprint}, this code computes {FINGERPRINT}; train anew with: "
             "fraudgate train"
         )

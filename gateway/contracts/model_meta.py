@@ -44,7 +44,10 @@ REGISTERED_NAME = "fraudgate"
 
 
 class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
-    """`training_table_version` is the Delta version the training rows were read at."""
+    """`training_table_version` is the Delta version the training rows were read at.
+
+    `training_end_ms` is the event time of the newest row that the trees were grown or stopped on; None in older packages.
+    """
 
     name: str
     version: str
@@ -57,21 +60,31 @@ class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
     training_rows: int
     training_frauds: int
     metrics: dict[str, float]
+    training_end_ms: int | None = None
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One model of the directory. `files` maps each file name, extras included, to its sha256 in hex."""
+    """One model of the directory. `files` maps each file name, extras included, to its sha256 in hex.
+
+    `signature` is Ed25519 over `signed_bytes`, in hex; None where the training side has no key.
+    """
 
     name: str
     version: str
     directory: str
     files: dict[str, str]
+    signature: str | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """`routes` maps a route (champion, challenger, shadow...) to its model."""
 
     routes: dict[str, ModelEntry]
+
+
+def signed_bytes(entry: ModelEntry) -> bytes:
+    """What a signature covers: name, version and the digest of each file, in one spelling."""
+    return msgspec.json.encode([entry.name, entry.version, sorted(entry.files.items())])
 
 
 def is_route(alias: str) -> bool:
