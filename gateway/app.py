@@ -40,6 +40,7 @@ from gateway.metrics import Metrics
 from gateway.model import Model, ModelSlot
 from gateway.policy import load_policy
 from gateway.publisher import Publisher
+from gateway.reasons import Reasoner
 from gateway.recent import RecentDecisions
 from gateway.redis_cluster import link_to
 from gateway.scorer import Scorer
@@ -80,6 +81,7 @@ class Gateway:
         self.unobserved = Unobserved(Store(spare_link, claim_ttl_ms), self.metrics)
         # Both doors know what either decided lately.
         recent = RecentDecisions(settings.idempotency_window_s)
+        self.reasoner = Reasoner(self.metrics)
         self.scorers = [
             Scorer(
                 Store(link, claim_ttl_ms),
@@ -90,6 +92,7 @@ class Gateway:
                 self.unobserved,
                 feature_budget_ms=settings.feature_budget_ms,
                 code_version=CODE_VERSION,
+                reasoner=self.reasoner,
             )
             for link in door_links
         ]
@@ -233,6 +236,7 @@ class Gateway:
         await self.publisher.stop(DRAIN_S)
         for link in self.links:
             await link.stop()
+        self.reasoner.stop()
         if self.worker_metrics is not None:
             await self.worker_metrics.stop()
         log.info("gateway: stopped")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -16,10 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.reasons import Reason
+from gateway.explain import with_model_codes
+from gateway.job import Job
 from gateway.metrics import Metrics
+from gateway.model import Model
 
 # Rows explained between two looks at the clock: a millisecond or two of a large model.
 CHUNK_ROWS = 8
+# Approvals of a batch that are explained because their callers asked for it; the others' answers come without.
+ASKED_ROWS_MAX = 16
 
 Matrix = npt.NDArray[np.float32]
 
@@ -38,6 +43,34 @@ class Reasoner:
         self._metrics = metrics
         self._clock_s = clock_s
         self._thread = ThreadPoolExecutor(1, "reasons")
+
+    async def give(
+        self,
+        reasons: list[list[Reason]],
+        jobs: Sequence[Job],
+        models: Sequence[Model | None],
+        model: npt.NDArray[np.int64],
+        matrix: Matrix,
+        until_s: float,
+    ) -> None:
+        """Puts the models' codes into `reasons`, by row, where a score is one of them and where a caller asked for them.
+
+        Row i is of `jobs[i]`, was scored by `models[model[i]]` and has the features `matrix[i]`. Doesn't wait when there is nothing to
+        explain, as in most batches.
+        """
+        rows = [i for i, of_row in enumerate(reasons) if of_row and Reason.MODEL_SCORE_HIGH in of_row]
+        asked = [i for i, job in enumerate(jobs) if job.explain]
+        if asked:
+            rows += [i for i in asked if i not in rows][:ASKED_ROWS_MAX]
+        if not rows:
+            return
+        by_model = model[rows]
+        for place, scored_by in enumerate(models):
+            of_model = [row for row, m in zip(rows, by_model.tolist(), strict=True) if m == place]
+            if of_model and scored_by is not None:
+                found = await self.codes(scored_by.explainer, matrix[of_model], until_s)
+                for row, codes in zip(of_model, found, strict=True):
+                    reasons[row] = with_model_codes(reasons[row], codes)
 
     async def codes(self, explainer: Explains | None, matrix: Matrix, until_s: float) -> list[list[Reason]]:
         """The model's codes for each row of `matrix` (n, features), by `until_s` of the clock.

@@ -19,11 +19,12 @@ import numpy.typing as npt
 from gateway.contracts.decision import RISK_SCORE_MAX, Answer, Door, Outcome, ReasonText, RoutedBy
 from gateway.contracts.features import ENTITIES, LABELLED
 from gateway.contracts.layout import CLAIM_BYTES, FINGERPRINT_BYTES
-from gateway.contracts.reasons import REASON_TEXT, Degraded, Reason
+from gateway.contracts.reasons import CARDHOLDER_TEXT, REASON_TEXT, Degraded, Reason
 from gateway.job import Job, Result, Verdict, requests_of
 from gateway.metrics import Metrics
 from gateway.model import Model, ModelSlot
 from gateway.policy import Columns, Policy
+from gateway.reasons import Reasoner
 from gateway.receipts import Decided, encode_receipts
 from gateway.recent import RecentDecisions
 from gateway.requests import Requests
@@ -38,10 +39,15 @@ MODEL_BUDGET_MS = 5
 assert MODEL_BUDGET_MS < TAIL_BUDGET_MS
 # Nobody waits at the Kafka door, so it gives Redis more time before it goes on without.
 STREAM_FEATURE_BUDGET_MS = 500
+# For the model's reasons, of what the deadline leaves beside the reply. At the Kafka door a chunk waits longer before it goes on without.
+REASONS_BUDGET_MS = 20
+STREAM_REASONS_BUDGET_MS = 200
+REPLY_BUDGET_MS = 3
+assert MODEL_BUDGET_MS + REPLY_BUDGET_MS < TAIL_BUDGET_MS
 
 _answer_encoder = msgspec.msgpack.Encoder()
 _answer_decoder = msgspec.msgpack.Decoder(Answer)
-_REASONS: dict[Reason, ReasonText] = {r: ReasonText(code=r.value, text=text) for r, text in REASON_TEXT.items()}
+_REASONS: dict[Reason, ReasonText] = {r: ReasonText(r.value, text, CARDHOLDER_TEXT[r]) for r, text in REASON_TEXT.items()}
 
 
 @dataclass(slots=True)
@@ -52,6 +58,7 @@ class _Timing:
     observed_s: float
     modelled_s: float = 0.0
     decided_s: float = 0.0
+    explained_s: float = 0.0
 
     @property
     def steps_us(self) -> list[int]:
@@ -74,6 +81,7 @@ class Scorer:
         *,
         feature_budget_ms: int,
         code_version: str,
+        reasoner: Reasoner | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -87,6 +95,7 @@ class Scorer:
         self._code_version = code_version
         self._now_ms = now_ms
         self._clock_s = clock_s
+        self._reasoner = Reasoner(metrics, clock_s) if reasoner is None else reasoner
         # transaction_ids that the HTTP door is deciding: the Kafka door leaves them to it.
         self.deciding: set[str] = set()
 
@@ -107,7 +116,7 @@ class Scorer:
         taken = {id(job) for job in overtaken}
         rows = [i for i, job in enumerate(jobs) if results[i] is None and id(job) not in taken]
         if rows:
-            self._decide_fresh(jobs, np.array(rows), results, requests, observation, timing)
+            await self._decide_fresh(jobs, np.array(rows), results, requests, observation, timing)
         if overtaken:
             # Claimed over HTTP by a gateway that is gone: decided here, under the same claim.
             again = await self.decide(overtaken)
@@ -151,7 +160,7 @@ class Scorer:
                 overtaken.append(job)
         return results, overtaken
 
-    def _decide_fresh(
+    async def _decide_fresh(
         self,
         jobs: Sequence[Job],
         rows: npt.NDArray[np.int64],
@@ -175,7 +184,12 @@ class Scorer:
             score=np.full(len(fresh), np.nan) if probability is None else np.floor(probability * 1000 + 0.5),
         )
         decisions = self._policy.decide(columns, has_features=observation is not None)
-        timing.decided_s = self._clock_s()
+        timing.decided_s = timing.explained_s = self._clock_s()
+        if probability is not None and observation is not None and observation.written:
+            # Only what Redis holds a claim on may wait: nothing else would tell the other door that it is being decided.
+            until_s = self._reasons_until_s(fresh, timing.decided_s)
+            await self._reasoner.give(decisions.reasons, fresh, [model], np.zeros(len(fresh), np.int64), matrix, until_s)
+            timing.explained_s = self._clock_s()
         degraded = self._degraded(rows, observation, probability is not None)
         # contracts.decision.risk_score, for a batch.
         score = decisions.stand_in() if probability is None else np.minimum(columns.score, RISK_SCORE_MAX).astype(np.int64)
@@ -220,7 +234,7 @@ class Scorer:
             decisions.reasons,
             decisions.rule_hits,
             degraded,
-            np.round((timing.decided_s - received_s) * 1000, 3).tolist(),
+            np.round((timing.explained_s - received_s) * 1000, 3).tolist(),
             receipts,
             strict=True,
         ):
@@ -243,6 +257,14 @@ class Scorer:
                 self._unobserved.add(job, packed)
         self._store.record(records)
         self._count(fresh, decisions.outcome, decisions.rule_hits, degraded, timing)
+
+    @staticmethod
+    def _reasons_until_s(jobs: Sequence[Job], now_s: float) -> float:
+        """By when the model's reasons must be there."""
+        deadlines = [job.deadline_s for job in jobs if job.deadline_s is not None]
+        if not deadlines:
+            return now_s + STREAM_REASONS_BUDGET_MS / 1000
+        return min(now_s + REASONS_BUDGET_MS / 1000, min(deadlines) - REPLY_BUDGET_MS / 1000)
 
     def _probability(
         self, model: Model | None, matrix: npt.NDArray[np.float32], jobs: Sequence[Job]

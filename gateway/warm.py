@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from gateway import explain
 from gateway.bodies import read_bodies
 from gateway.contracts.decision import RoutedBy
 from gateway.contracts.transaction import Transaction, encode_json
@@ -34,6 +35,7 @@ def warm() -> None:
         device_id="device",
         ip="ip",
     )
+    explain.warm()
     [payload], requests = read_bodies([encode_json(t)], _T_MS)
     assert isinstance(payload, bytes), "the transaction above is a good one"
     assert requests is not None, "the kernels read it"

@@ -49,8 +49,12 @@ class Door(StrEnum):
 
 
 class ReasonText(msgspec.Struct, frozen=True):
+    """`text` is for analysts, `cardholder_text` what a cardholder may be told."""
+
     code: str
     text: str
+    # Absent from answers that an earlier version keeps for retries.
+    cardholder_text: str = ""
 
 
 class ModelRef(msgspec.Struct, frozen=True):
