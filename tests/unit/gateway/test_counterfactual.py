@@ -10,14 +10,16 @@ import numpy.typing as npt
 import pytest
 
 from gateway.contracts.decision import SEVERITY, Outcome, Route
-from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES
+from gateway.contracts.features import ENTITIES, FEATURE_INDEX, FEATURE_NAMES
 from gateway.contracts.model_meta import EXPLANATION_FILE, GOLDEN_FILE, read_manifest
 from gateway.counterfactual import CHANGES_MAX, decide_cases, find_counterfactual
 from gateway.explain import Explainer, load_explainer
 from gateway.model import Model, load_model
 from gateway.policy import Policy, load_policy
 from gateway.what_if import LEVERS, Case
+from tests.entities import make_stream
 from tests.factories_model import make_features, make_model_dir
+from tests.oracle import Oracle, Past, features_of
 from tests.unit.gateway.factories import make_transaction
 
 Floats = npt.NDArray[np.float32]
@@ -171,6 +173,24 @@ def test_every_lever_leaves_features_that_fit_together(trained: Trained) -> None
                 check_plausible(changed)
                 pulled.add(lever.name)
     assert pulled == set(LEVER)
+
+
+def test_what_follows_from_another_request_is_what_the_features_definition_says() -> None:
+    """The slow oracle computes the features of the payment as it was and as it might have been, over the same past."""
+    compared = 0
+    for seed in range(4):
+        oracle = Oracle()
+        for t in make_stream(seed, 100, 60_000, 0):
+            past = {e.name: oracle.pasts.get((e.name, getattr(t, e.field)), Past()) for e in ENTITIES}
+            case = Case(t, np.array(features_of(t, past), np.float32))
+            for name, value in (("amount_minor", float(t.amount_minor // 3 + 7)), ("channel", 2.0), ("cross_border", 0.0)):
+                found = LEVER[name].apply(case, value)
+                assert found is not None
+                expected = np.array(features_of(found.transaction, past), np.float32)
+                assert np.allclose(found.row, expected, rtol=1e-3, atol=1e-3, equal_nan=True), (name, t)
+                compared += 1
+            oracle.observe(t)
+    assert compared == 1200
 
 
 WINDOWS_MS = {"5m": 300_000, "1h": 3_600_000, "24h": 86_400_000, "7d": 7 * 86_400_000, "30d": 30 * 86_400_000}
