@@ -16,17 +16,10 @@ from gateway.contracts.explanation import NO_NODE, Explanation, ExplanationError
 from gateway.contracts.feature_reasons import FEATURE_REASONS, MODEL_REASONS
 from gateway.contracts.features import FEATURES
 from gateway.contracts.reasons import REASONS_MAX, Reason
-from gateway.kernels.treeshap import (
-    PATH_FEATURES_MAX,
-    contributions,
-    fill_tables,
-    leaf_paths,
-    path_features,
-    tree_margins,
-)
+from gateway.kernels.treeshap import PATH_FEATURES_MAX, STATES, contributions, edges, factors, tree_margins
 
-# Of the tables of all leaves' cases. Trees of depth 6 take 25 KB each, so this is for 2,600 of them, or for 600 of depth 7.
-TABLES_BYTES_MAX = 64 * 1024 * 1024
+# Of all trees, evaluated in one call: about 3 ms, after which whoever has a deadline may look at the clock.
+NODES_AT_ONCE = 200_000
 # The largest difference between a golden row's margin and the model's, which XGBoost adds up in float32.
 MARGIN_TOLERANCE = 1e-4
 # A code whose share of what raises the score is smaller is no reason.
@@ -41,46 +34,30 @@ Bools = npt.NDArray[np.bool_]
 class Explainer:
     """Explains one model. `expected` is the margin of a row of which nothing is known: base and the trees' means.
 
-    `fast` tells whether each leaf's cases are tabulated: without, a row takes some hundred times as long, and only requests for an
-    explanation are worth that.
+    `rows_at_once` is how many rows one call may have where somebody waits for it.
     """
 
-    def __init__(self, explanation: Explanation, tables_bytes_max: int = TABLES_BYTES_MAX) -> None:
+    def __init__(self, explanation: Explanation) -> None:
         """Raises `ExplanationError` for trees whose paths have too many features."""
         e = self._e = explanation
         nodes = len(e.feature)
-        parent, slot, sizes = np.empty(nodes, np.int32), np.empty(nodes, np.int32), np.empty(nodes, np.int32)
-        longest = int(path_features(e.feature, e.left, e.right, parent, slot, sizes))
-        if longest < 0:
-            raise ExplanationError(f"a path has more than {PATH_FEATURES_MAX} different features")
-        self._slot, self._sizes = slot, sizes
-        in_leaf = np.where(e.feature < 0, sizes, 0).astype(np.int64)
-        self._path_at = np.concatenate([[0], np.cumsum(in_leaf)[:-1]]).astype(np.int64)
-        self._path_feature = np.zeros(int(in_leaf.sum()), np.int32)
-        self._path_share = np.ones(int(in_leaf.sum()))
-        leaf_paths(e.feature, e.left, e.right, e.cover, parent, slot, sizes, self._path_at, self._path_feature, self._path_share)
-        self._weights = _coalition_weights(max(longest, 1))
-        entries = np.where(e.feature < 0, in_leaf << in_leaf, 0)
-        self._table_at = np.concatenate([[0], np.cumsum(entries)[:-1]]).astype(np.int64)
-        self.table_bytes = 4 * int(entries.sum())
-        self.fast = self.table_bytes <= tables_bytes_max
-        self._table = np.zeros(int(entries.sum()) if self.fast else 0, np.float32)
-        if self.fast:
-            fill_tables(e.feature, e.value, sizes, self._path_at, self._path_share, self._weights, self._table_at, self._table)
-        self.expected = self._expected_margin()
+        self._earlier, sizes = np.empty(nodes, np.int32), np.empty(nodes, np.int32)
+        share, weight = np.empty(nodes), np.empty(nodes)
+        longest = int(edges(e.feature, e.left, e.right, e.cover, self._earlier, share, weight, sizes))
+        if longest > PATH_FEATURES_MAX:
+            raise ExplanationError(f"a path has {longest} different features, at most {PATH_FEATURES_MAX} are allowed")
+        # Exact for polynomials of a degree under twice the points; that of a path of m features is m - 1.
+        points, weights = np.polynomial.legendre.leggauss(max((longest + 1) // 2, 1))
+        self._down, self._up = (np.empty((nodes, STATES, len(points))) for _ in range(2))
+        # From [-1, 1] to [0, 1].
+        factors(e.feature, e.value, self._earlier, share, (points + 1) / 2, weights / 2, self._down, self._up)
+        self.expected = float(e.base_margin[0]) + math.fsum((weight * e.value).tolist())
+        self.rows_at_once = max(1, NODES_AT_ONCE // nodes)
         self._sides = _Sides(e.median, e.unusual)
 
     @property
     def trees(self) -> int:
         return self._e.trees
-
-    def _expected_margin(self) -> float:
-        """Leaves weighted by the share of the training rows that came to them: all shares of each path multiplied."""
-        leaf = self._e.feature < 0
-        ends = self._path_at + self._sizes
-        value = self._e.value.astype(np.float64)
-        weighted = [value[n] * math.prod(self._path_share[self._path_at[n] : ends[n]].tolist()) for n in np.flatnonzero(leaf)]
-        return float(self._e.base_margin[0]) + math.fsum(weighted)
 
     def margin(self, matrix: Matrix) -> Floats:
         """The log odds of each row of `matrix` (n, features) that the trees add up to, (n,)."""
@@ -103,15 +80,9 @@ class Explainer:
             e.left,
             e.right,
             e.missing_left,
-            e.value,
-            self._slot,
-            self._sizes,
-            self._path_at,
-            self._path_feature,
-            self._path_share,
-            self._weights,
-            self._table_at,
-            self._table,
+            self._earlier,
+            self._down,
+            self._up,
             out,
         )
         return out
@@ -233,16 +204,6 @@ def warm() -> None:
     )
     check_explanation(one_split)
     row = np.zeros((1, len(FEATURES)), np.float32)
-    for tables_bytes_max in (TABLES_BYTES_MAX, 0):
-        explainer = Explainer(one_split, tables_bytes_max)
-        explainer.codes(row)
-        explainer.margin(row)
-
-
-def _coalition_weights(longest: int) -> Floats:
-    """(longest + 1, longest): k! (m - 1 - k)! / m! for a path of m features and coalitions of k others."""
-    out = np.zeros((longest + 1, longest))
-    for m in range(1, longest + 1):
-        for k in range(m):
-            out[m, k] = math.factorial(k) * math.factorial(m - 1 - k) / math.factorial(m)
-    return out
+    explainer = Explainer(one_split)
+    explainer.codes(row)
+    explainer.margin(row)

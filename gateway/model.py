@@ -153,9 +153,6 @@ def _load_explainer(
     except ExplanationError as exc:
         log.error("model: the explanation of %s can't be used: %s", what, exc)  # noqa: TRY400
         return None
-    if not explainer.fast:
-        log.error("model: the trees of %s are too large to be explained while a customer waits; only on request", what)
-        return None
     for n in WARM_ROWS:
         explainer.codes(np.full((n, len(FEATURE_NAMES)), np.nan, np.float32))
     return explainer

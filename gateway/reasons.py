@@ -21,8 +21,6 @@ from gateway.job import Job
 from gateway.metrics import Metrics
 from gateway.model import Model
 
-# Rows explained between two looks at the clock: a millisecond or two of a large model.
-CHUNK_ROWS = 8
 # Approvals of a batch that are explained because their callers asked for it; the others' answers come without.
 ASKED_ROWS_MAX = 16
 
@@ -31,6 +29,9 @@ Matrix = npt.NDArray[np.float32]
 
 class Explains(Protocol):
     """gateway.explain.Explainer."""
+
+    # Rows that may be explained between two looks at the clock.
+    rows_at_once: int
 
     def codes(self, matrix: Matrix) -> list[list[Reason]]:
         """The codes of each row."""
@@ -99,10 +100,11 @@ class Reasoner:
     def _explain(self, explainer: Explains, matrix: Matrix, until_s: float) -> list[list[Reason]]:
         """In the thread: the codes of the first rows, as many as there is time for."""
         found: list[list[Reason]] = []
-        for at in range(0, len(matrix), CHUNK_ROWS):
+        step = explainer.rows_at_once
+        for at in range(0, len(matrix), step):
             if self._clock_s() >= until_s:
                 break
-            found += explainer.codes(matrix[at : at + CHUNK_ROWS])
+            found += explainer.codes(matrix[at : at + step])
         return found
 
     def stop(self) -> None:

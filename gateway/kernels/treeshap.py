@@ -1,9 +1,14 @@
 """Contributions of features to a margin: path-dependent TreeSHAP, as XGBoost's pred_contribs defines it. Called by gateway/explain.py.
 
-Lundberg and others, "From local explanations to global understanding with explainable AI for trees" (2020). A leaf's part in a row's
-contributions depends only on which of the conditions on its path the row meets. A path has at most as many features as the tree is deep,
-so the contributions of all 2^m cases are worked out once, at load, and looked up for each row (Yang, "Fast TreeSHAP", 2021, version 2).
-Its slow twins are `contributions_by_definition` in tests/agreement, and XGBoost itself.
+Shapley values are an integral (Owen, "Multilinear extensions of games", 1972): if each other feature is known with probability t, what
+feature j adds on average over t from 0 to 1. For a leaf of value v it is
+
+    v (o_j - z_j) * integral over t of the product over the path's other features k of (z_k (1 - t) + o_k t)
+
+where o_k says whether the row meets the path's conditions on feature k, and z_k is the share of the training rows that do. That is a
+polynomial, which Gauss' quadrature at half as many points as its degree integrates exactly. Products are carried down the tree, sums over
+leaves up again, so a row costs a few multiplications a node and point, and no tables of cases (as in "Linear TreeSHAP", Yu and others,
+2022). Its slow twins are `contributions_by_definition` in tests/agreement, and XGBoost itself.
 """
 
 from __future__ import annotations
@@ -12,130 +17,75 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.kernels.compiled import compiled
-from gateway.kernels.intake import Floats, Int64s
+from gateway.kernels.intake import Floats
 
 Int32s = npt.NDArray[np.int32]
 Float32s = npt.NDArray[np.float32]
-# Distinct features on one path: as many bits has a case.
-PATH_FEATURES_MAX = 16
+# Different features on one path.
+PATH_FEATURES_MAX = 32
+# What a row can be to an edge, whose feature may have been asked for above: it meets the conditions there and here, it did above but
+# not here, or it didn't above.
+MET, FAILED, FAILED_ABOVE = range(3)
+STATES = 3
 
 
 @compiled
-def path_features(feature: Int32s, left: Int32s, right: Int32s, parent: Int32s, slot: Int32s, sizes: Int32s) -> int:
-    """How the features on the way to each node are numbered: `slot` of a split is the number of its feature among the different ones above
-    and at it, `sizes` of a node how many those above it are. `parent` gets each node's. Returns the largest size, or -1 once one is
-    above PATH_FEATURES_MAX. Parents stand before their children.
+def edges(
+    feature: Int32s, left: Int32s, right: Int32s, cover: Float32s, earlier: Int32s, share: Floats, weight: Floats, sizes: Int32s
+) -> int:
+    """What is to be known of the edge to each node from its parent; parents stand before their children.
+
+    `earlier`: the node whose edge was the last above by the same feature, -1: none. `share`: of the training rows that came to the splits
+    by this feature on the way, those that went this way. `weight`: the same of all splits. `sizes`: different features on the way.
+    Returns the largest of those.
     """
     nodes = len(feature)
+    parent = np.full(nodes, -1, np.int32)
     largest = 0
     for n in range(nodes):
-        parent[n] = -1
-        sizes[n] = 0
-    for n in range(nodes):
-        if feature[n] < 0:
-            slot[n] = -1
-            continue
-        found = sizes[n]
-        above = parent[n]
-        while above >= 0:
-            if feature[above] == feature[n]:
-                found = slot[above]
-            above = parent[above]
-        slot[n] = found
-        size = max(sizes[n], found + 1)
-        if size > PATH_FEATURES_MAX:
-            return -1
-        largest = max(largest, size)
-        for child in (left[n], right[n]):
-            parent[child] = n
-            sizes[child] = size
+        p = parent[n]
+        earlier[n] = -1
+        if p < 0:
+            share[n] = weight[n] = 1.0
+            sizes[n] = 0
+        else:
+            # The edge to a node is by the feature of its parent.
+            above = p
+            while parent[above] >= 0:
+                if feature[parent[above]] == feature[p]:
+                    earlier[n] = above
+                    break
+                above = parent[above]
+            ratio = np.float64(cover[n]) / (np.float64(cover[left[p]]) + np.float64(cover[right[p]]))
+            weight[n] = weight[p] * ratio
+            share[n] = ratio if earlier[n] < 0 else ratio * share[earlier[n]]
+            sizes[n] = sizes[p] + 1 if earlier[n] < 0 else sizes[p]
+            largest = max(largest, sizes[n])
+        if feature[n] >= 0:
+            parent[left[n]] = n
+            parent[right[n]] = n
     return largest
 
 
 @compiled
-def leaf_paths(
-    feature: Int32s,
-    left: Int32s,
-    right: Int32s,
-    cover: Float32s,
-    parent: Int32s,
-    slot: Int32s,
-    sizes: Int32s,
-    path_at: Int64s,
-    path_feature: Int32s,
-    path_share: Floats,
+def factors(
+    feature: Int32s, value: Float32s, earlier: Int32s, share: Floats, points: Floats, weights: Floats, down: Floats, up: Floats
 ) -> None:
-    """For each leaf n, from `path_at[n]` on, the features of its path and the share of the training rows, among those that came to its
-    splits by that feature, that went the leaf's way. Shares of a split's two ways add up to 1.
+    """By node, state and point, what its edge multiplies a product by on the way `down`, a leaf's value included, and what it takes of the
+    sum that comes `up`: its feature's part by the conditions so far, less that by the conditions above. Both (nodes, STATES, points).
     """
     for n in range(len(feature)):
-        if feature[n] >= 0:
-            continue
-        start = path_at[n]
-        for k in range(sizes[n]):
-            path_share[start + k] = 1.0
-        child, above = n, parent[n]
-        while above >= 0:
-            k = start + slot[above]
-            path_feature[k] = feature[above]
-            both = np.float64(cover[left[above]]) + np.float64(cover[right[above]])
-            path_share[k] *= np.float64(cover[child]) / both
-            child, above = above, parent[above]
-
-
-@compiled
-def leaf_contributions(
-    value: float, share: Floats, start: int, m: int, case: int, weights: Floats, poly: Floats, out: Floats
-) -> None:
-    """Shapley values of the m features of a path, from `share[start]` on, for a leaf of `value`, into `out` (m,).
-
-    Bit k of `case` says whether the row meets the path's conditions on feature k. A coalition that doesn't know feature k takes its
-    share instead. `weights` (m,): of coalitions of 0..m - 1 others. `poly` is scratch of m + 1: the sums over coalitions of each size.
-    """
-    for j in range(m):
-        for k in range(m):
-            poly[k] = 0.0
-        poly[0] = 1.0
-        size = 0
-        for k in range(m):
-            if k == j:
-                continue
-            z = share[start + k]
-            met = np.float64((case >> k) & 1)
-            for i in range(size + 1, 0, -1):
-                poly[i] = poly[i] * z + poly[i - 1] * met
-            poly[0] *= z
-            size += 1
-        total = 0.0
-        for k in range(m):
-            total += weights[k] * poly[k]
-        out[j] = value * (np.float64((case >> j) & 1) - share[start + j]) * total
-
-
-@compiled
-def fill_tables(
-    feature: Int32s,
-    value: Float32s,
-    sizes: Int32s,
-    path_at: Int64s,
-    path_share: Floats,
-    weights: Floats,
-    table_at: Int64s,
-    table: Float32s,
-) -> None:
-    """For each leaf n, from `table_at[n]` on, its contributions in each of its 2^m cases. `weights` (sizes, sizes): by m, by others."""
-    scratch = np.empty(PATH_FEATURES_MAX + 1)
-    out = np.empty(PATH_FEATURES_MAX)
-    for n in range(len(feature)):
-        if feature[n] >= 0:
-            continue
-        m = sizes[n]
-        at = table_at[n]
-        for case in range(1 << m):
-            leaf_contributions(value[n], path_share, path_at[n], m, case, weights[m], scratch, out)
-            for k in range(m):
-                table[at + k] = out[k]
-            at += m
+        here = share[n]
+        above = share[earlier[n]] if earlier[n] >= 0 else 1.0
+        for state in range(STATES):
+            met = 1.0 if state == MET else 0.0
+            met_above = 0.0 if state == FAILED_ABOVE else 1.0
+            for q in range(len(points)):
+                t = points[q]
+                factor = here * (1 - t) + met * t
+                factor_above = above * (1 - t) + met_above * t
+                down[n, state, q] = factor / factor_above * (value[n] if feature[n] < 0 else 1.0)
+                up[n, state, q] = weights[q] * ((met - here) / factor - (met_above - above) / factor_above)
 
 
 @compiled
@@ -147,54 +97,55 @@ def contributions(
     left: Int32s,
     right: Int32s,
     missing_left: npt.NDArray[np.bool_],
-    value: Float32s,
-    slot: Int32s,
-    sizes: Int32s,
-    path_at: Int64s,
-    path_feature: Int32s,
-    path_share: Floats,
-    weights: Floats,
-    table_at: Int64s,
-    table: Float32s,
+    earlier: Int32s,
+    down: Floats,
+    up: Floats,
     out: Floats,
 ) -> None:
     """Adds to `out` (rows, features) what each feature contributes to the margin of each of `rows` (rows, features).
 
-    `table` may be empty: then each leaf is worked out anew. A tree is asked for all rows in turn, so that its tables stay near.
+    A tree is asked for all rows in turn, so that what is known of it stays near.
     """
-    tabled = len(table) > 0
-    scratch = np.empty(PATH_FEATURES_MAX + 1)
-    of_leaf = np.empty(PATH_FEATURES_MAX)
+    points = down.shape[2]
     largest = 0
     for t in range(len(tree_starts) - 1):
         largest = max(largest, tree_starts[t + 1] - tree_starts[t])
-    # By node of the tree at hand: the case, which of the conditions above it the row meets.
-    met = np.empty(largest, np.int32)
+    # By node of the tree at hand: the products of the way to it, then the sum over the leaves below.
+    product = np.empty((largest, points))
+    state = np.empty(largest, np.int8)
     for t in range(len(tree_starts) - 1):
-        start = tree_starts[t]
+        start, end = tree_starts[t], tree_starts[t + 1]
         for r in range(len(rows)):
-            met[0] = (1 << PATH_FEATURES_MAX) - 1
-            for n in range(start, tree_starts[t + 1]):
-                case = met[n - start]
+            product[0] = 1.0
+            for n in range(start, end):
                 f = feature[n]
-                if f >= 0:
-                    x = rows[r, f]
-                    goes_left = missing_left[n] if np.isnan(x) else x < threshold[n]
-                    without = case & ~(1 << slot[n])
-                    met[left[n] - start] = case if goes_left else without
-                    met[right[n] - start] = without if goes_left else case
+                if f < 0:
                     continue
-                m = sizes[n]
-                case &= (1 << m) - 1
-                path = path_at[n]
-                if tabled:
-                    at = table_at[n] + case * m
-                    for k in range(m):
-                        out[r, path_feature[path + k]] += table[at + k]
-                else:
-                    leaf_contributions(value[n], path_share, path, m, case, weights[m], scratch, of_leaf)
-                    for k in range(m):
-                        out[r, path_feature[path + k]] += of_leaf[k]
+                a, b = left[n], right[n]
+                x = rows[r, f]
+                goes_left = missing_left[n] if np.isnan(x) else x < threshold[n]
+                of_a = MET if goes_left else FAILED
+                of_b = FAILED if goes_left else MET
+                # Both edges are by the same feature, and so is the one above.
+                if earlier[a] >= 0 and state[earlier[a] - start] != MET:
+                    of_a = of_b = FAILED_ABOVE
+                state[a - start] = of_a
+                state[b - start] = of_b
+                for q in range(points):
+                    so_far = product[n - start, q]
+                    product[a - start, q] = so_far * down[a, of_a, q]
+                    product[b - start, q] = so_far * down[b, of_b, q]
+            for n in range(end - 1, start - 1, -1):
+                if feature[n] < 0:
+                    continue
+                a, b = left[n], right[n]
+                of_a, of_b = state[a - start], state[b - start]
+                total = 0.0
+                for q in range(points):
+                    sum_a, sum_b = product[a - start, q], product[b - start, q]
+                    product[n - start, q] = sum_a + sum_b
+                    total += sum_a * up[a, of_a, q] + sum_b * up[b, of_b, q]
+                out[r, feature[n]] += total
 
 
 @compiled

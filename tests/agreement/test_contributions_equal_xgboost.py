@@ -34,12 +34,11 @@ LARGEST = np.finfo(np.float32).max
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A model as XGBoost explains it and as the gateway does. `plain` has no tables."""
+    """A model as XGBoost explains it and as the gateway does."""
 
     booster: xgboost.Booster
     explanation: Explanation
-    tabled: Explainer
-    plain: Explainer
+    explainer: Explainer
 
 
 def make_pair(seed: int, rounds_max: int, depth: int = 5) -> Pair:
@@ -50,15 +49,14 @@ def make_pair(seed: int, rounds_max: int, depth: int = 5) -> Pair:
     if depth == 5:
         booster = train(dataclasses.replace(data, features=centred), threads=1, rounds_max=rounds_max).booster
     else:
-        # Labels that no rule is behind, so that the trees grow as deep as they may.
+        # Labels that no rule is behind, so that the trees grow as deep as they may and ask for features again on the way.
         noise = np.random.default_rng(seed).random(len(centred)) < 0.3
         params = default_params(0.3, 1) | {"max_depth": depth, "min_child_weight": 0.1}
         booster = xgboost.train(params, xgboost.QuantileDMatrix(centred, noise), num_boost_round=rounds_max)
     exported = export(booster, centred)
     content = exported.extras[EXPLANATION_FILE]
     loaded = load_explainer(content, exported.golden_features, exported.golden_probability)
-    explanation = decode_explanation(content)
-    return Pair(booster, explanation, loaded, Explainer(explanation, tables_bytes_max=0))
+    return Pair(booster, decode_explanation(content), loaded)
 
 
 @pytest.fixture(
@@ -75,14 +73,11 @@ def check(pair: Pair, rows: Floats) -> None:
     data = xgboost.DMatrix(np.clip(rows, -LARGEST, LARGEST))
     expected = pair.booster.predict(data, pred_contribs=True).astype(np.float64)
     margin = pair.booster.predict(data, output_margin=True).astype(np.float64)
-    assert pair.tabled.fast
-    assert not pair.plain.fast
-    for explainer in (pair.tabled, pair.plain):
-        found = explainer.contributions(rows)
-        assert np.abs(found - expected[:, :-1]).max() <= AGREEMENT
-        assert abs(explainer.expected - expected[0, -1]) <= AGREEMENT
-        assert np.abs(found.sum(axis=1) + explainer.expected - margin).max() <= LOCAL_ACCURACY
-        assert np.abs(explainer.margin(rows) - margin).max() <= LOCAL_ACCURACY
+    found = pair.explainer.contributions(rows)
+    assert np.abs(found - expected[:, :-1]).max() <= AGREEMENT
+    assert abs(pair.explainer.expected - expected[0, -1]) <= AGREEMENT
+    assert np.abs(found.sum(axis=1) + pair.explainer.expected - margin).max() <= LOCAL_ACCURACY
+    assert np.abs(pair.explainer.margin(rows) - margin).max() <= LOCAL_ACCURACY
 
 
 def test_on_rows_it_has_and_has_not_seen(pair: Pair) -> None:
@@ -107,16 +102,16 @@ def test_next_to_every_split(pair: Pair) -> None:
 
 def test_in_every_batch_size_the_same_bits(pair: Pair) -> None:
     rows = make_features(64, 5)
-    whole = pair.tabled.contributions(rows)
+    whole = pair.explainer.contributions(rows)
     for size in (1, 7):
-        parts = [pair.tabled.contributions(rows[i : i + size]) for i in range(0, len(rows), size)]
+        parts = [pair.explainer.contributions(rows[i : i + size]) for i in range(0, len(rows), size)]
         assert np.array_equal(np.concatenate(parts), whole)
 
 
 def test_contributions_add_up_to_the_margin_of_the_probability_that_onnx_gives(pair: Pair) -> None:
     rows = make_features(300, 11)
     p = pair.booster.predict(xgboost.DMatrix(rows)).astype(np.float64)
-    odds = 1 / (1 + np.exp(-(pair.tabled.contributions(rows).sum(axis=1) + pair.tabled.expected)))
+    odds = 1 / (1 + np.exp(-(pair.explainer.contributions(rows).sum(axis=1) + pair.explainer.expected)))
     assert np.abs(odds - p).max() <= LOCAL_ACCURACY
 
 
@@ -159,16 +154,21 @@ def contributions_by_definition(e: Explanation, row: Floats) -> npt.NDArray[np.f
     return out
 
 
-def test_they_are_shapleys_by_definition() -> None:
+@pytest.mark.parametrize(
+    ("known", "depth"), [(len(FEATURE_NAMES), 3), (4, 6)], ids=["many features", "few features, asked for again"]
+)
+def test_they_are_shapleys_by_definition(known: int, depth: int) -> None:
     noise = np.random.default_rng(6).random(2000) < 0.3
     rows = make_features(2000, 6)
-    booster = xgboost.train(default_params(0.3, 1) | {"max_depth": 3}, xgboost.QuantileDMatrix(rows, noise), num_boost_round=4)
+    rows[:, known:] = np.nan
+    params = default_params(0.3, 1) | {"max_depth": depth, "colsample_bytree": 1.0}
+    booster = xgboost.train(params, xgboost.QuantileDMatrix(rows, noise), num_boost_round=4)
     exported = export(booster, rows)
     e = decode_explanation(exported.extras[EXPLANATION_FILE])
     explainer = Explainer(e)
     probes = np.concatenate([rows[:6], split_probes(trees_of(booster), rows[:10], splits_max=5)])
     for row, found in zip(probes, explainer.contributions(probes), strict=True):
-        assert np.abs(found - contributions_by_definition(e, row)).max() <= 1e-7
+        assert np.abs(found - contributions_by_definition(e, row)).max() <= 1e-12
 
 
 def test_a_wrong_share_would_be_seen() -> None:

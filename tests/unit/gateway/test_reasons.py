@@ -13,11 +13,12 @@ import pytest
 from gateway.contracts.features import FEATURES
 from gateway.contracts.reasons import Reason
 from gateway.metrics import Metrics
-from gateway.reasons import CHUNK_ROWS, Reasoner
+from gateway.reasons import Reasoner
 
 pytestmark = pytest.mark.anyio
 
 FAR_S = 60.0
+CHUNK_ROWS = 8
 
 
 def rows(n: int) -> npt.NDArray[np.float32]:
@@ -26,6 +27,8 @@ def rows(n: int) -> npt.NDArray[np.float32]:
 
 class Told:
     """Explains with what it was told to, once it may; remembers which rows it saw and in which thread."""
+
+    rows_at_once = CHUNK_ROWS
 
     def __init__(self) -> None:
         self.may = threading.Event()
