@@ -59,6 +59,11 @@ class Explainer:
     def trees(self) -> int:
         return self._e.trees
 
+    @property
+    def nodes(self) -> int:
+        """Of all trees."""
+        return len(self._e.feature)
+
     def margin(self, matrix: Matrix) -> Floats:
         """The log odds of each row of `matrix` (n, features) that the trees add up to, (n,)."""
         e = self._e
