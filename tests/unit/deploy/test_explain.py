@@ -127,7 +127,7 @@ def test_it_reads_like_an_answer(home: Home, capsys: pytest.CaptureFixture[str])
     assert "It would have been approved if" in text
     assert "the amount had been" in text
     assert "card_distinct_merchants_1h" in text
-    assert "the amount is higher than most payments" in text
+    assert "the amount is higher than that of most payments" in text
 
 
 def test_an_approved_payment_has_contributions_and_no_counterfactual(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
