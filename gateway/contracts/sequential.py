@@ -20,7 +20,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 # How much of the most that may be bet each bettor bets: the larger finds a large excess soon, the smaller a small one at last.
-STAKES: Floats = np.array([0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95])
+STAKES: Floats = np.array([0.05, 0.2, 0.5, 0.95])
 
 
 def log_mean(logs: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
