@@ -69,6 +69,7 @@ class Decided:
 def encode_receipts(d: Decided) -> list[bytes]:
     """One record for each decision."""
     count = len(d.jobs)
+    assert len(d.model) == len(d.policy_severity) == len(d.propensity) == count, "the kernel doesn't check its indices"
     places: dict[tuple[tuple[str, ...], ...], int] = {}
     note = np.fromiter((places.setdefault(n, len(places)) for n in d.notes), np.int64, count)
     notes = [_note(*n) for n in places]

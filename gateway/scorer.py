@@ -46,9 +46,9 @@ STREAM_FEATURE_BUDGET_MS = 500
 
 _answer_encoder = msgspec.msgpack.Encoder()
 _answer_decoder = msgspec.msgpack.Decoder(Answer)
-# What holds for every row where nothing is shared and nothing explored: as many as a batch may have.
-ROWS_MAX = 1024
-_FIRST, _CERTAIN = np.zeros(ROWS_MAX, np.int64), np.ones(ROWS_MAX)
+# What holds for every row where nothing is shared and nothing explored, for as many rows as a batch has.
+_READY_ROWS = 512
+_FIRST, _CERTAIN = np.zeros(_READY_ROWS, np.int64), np.ones(_READY_ROWS)
 _REASONS: dict[Reason, ReasonText] = {r: ReasonText(code=r.value, text=text) for r, text in REASON_TEXT.items()}
 
 
@@ -202,7 +202,7 @@ class Scorer:
         )
         decisions = self._policy.decide(columns, has_features=observation is not None)
         severity, outcomes, reasons_of = decisions.severity, decisions.outcome, decisions.reasons
-        propensity = _CERTAIN[: len(fresh)]
+        propensity = _CERTAIN[: len(fresh)] if len(fresh) <= _READY_ROWS else np.ones(len(fresh))
         if live.routing.explore_share > 0 and probability is not None and self._explorer is not None:
             severity, propensity = self._explorer.explore(live.routing, requests, rows, decisions)
             if severity is not decisions.severity:
@@ -292,7 +292,7 @@ class Scorer:
         rows: npt.NDArray[np.int64],
     ) -> _Scored:
         """Probabilities of the models that the cards go to, at most two calls; none when there is no model or no time for it."""
-        nobody = _FIRST[: len(jobs)]
+        nobody = _FIRST[: len(jobs)] if len(jobs) <= _READY_ROWS else np.zeros(len(jobs), np.int64)
         champion, challenger = live.champion, live.challenger
         if champion is None:
             return _Scored(None, [None], nobody)
