@@ -49,11 +49,13 @@ from gateway.requests import Requests
 log = logging.getLogger(__name__)
 
 # Scores from which on is compared how many payments either puts there, beside the declines.
-CUTS = (20, 100, 300, 600)
+CUTS = (30, 100, 300, 600)
 THINGS = 1 + len(CUTS)
 # What a challenger may do before it counts as too unlike: decline a tenth more than the champion, or half as often; put half as many
-# again, or two thirds of them, at or above a cut; decline half as many again at one merchant.
-DECLINES_RATIO, FEWER_RATIO, SCORES_RATIO, MERCHANT_RATIO = 1.1, 2.0, 1.5, 1.5
+# again, or two thirds of them, at or above a cut, twice or half at the lowest; decline half as many again at one merchant.
+DECLINES_RATIO, FEWER_RATIO, MERCHANT_RATIO = 1.1, 2.0, 1.5
+SCORES_RATIOS = np.array([2.0, 1.5, 1.5, 1.5])
+assert len(SCORES_RATIOS) == len(CUTS)
 # False alarms over the life of a challenger that keeps within these, at most, by test.
 ALPHAS = {"declines": 0.006, "scores": 0.002, "merchant": 0.001}
 ALPHA = sum(ALPHAS.values())
@@ -129,8 +131,8 @@ class Evidence:
         scores = log_mean(
             np.concatenate(
                 [
-                    paired_excess(both[1:], more[1:], fewer[1:], SCORES_RATIO),
-                    paired_excess(both[1:], fewer[1:], more[1:], SCORES_RATIO),
+                    paired_excess(both[1:], more[1:], fewer[1:], SCORES_RATIOS),
+                    paired_excess(both[1:], fewer[1:], more[1:], SCORES_RATIOS),
                 ]
             )
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gateway.guard import BOTH, CHALLENGER_ONLY, CHAMPION_ONLY, CUTS, Evidence
+from gateway.guard import BOTH, CHALLENGER_ONLY, CHAMPION_ONLY, CUTS, THINGS, Evidence
 
 LOOK = 20
 MERCHANTS = 50
@@ -66,17 +66,18 @@ def run(world: World, rng: np.random.Generator, events: int, look: int = LOOK) -
     )
     how = np.where(challenger & champion, BOTH, np.where(challenger, CHALLENGER_ONLY, CHAMPION_ONLY))
     either = challenger | champion
-    for begin in range(0, events, look):
-        part = slice(begin, begin + look)
-        if not either[part].any():
+    row, thing = np.nonzero(either)
+    looks = -(-events // look)
+    counted = np.bincount((row // look * THINGS + thing) * 3 + how[row, thing], minlength=looks * THINGS * 3)
+    for i, counts in enumerate(counted.reshape(looks, THINGS, 3)):
+        if not counts.any():
             continue
-        for thing in range(1 + len(CUTS)):
-            for n, kind in zip(*np.unique(how[part][either[part, thing], thing], return_counts=True)[::-1], strict=True):
-                evidence.add(thing, int(kind), int(n))
+        evidence.counts += counts
+        part = slice(i * look, (i + 1) * look)
         for place in np.flatnonzero(either[part, 0]).tolist():
-            evidence.add_merchant(f"m{merchant[begin + place]}", int(how[begin + place, 0]))
+            evidence.add_merchant(f"m{merchant[i * look + place]}", int(how[i * look + place, 0]))
         if evidence.alarm() is not None:
-            return min(begin + look, events)
+            return min((i + 1) * look, events)
     return None
 
 
