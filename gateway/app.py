@@ -20,7 +20,7 @@ from gateway.batcher import Batcher
 from gateway.connections import Connections, Limits
 from gateway.contracts.decision import Answer
 from gateway.contracts.features import FINGERPRINT
-from gateway.contracts.registry import SchemaRegistry
+from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry
 from gateway.contracts.routing import Verdict, default_routing
 from gateway.contracts.settings import EXACTLY_ONCE, Settings
 from gateway.contracts.transaction import (
@@ -64,6 +64,7 @@ CODE_VERSION = version("fraudgate")
 DRAIN_S = 10.0
 REDIS_WAIT_S = 1.0
 REDIS_POLL_S = 0.01
+SCHEMAS_RETRY_S = 2.0
 
 
 class Gateway:
@@ -217,6 +218,7 @@ class Gateway:
             self.loop_watch.run(),
             self.guard.run(),
             self.shared_cap.run(),
+            self._know_schemas(),
         )
         self._tasks = [asyncio.create_task(work) for work in forever]
         if self._consumes:
@@ -280,6 +282,15 @@ class Gateway:
         if self.kafka is not None and not self.kafka.connected:
             missing.append("kafka")
         return missing
+
+    async def _know_schemas(self) -> None:
+        """Learn the schemas' ids early: who publishes for nobody to wait can't wait for them either."""
+        while not self.schemas.complete:
+            try:
+                await self.schemas.resolve()
+            except RegistryUnavailableError:
+                await asyncio.sleep(SCHEMAS_RETRY_S)
+        log.info("gateway: knows its schemas")
 
     def _live_changed(self, live: Live) -> None:
         self.metrics.challenger_share.set(live.share)

@@ -82,6 +82,9 @@ def serve(own: Settings, tmp_path: Path) -> Iterator[Callable[[], RunningCommand
             command.wait_until(
                 lambda: all(ready_without(own, "redis", "model") for _ in range(8)), READY_WITHIN_S, "the workers are ready"
             )
+            command.wait_until(
+                lambda: command.log().count("knows its schemas") == 2, READY_WITHIN_S, "the workers know the schemas"
+            )
             return command
 
         yield start
