@@ -109,6 +109,8 @@ class Scorer:
         self._feature_budget_s = feature_budget_ms / 1000
         self._code_version = code_version
         self._explorer = explorer
+        self._routed_champion = metrics.routed.labels(Route.CHAMPION.value)
+        self._routed_challenger = metrics.routed.labels(Route.CHALLENGER.value)
         self._slack = slack
         self._now_ms = now_ms
         self._clock_s = clock_s
@@ -326,9 +328,8 @@ class Scorer:
     def _routed(self, scored: _Scored, rows: int) -> None:
         challenged = 0 if scored.by_challenger is None else int(scored.by_challenger.sum())
         if challenged:
-            self._metrics.routed.labels(Route.CHALLENGER.value).inc(challenged)
-        if rows > challenged:
-            self._metrics.routed.labels(Route.CHAMPION.value).inc(rows - challenged)
+            self._routed_challenger.inc(challenged)
+        self._routed_champion.inc(rows - challenged)
 
     @staticmethod
     def _degraded(rows: npt.NDArray[np.int64], observation: Observation | None, scored: bool) -> list[list[str]]:
