@@ -89,6 +89,14 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("rollback", "model_export.registry_commands", "rollback", "make the former champion champion again"),
         Command("demote", "model_export.registry_commands", "demote", "take a challenger or a shadow out"),
     ),
+    "Traffic": (
+        Command(
+            "route",
+            "gateway.route_commands",
+            "route",
+            "share live traffic with the challenger, explore declines, let back in what the guard took out",
+        ),
+    ),
     "Load": (
         Command(
             "simulate",
