@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from gateway.contracts.feature_reasons import FEATURE_REASONS, MODEL_REASONS
 from gateway.contracts.features import FEATURE_INDEX, FEATURES
 from gateway.contracts.reasons import CARDHOLDER_TEXT, REASON_TEXT, Reason
@@ -45,6 +47,12 @@ def test_a_cardholder_is_told_neither_what_was_counted_nor_that_it_was_fraud() -
         assert text != REASON_TEXT[reason]
         assert text.endswith(".")
         assert not {"fraud", "risk", "model", "score", "rule"} & set(text.lower().rstrip(".").split())
+
+
+def test_the_api_page_has_every_code_with_its_texts() -> None:
+    page = (Path(__file__).parents[3] / "docs/api.md").read_text()
+    for reason in Reason:
+        assert f"| `{reason.value}` | {REASON_TEXT[reason]} | {CARDHOLDER_TEXT[reason]} |" in page
 
 
 def test_several_codes_share_what_a_cardholder_is_told() -> None:
