@@ -140,8 +140,11 @@ def explanation_of(receipt: Logged, loaded: Loaded, policy: Policy) -> Explanati
             "decisions is by this one; name the other with --policy"
         )
     decided_again, approved_if, why_not = _decided_again(receipt, loaded, policy)
-    if decided_again is not None and decided_again != receipt.decision:
-        notes.append(f"decided again it is {decided_again}, the receipt says {receipt.decision}")
+    by_policy = receipt.policy_decision or receipt.decision
+    if by_policy != receipt.decision:
+        notes.append(f"the policy came to {by_policy}; it was {receipt.decision} to explore what becomes of such payments")
+    if decided_again is not None and decided_again != by_policy:
+        notes.append(f"decided again it is {decided_again}, the receipt says {by_policy}")
     return Explanation(
         transaction_id=receipt.transaction_id,
         decided_at_ms=receipt.decided_at_ms,

@@ -44,7 +44,10 @@ class CannotExplainError(RuntimeError):
 
 @dataclass(frozen=True)
 class Logged:
-    """What a receipt says, and `transaction` where it is known. `features` is (features,)."""
+    """What a receipt says, and `transaction` where it is known. `features` is (features,).
+
+    `policy_decision` is what the policy came to, before exploration; None in receipts of before there was any.
+    """
 
     transaction_id: str
     decision: str
@@ -57,6 +60,7 @@ class Logged:
     model_version: str | None
     model_digest: str | None
     route: str | None
+    policy_decision: str | None
     feature_fingerprint: str
     policy_digest: str
     decided_at_ms: int
@@ -92,6 +96,7 @@ def receipt_in_file(text: str) -> Logged:
     """A receipt given as JSON, with the fields of schemas/decision.avsc; unknown features are null. Raises `CannotExplainError`."""
     try:
         row = json.loads(text)
+        row.setdefault("policy_decision", None)
         return _logged({name: row[name] for name in _COLUMNS}, msgspec.convert(row["transaction"], Transaction))
     except (ValueError, KeyError, TypeError, msgspec.ValidationError) as exc:
         raise CannotExplainError(f"this is no receipt: {exc!r}") from exc
@@ -103,9 +108,11 @@ def _row(settings: Settings, name: str, columns: list[str], chosen: ds.Expressio
         table = DeltaTable(local(tables.table_uri(settings.tables, name)))
     except TableNotFoundError:
         return None
-    found = table.to_pyarrow_dataset().to_table(columns=columns, filter=chosen)
-    row: dict[str, Any] | None = found.slice(0, 1).to_pylist()[0] if found.num_rows else None
-    return row
+    rows = table.to_pyarrow_dataset()
+    # A table of an earlier version lacks what came later.
+    held = [column for column in columns if column in rows.schema.names]
+    found = rows.to_table(columns=held, filter=chosen)
+    return dict.fromkeys(columns) | found.slice(0, 1).to_pylist()[0] if found.num_rows else None
 
 
 def _logged(row: dict[str, Any], transaction: Transaction | None) -> Logged:

@@ -138,6 +138,16 @@ def test_an_approved_payment_has_contributions_and_no_counterfactual(home: Home,
     assert found["by_feature"]
 
 
+def test_what_was_let_through_to_explore_says_so(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    row = risky_row()
+    logged = home.receipt(payment("risky", row), row)
+    write(home.settings, tables.DECISIONS, [logged | {"decision": "approve", "policy_decision": logged["decision"]}])
+    found = explained(capsys, "risky")
+    assert found["decided_again"] == logged["decision"] != found["decision"] == "approve"
+    assert [note.split(";")[0] for note in found["notes"]] == [f"the policy came to {logged['decision']}"]
+    assert found["approved_if"]
+
+
 def test_a_receipt_can_be_given_as_json(
     home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
