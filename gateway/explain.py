@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.explanation import NO_NODE, Explanation, ExplanationError, check_explanation, decode_explanation
-from gateway.contracts.feature_reasons import FEATURE_REASONS, MODEL_REASONS
+from gateway.contracts.feature_reasons import FEATURE_REASONS, MODEL_REASONS, OPPOSITES
 from gateway.contracts.features import FEATURES
 from gateway.contracts.reasons import REASONS_MAX, Reason
 from gateway.kernels.treeshap import PATH_FEATURES_MAX, STATES, contributions, edges, factors, tree_margins
@@ -111,6 +111,11 @@ class Explainer:
         return {int(f): np.unique(e.threshold[split & (e.feature == f)].astype(np.float64)) for f in np.unique(e.feature[split])}
 
 
+_OPPOSED: dict[Reason, frozenset[Reason]] = {
+    reason: frozenset(other for pair in OPPOSITES if reason in pair for other in pair - {reason}) for reason in MODEL_REASONS
+}
+
+
 class _Sides:
     """contracts.feature_reasons as arrays, with a model's medians."""
 
@@ -147,14 +152,24 @@ class _Sides:
 
 
 def leading_codes(of_reasons: Floats) -> list[list[Reason]]:
-    """Of contributions by code (n, codes): the largest that raise the score, at most REASONS_MAX, each of REASON_SHARE_MIN or more."""
+    """Of contributions by code (n, codes): the largest that raise the score, at most REASONS_MAX, each of REASON_SHARE_MIN or more.
+
+    Of two that contradict each other the larger is named.
+    """
     raising = np.maximum(of_reasons, 0.0)
     least = REASON_SHARE_MIN * raising.sum(axis=1)
-    largest = np.argsort(-raising, axis=1, kind="stable")[:, :REASONS_MAX]
-    return [
-        [MODEL_REASONS[i] for i in row if values[i] > 0 and values[i] >= floor]
-        for row, values, floor in zip(largest.tolist(), raising, least.tolist(), strict=True)
-    ]
+    # So many can be as large as that.
+    largest = np.argsort(-raising, axis=1, kind="stable")[:, : round(1 / REASON_SHARE_MIN)]
+    found = []
+    for row, values, floor in zip(largest.tolist(), raising, least.tolist(), strict=True):
+        codes: list[Reason] = []
+        for i in row:
+            if len(codes) == REASONS_MAX or values[i] <= 0 or values[i] < floor:
+                break
+            if _OPPOSED[MODEL_REASONS[i]].isdisjoint(codes):
+                codes.append(MODEL_REASONS[i])
+        found.append(codes)
+    return found
 
 
 def with_model_codes(reasons: Sequence[Reason], codes: Sequence[Reason]) -> list[Reason]:

@@ -121,6 +121,26 @@ def _sides(f: Feature) -> Sides:
 FEATURE_REASONS: tuple[Sides, ...] = tuple(_sides(f) for f in FEATURES)
 assert set(_OF_ENTITY) == {(f.entity, f.aggregate) for f in FEATURES if f.entity is not None}, "a line for each, and none left over"
 assert set(_REQUEST) == {f.name for f in FEATURES if f.entity is None}
+# What isn't said together: of two windows of one entity one can be full and the other empty, which would read like a contradiction.
+OPPOSITES: tuple[frozenset[Reason], ...] = tuple(
+    frozenset(pair)
+    for pair in (
+        (Reason.AMOUNT_UNUSUAL, Reason.AMOUNT_AS_USUAL),
+        (Reason.CARD_VELOCITY, Reason.CARD_LITTLE_USED),
+        (Reason.CARD_MUCH_USED, Reason.CARD_LITTLE_USED),
+        (Reason.CARD_MANY_MERCHANTS, Reason.CARD_LITTLE_USED),
+        (Reason.CARD_USED_JUST_BEFORE, Reason.CARD_LONG_UNUSED),
+        (Reason.CARD_MANY_DEVICES, Reason.CARD_DEVICES),
+        (Reason.SPENDING_HIGH, Reason.SPENDING_LOW),
+        (Reason.CUSTOMER_VELOCITY, Reason.CUSTOMER_LITTLE_HISTORY),
+        (Reason.MERCHANT_BUSY, Reason.MERCHANT_LITTLE_KNOWN),
+        (Reason.MERCHANT_MANY_CARDS, Reason.MERCHANT_LITTLE_KNOWN),
+        (Reason.DEVICE_BUSY, Reason.DEVICE_LITTLE_KNOWN),
+        (Reason.DEVICE_MANY_CARDS, Reason.DEVICE_LITTLE_KNOWN),
+        (Reason.IP_BUSY, Reason.IP_LITTLE_KNOWN),
+        (Reason.IP_MANY_CARDS, Reason.IP_LITTLE_KNOWN),
+    )
+)
 # Codes that contributions count for, in a fixed order.
 MODEL_REASONS: tuple[Reason, ...] = tuple(sorted({r for sides in FEATURE_REASONS for r in sides.reasons}, key=list(Reason).index))
 assert Reason.MODEL_SCORE_HIGH not in MODEL_REASONS

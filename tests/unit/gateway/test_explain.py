@@ -192,12 +192,33 @@ def test_contributions_by_code_add_up_to_those_by_feature(files: Files) -> None:
 
 def test_the_largest_codes_that_raise_the_score_are_named_and_crumbs_are_not() -> None:
     values = np.zeros((3, len(MODEL_REASONS)))
-    values[0, [4, 2, 9, 7, 5]] = 1.0, 3.0, 2.0, 1.5, 0.9
-    values[1, [4, 2, 9]] = 1.0, 0.04, -5.0
+    place = {reason: i for i, reason in enumerate(MODEL_REASONS)}
+    for row, named in enumerate(
+        (
+            {
+                Reason.NEW_DEVICE: 1.0,
+                Reason.AMOUNT_HIGH: 3.0,
+                Reason.CROSS_BORDER: 2.0,
+                Reason.CARD_TRAVEL: 1.5,
+                Reason.IP_BUSY: 0.9,
+            },
+            {Reason.NEW_DEVICE: 1.0, Reason.AMOUNT_HIGH: 0.04, Reason.CROSS_BORDER: -5.0},
+        )
+    ):
+        for reason, value in named.items():
+            values[row, place[reason]] = value
     codes = leading_codes(values)
-    assert codes[0] == [MODEL_REASONS[i] for i in (2, 9, 7, 4)]
-    assert codes[1] == [MODEL_REASONS[4]]
+    assert codes[0] == [Reason.AMOUNT_HIGH, Reason.CROSS_BORDER, Reason.CARD_TRAVEL, Reason.NEW_DEVICE]
+    assert codes[1] == [Reason.NEW_DEVICE]
     assert codes[2] == []
+
+
+def test_of_two_codes_that_contradict_each_other_the_larger_is_named() -> None:
+    place = {reason: i for i, reason in enumerate(MODEL_REASONS)}
+    values = np.zeros((1, len(MODEL_REASONS)))
+    for reason, value in ((Reason.DEVICE_BUSY, 3.0), (Reason.DEVICE_LITTLE_KNOWN, 2.0), (Reason.NEW_DEVICE, 1.0)):
+        values[0, place[reason]] = value
+    assert leading_codes(values) == [[Reason.DEVICE_BUSY, Reason.NEW_DEVICE]]
 
 
 @pytest.mark.parametrize(
