@@ -164,7 +164,7 @@ REASON_TEXT: dict[Reason, str] = {
     Reason.MERCHANT_AMOUNT_UNUSUAL: "the amount is above what is usually paid at this merchant",
     Reason.MERCHANT_MANY_CARDS: "more different cards paid at this merchant lately than at most",
     Reason.MERCHANT_FRAUD_HISTORY: "earlier payments at this merchant were reported as fraud",
-    Reason.MERCHANT_PROFILE: "what is usual at this merchant raises the risk",
+    Reason.MERCHANT_PROFILE: "what is known of this merchant raises the risk",
     Reason.DEVICE_BUSY: "the device paid more often lately than most",
     Reason.DEVICE_MANY_ADDRESSES: "the device paid from several network addresses within a day",
     Reason.DEVICE_LITTLE_KNOWN: "the device paid no more lately than most",
