@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +46,7 @@ class FeaturePart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReasonPart(msgspec.Struct, frozen=True, kw_only=True):
-    """The contributions of a code's features together, and its texts."""
+    """The contributions of a code's features together, and its texts, which are empty for a code that lowers the score."""
 
     reason: str
     contribution: float
@@ -172,8 +173,8 @@ def _by_reason(values: npt.NDArray[np.float64]) -> list[ReasonPart]:
         ReasonPart(
             reason=MODEL_REASONS[i].value,
             contribution=float(values[i]),
-            text=REASON_TEXT[MODEL_REASONS[i]],
-            cardholder_text=CARDHOLDER_TEXT[MODEL_REASONS[i]],
+            text=REASON_TEXT[MODEL_REASONS[i]] if values[i] > 0 else "",
+            cardholder_text=CARDHOLDER_TEXT[MODEL_REASONS[i]] if values[i] > 0 else "",
         )
         for i in np.argsort(-values, kind="stable").tolist()
         if values[i] != 0
@@ -269,7 +270,10 @@ def readable(e: Explanation, receipt: Logged) -> str:
     if e.degraded:
         lines.append(f"  degraded     {', '.join(e.degraded)}")
     lines += ["", "  contribution  reason"]
-    lines += [f"  {p.contribution:+12.4f}  {p.reason:<24} {p.text}" for p in e.by_reason]
+    lines += [f"  {p.contribution:+12.4f}  {p.reason:<24} {p.text}" for p in e.by_reason if p.contribution > 0]
+    lowering = [f"{p.reason} {p.contribution:+.4f}" for p in reversed(e.by_reason) if p.contribution < 0]
+    if lowering:
+        lines += ["", *textwrap.wrap(", ".join(lowering), 120, initial_indent="  lowered by   ", subsequent_indent=" " * 15)]
     lines += ["", "  contribution  feature                        value           counts for"]
     lines += [
         f"  {p.contribution:+12.4f}  {p.feature:<30} {'unknown' if p.value is None else f'{p.value:,.6g}':<15} {p.reason}"
