@@ -69,7 +69,8 @@ CARDS_MAX = 200_000
 SIGHTINGS_MAX, CALL_MAX = 20_000, 1000
 CALL_TIMEOUT_S = 0.5
 TICK_S = 1.0
-KEEP_S = 30 * 86_400
+# Counts are kept over the life of a challenger, the cards of a day a little longer than that.
+KEEP_S, KEEP_CARDS_S = 30 * 86_400, 2 * 86_400
 DAY_MS = 86_400_000
 DECLINE = SEVERITY[Outcome.DECLINE]
 BOTH, CHALLENGER_ONLY, CHAMPION_ONLY = range(3)
@@ -381,7 +382,7 @@ class Guard:
             arguments: list[str] = []
             for s in some:
                 arguments += [f"{s.thing}:{s.card}", f"{s.thing}:{s.how}", str(s.how), s.merchant]
-            limits = (str(CARDS_MAX), str(MERCHANTS_MAX), str(KEEP_S))
+            limits = (str(CARDS_MAX), str(MERCHANTS_MAX), str(KEEP_CARDS_S), str(KEEP_S))
             command = ("EVAL", _SCRIPT, "2", cards, counts, *limits, *arguments)
             try:
                 if not pair.listed:
