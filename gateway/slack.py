@@ -1,8 +1,8 @@
 """What is scored after the answers: by shadow models, and by the other of champion and challenger for the guard.
 
 One thread a process behind two bounded queues: when it can't keep up the oldest batches are given up and counted. Shadows wait for a
-moment in which nobody waits for an answer; the guard doesn't, because it is there to be quick. The thread has the event loop's priority: with
-a lower one it would keep the interpreter's lock, and everybody, while other processes run.
+moment in which nobody waits for an answer; the guard doesn't, because it is there to be quick. The thread has the event loop's priority:
+with a lower one it would keep the interpreter's lock, and everybody, while other processes run.
 Nothing here can change an answer: the thread writes to nothing that the scorers read, and observes nothing in Redis.
 """
 
