@@ -85,6 +85,12 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(
             "retrain", "deploy.retraining", "retrain", "a challenger from the newest matured labels, once or every so many hours"
         ),
+        Command(
+            "evaluate",
+            "deploy.evaluate",
+            "evaluate",
+            "train and test on a public data set, beside the published figures: ranking, calibration, money, plots",
+        ),
         Command("pull", "model_export.registry_commands", "pull", "bring the promoted models to the gateway's model directory"),
         Command("publish", "model_export.registry_commands", "publish", "copy the gateway's model directory to file:// or s3://"),
         Command("models", "model_export.registry_commands", "models", "versions, aliases, admission, metrics, training data"),

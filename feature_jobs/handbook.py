@@ -8,8 +8,11 @@ terminal's end seven days ago, and its risk is the share of frauds.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
-from feature_jobs.offline import Definition
+from feature_jobs.offline import Definition, EntityColumns, History, offline_features
+from feature_jobs.training_set import codes_of, history_of, label_changes
 from gateway.contracts.features import AGGREGATES, Entity, Feature, Floats, RequestColumns
 from gateway.contracts.windows import DAY_MS, LABEL_DELAY_MS, Aggregates, Window
 
@@ -47,3 +50,21 @@ HANDBOOK = Definition(
     aggregates=tuple({**AGGREGATES, "count_with_own": _count_with_own, "mean_with_own": _mean_with_own}.items()),
 )
 assert len(HANDBOOK.features) == 15
+
+
+def handbook_features(silver: pa.Table, labels: pa.Table) -> npt.NDArray[np.float64]:
+    """(rows, 15) in the book's units: money in units of its currency, 0 for the risk of a terminal without payments.
+
+    `silver` is sorted by (event_time_ms, transaction_id); `labels` has transaction_id, is_fraud, reported_at_ms.
+    """
+    no_dim = np.zeros(silver.num_rows, np.uint16)
+    changes = label_changes(silver["transaction_id"], labels)
+    entities = tuple(EntityColumns(codes_of(silver[e.field])[0], no_dim, no_dim, no_dim) for e in HANDBOOK.entities)
+    history = History(history_of(silver).request, entities, tuple(changes if e.labelled else None for e in HANDBOOK.entities))
+    found = offline_features(history, HANDBOOK, np.float64)
+    for i, feature in enumerate(HANDBOOK.features):
+        if "AMOUNT" in feature.name:
+            found[:, i] /= 100
+        elif "RISK" in feature.name:
+            found[:, i] = np.nan_to_num(found[:, i])
+    return found

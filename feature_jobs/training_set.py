@@ -141,7 +141,9 @@ def history_of(silver: pa.Table, labels: pa.Table | None = None) -> History:
         country=_dim_hashes(country).astype(np.float64),
     )
     hashes = {name: _dim_hashes(silver[name]) for name in {dim for e in ENTITIES for dim in e.dims}}
-    entities = tuple(EntityColumns(_codes(silver[e.field])[0], hashes[e.dim_a], hashes[e.dim_b], hashes[e.dim_c]) for e in ENTITIES)
+    entities = tuple(
+        EntityColumns(codes_of(silver[e.field])[0], hashes[e.dim_a], hashes[e.dim_b], hashes[e.dim_c]) for e in ENTITIES
+    )
     changes = None if labels is None else label_changes(silver["transaction_id"], labels)
     return History(request, entities, tuple(changes if e.labelled else None for e in ENTITIES))
 
@@ -198,7 +200,7 @@ def _floats(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
     return out
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
+def codes_of(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
     """A number for each value, -1 for null, and the values by number."""
     encoded = column.combine_chunks().dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):
@@ -209,6 +211,6 @@ def _codes(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
 
 def _dim_hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint16]:
     """`layout.dim_hash` of each value; each distinct value is hashed once."""
-    codes, values = _codes(column)
+    codes, values = codes_of(column)
     hashes = np.array([dim_hash(v) for v in values] + [dim_hash(None)], np.uint16)
     return hashes[codes]

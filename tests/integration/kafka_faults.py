@@ -21,6 +21,7 @@ from tests.integration.gateway_helpers import Tail, make_transaction, name, read
 READY_WITHIN_S = 60
 CARDS = 211
 FRAME_BYTES = 5
+LOG_LINES = 80
 
 
 class Receipts(Tail):
@@ -107,7 +108,14 @@ def gateways(settings: Settings, folder: Path, count: int) -> Iterator[list[tupl
             found.append((running.enter_context(running_command(own, "serve", log_path=folder / f"gateway-{i}.log")), own))
         for command, own in found:
             command.wait_until(lambda own=own: ready_without(own, "redis", "kafka"), READY_WITHIN_S, "the gateway is ready")  # type: ignore[misc]
-        yield found
+        try:
+            yield found
+        except BaseException:
+            # What the gateways had to say is the first question of whoever sees the test fail.
+            for i in range(count):
+                lines = (folder / f"gateway-{i}.log").read_text(errors="replace").splitlines()[-LOG_LINES:]
+                print(f"\nthe end of the log of gateway {i}:", *lines, sep="\n  ", flush=True)
+            raise
 
 
 def assert_each_decided_once(tail: Receipts, sent: set[str], what: str, within_s: float = 120) -> None:
