@@ -113,10 +113,10 @@ def main() -> None:
             at = np.array([np.inf if n is None else n for n in found_at(world, 1000, 4000, 7)])
             quantiles = "".join(f"{q:>6.0f}" for q in np.quantile(at, (0.05, 0.5, 0.95, 0.99), method="higher"))
             print(f"{before:.2%} -> {after:.2%}".ljust(20) + how.ljust(34) + quantiles + f"{(at <= 2000).mean():>13.1%}")
-    print("\ntwo equal models: how many of 2,000 runs of 100,000 payments trip it")
+    print("\ntwo equal models: how many of 2,000 runs of 20,000 payments trip it")
     for noise in (0.0, 0.3, 1.0):
         world = World(800, noise=noise)
-        tripped = sum(n is not None for n in found_at(world, 2000, 100_000, 11, look=500))
+        tripped = sum(n is not None for n in found_at(world, 2000, 20_000, 11, look=500))
         print(f"models' own noise {noise:.1f} in log-odds: {tripped} of 2000")
 
 
