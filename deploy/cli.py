@@ -42,6 +42,12 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("serve", "gateway.commands", "serve", "run the gateway: POST /score and the transactions topic"),
         Command("reload", "gateway.commands", "reload", "replace the workers of the gateway that runs, one by one"),
         Command("score", "gateway.commands", "score", "score one transaction, given as JSON, and print the decision"),
+        Command(
+            "explain",
+            "deploy.explain",
+            "explain",
+            "why a transaction was decided as it was, and what would have been approved instead",
+        ),
     ),
     "Features": (
         Command("jobs", "feature_jobs.commands", "jobs", "run the Spark streams: bronze, silver, Redis, gold", spark=True),
@@ -91,6 +97,14 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("promote", "model_export.registry_commands", "promote", "make an admitted version champion, challenger or shadow"),
         Command("rollback", "model_export.registry_commands", "rollback", "make the former champion champion again"),
         Command("demote", "model_export.registry_commands", "demote", "take a challenger or a shadow out"),
+    ),
+    "Traffic": (
+        Command(
+            "route",
+            "gateway.route_commands",
+            "route",
+            "share live traffic with the challenger, explore declines, let back in what the guard took out",
+        ),
     ),
     "Load": (
         Command(

@@ -47,16 +47,17 @@ Done = Callable[[Result | RefusedError | None, float], None]
 class Accepted:
     """One body that is not answered yet, and whom to tell: its caller, then those who retried it meanwhile."""
 
-    __slots__ = ("body", "deadline_s", "done", "job", "received_s", "retries")
+    __slots__ = ("body", "deadline_s", "done", "explain", "job", "received_s", "retries")
 
     # Once the body is read.
     job: Job
 
-    def __init__(self, body: bytes, received_s: float, deadline_s: float, done: Done) -> None:
+    def __init__(self, body: bytes, received_s: float, deadline_s: float, done: Done, explain: bool) -> None:
         self.body = body
         self.received_s = received_s
         self.deadline_s = deadline_s
         self.done = done
+        self.explain = explain
         self.retries: list[Done] | None = None
 
     def tell(self, result: Result | RefusedError | None, now_s: float) -> None:
@@ -129,10 +130,10 @@ class Batcher:
             return OverloadedError
         return None
 
-    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done) -> None:
+    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done, explain: bool = False) -> None:
         """Take a body, which is read with the others of its batch. `done` is called later."""
         self._open += 1
-        self._pending.append(Accepted(body, received_s, deadline_s, done))
+        self._pending.append(Accepted(body, received_s, deadline_s, done, explain))
         if deadline_s - received_s < HURRY_S:
             self._urgent = True
             self._next.set()
@@ -183,6 +184,7 @@ class Batcher:
             received_ms = now_ms - round((now_s - received_s) * 1000)
             accepted.body = b""
             job = accepted.job = http_job(transaction_id, card_id, record, received_ms, received_s, accepted.deadline_s)
+            job.explain = accepted.explain
             first = in_flight.setdefault(transaction_id, accepted)
             if first is not accepted:
                 self._retried(first, accepted, now_s)

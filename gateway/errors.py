@@ -60,6 +60,14 @@ class MethodNotAllowedError(GatewayError):
     text = "send a transaction with POST"
 
 
+class BadExplainError(GatewayError):
+    """The header Fraudgate-Explain is neither true nor false."""
+
+    http_status = 400
+    reason = "bad_explain"
+    text = "Fraudgate-Explain must be true or false"
+
+
 class BadDeadlineError(GatewayError):
     """The header with the caller's time limit can't be meant."""
 
@@ -118,6 +126,7 @@ HTTP_ERRORS: tuple[type[GatewayError], ...] = (
     InProgressError,
     MethodNotAllowedError,
     BadDeadlineError,
+    BadExplainError,
     MalformedRequestError,
     RequestTimeoutError,
     HeadTooLargeError,

@@ -19,6 +19,7 @@ from gateway.contracts.reasons import Refusal
 from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError
 from gateway.errors import (
     BadDeadlineError,
+    BadExplainError,
     GatewayError,
     Headers,
     InProgressError,
@@ -39,6 +40,9 @@ SCORE_PATH = "/score"
 # A caller's own time limit for its answer, milliseconds; it can only shorten the setting decision_budget_ms.
 DEADLINE_HEADER = b"fraudgate-deadline-ms"
 DEADLINE_DIGITS_MAX = 6
+# Whether the answer is to have the model's reasons even if it is an approval.
+EXPLAIN_HEADER = b"fraudgate-explain"
+_EXPLAINS = {b"true": True, b"false": False}
 # How much of a refused body is read and thrown away, so that its sender gets to see the answer.
 DISCARD_BYTES_MAX = 8 * 1024 * 1024
 DISCARD_TIMEOUT_S = 5.0
@@ -66,15 +70,23 @@ class ScoreDoor:
         self.clock_s = clock_s
         self.refusal = batcher.refusal
 
-    def submit(self, body: bytes, received_s: float, budget_s: float, done: Done) -> None:
+    def submit(self, body: bytes, received_s: float, budget_s: float, done: Done, explain: bool) -> None:
         """Hand to the batcher, which reads the body and calls `done`."""
-        self._batcher.submit(body, received_s, received_s + budget_s, done)
+        self._batcher.submit(body, received_s, received_s + budget_s, done, explain)
 
     def budget_of(self, value: bytes) -> float:
         """Seconds to answer in, from the value of the header. Raises `BadDeadlineError` unless it is a whole number above 0."""
         if not value.isdigit() or len(value) > DEADLINE_DIGITS_MAX or int(value) == 0:
             raise BadDeadlineError
         return min(self.budget_s, int(value) / 1000)
+
+    @staticmethod
+    def explain_of(value: bytes) -> bool:
+        """From the value of the header. Raises `BadExplainError`."""
+        explain = _EXPLAINS.get(value.lower())
+        if explain is None:
+            raise BadExplainError
+        return explain
 
     def problem(self, error: RefusedError | GatewayError) -> Reply:
         """The answer to an error, which is counted."""
@@ -98,10 +110,12 @@ class ScoreDoor:
         received_s = self.clock_s()
         if scope["method"] != "POST":
             raise MethodNotAllowedError
-        budget_s = self.budget_s
+        budget_s, explain = self.budget_s, False
         for name, value in scope["headers"]:
             if name == DEADLINE_HEADER:
                 budget_s = self.budget_of(value)
+            elif name == EXPLAIN_HEADER:
+                explain = self.explain_of(value)
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
@@ -112,7 +126,7 @@ class ScoreDoor:
             if not waiter.done():
                 waiter.set_result(result)
 
-        self.submit(body, received_s, budget_s, done)
+        self.submit(body, received_s, budget_s, done, explain)
         answer = answer_of(await waiter)
         encoded = encode_answer(answer)
         return 200, [_CONTENT_TYPE, (b"content-length", str(len(encoded)).encode())], encoded

@@ -39,6 +39,8 @@ class Job:
     deadline_s: float | None
     partition: int | None = None
     offset: int | None = None
+    # The caller wants the model's reasons for an approval too.
+    explain: bool = False
 
     @property
     def claim(self) -> bytes:

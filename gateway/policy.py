@@ -100,7 +100,8 @@ class Columns:
 @dataclass(frozen=True)
 class Decisions:
     """By row: the outcome and its place in SEVERITY, the reasons (most severe first), the ids of the rules that fired, and `floors`, the
-    scores from which challenge, review and decline begin, (rows, 3). Most rows have neither reasons nor hits, and share one empty list.
+    scores from which challenge, review and decline begin, (rows, 3). `ruled` is the most severe outcome of a rule that fired, 0 where none
+    did; None when none did anywhere. Most rows have neither reasons nor hits, and share one empty list.
     """
 
     outcome: list[Outcome]
@@ -108,6 +109,7 @@ class Decisions:
     reasons: list[list[Reason]]
     rule_hits: list[list[str]]
     floors: npt.NDArray[np.float64]
+    ruled: npt.NDArray[np.int64] | None = None
 
     def stand_in(self) -> npt.NDArray[np.int64]:
         """A score for a decision without one, (rows,): where its outcome begins."""
@@ -197,6 +199,17 @@ def _screen(rule: Rule) -> tuple[int, float] | None:
     return None
 
 
+def _compared(policy: PolicyFile) -> tuple[tuple[str, float], ...]:
+    """Each feature that the policy compares, the amount by its field too, with each number: where a decision can change."""
+    found = [("amount_minor", float(b.up_to_minor)) for b in policy.bands if b.up_to_minor is not None]
+    for c in (c for rule in policy.rules for c in rule.when):
+        name = c.feature if c.feature is not None else c.field
+        if name in FEATURE_INDEX:
+            values = c.value if isinstance(c.value, list) else [c.value]
+            found += [(name, float(v)) for v in values if isinstance(v, int | float)]
+    return tuple(found)
+
+
 def _not_equal(x: npt.NDArray[np.floating[Any]], value: float) -> Bools:
     out: Bools = (x != value) & ~np.isnan(x)
     return out
@@ -248,6 +261,7 @@ class Policy:
         # Most severe first, so that the first reasons found are those that stay.
         self._rules.sort(key=lambda r: -SEVERITY[r[0].outcome])
         self.rule_ids: tuple[str, ...] = tuple(rule.id for rule, _ in self._rules)
+        self.compared = _compared(parsed)
         # Most rules fire for no row of a batch, which one comparison tells for all of them, in the precision of the features.
         screens = [_screen(rule) for rule, _ in self._rules]
         self._screened = [i for i, screen in enumerate(screens) if screen is not None]
@@ -269,7 +283,8 @@ class Policy:
         base = (columns.score[:, None] >= thresholds).sum(axis=1)
         if not has_features:
             base = np.where(no_score, self._without_model[band], base)
-        severity = base.copy()
+        severity = base
+        ruled: npt.NDArray[np.int64] | None = None
         hits: list[tuple[Rule, npt.NDArray[np.intp]]] = []
         may_fire = np.ones(len(self._rules), bool)
         may_fire[self._screened] = (columns.matrix[:, self._screen_features] >= self._screen_values).any(axis=0)
@@ -282,7 +297,11 @@ class Policy:
                 fired = fired & check(columns)
             if fired.any():
                 hits.append((rule, np.flatnonzero(fired)))
-                np.maximum(severity, np.where(fired, SEVERITY[rule.outcome], 0), out=severity)
+                if ruled is None:
+                    ruled = np.zeros(rows, np.int64)
+                np.maximum(ruled, np.where(fired, SEVERITY[rule.outcome], 0), out=ruled)
+        if ruled is not None:
+            severity = np.maximum(base, ruled)
         found: dict[int, list[tuple[int, Reason]]] = {}
         rule_hits: list[list[str]] = [_NOTHING] * rows
         for row in np.flatnonzero(base > 0).tolist():
@@ -300,6 +319,7 @@ class Policy:
             reasons=reasons,
             rule_hits=rule_hits,
             floors=thresholds,
+            ruled=ruled,
         )
 
 

@@ -21,7 +21,16 @@ from gateway.connections import CLOSE, Connection, Connections, reply_bytes
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError
 from gateway.errors import GatewayError, HeadTooLargeError, MalformedRequestError, OverloadedError, RequestTimeoutError
-from gateway.http import DEADLINE_HEADER, DISCARD_BYTES_MAX, SCORE_PATH, ScoreDoor, answer_of, declares_too_much, encode_answer
+from gateway.http import (
+    DEADLINE_HEADER,
+    DISCARD_BYTES_MAX,
+    EXPLAIN_HEADER,
+    SCORE_PATH,
+    ScoreDoor,
+    answer_of,
+    declares_too_much,
+    encode_answer,
+)
 from gateway.job import Result
 
 # Of the request line and the headers. What one read of a socket brings comes on top.
@@ -32,20 +41,21 @@ _SCORE_URL = SCORE_PATH.encode()
 _SCORE_QUERY = _SCORE_URL + b"?"
 _EXPECT, _LENGTH = b"expect", b"content-length"
 # To pass over the headers that are none of ours without lowering their names.
-_LENGTHS_OF_NAMES = {len(_EXPECT), len(_LENGTH), len(DEADLINE_HEADER)}
+_LENGTHS_OF_NAMES = {len(_EXPECT), len(_LENGTH), len(DEADLINE_HEADER), len(EXPLAIN_HEADER)}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Exchange:
     """One request to /score on its connection. `reply` is b"" once it was written before the request was read to its end."""
 
-    __slots__ = ("body", "budget_s", "keep_alive", "protocol", "read", "received_s", "reply", "shed")
+    __slots__ = ("body", "budget_s", "explain", "keep_alive", "protocol", "read", "received_s", "reply", "shed")
 
     def __init__(self, protocol: DoorProtocol, received_s: float, budget_s: float, keep_alive: bool) -> None:
         self.protocol = protocol
         self.received_s = received_s
         self.budget_s = budget_s
         self.keep_alive = keep_alive
+        self.explain = False
         self.body = b""
         self.read = False
         self.reply: bytes | None = None
@@ -188,6 +198,8 @@ class DoorProtocol(HttpToolsProtocol):
         """True when the caller waits for a word before it sends its body. Raises for what can't be accepted."""
         if name == DEADLINE_HEADER:
             exchange.budget_s = self.door.budget_of(value)
+        elif name == EXPLAIN_HEADER:
+            exchange.explain = self.door.explain_of(value)
         elif name == _LENGTH and declares_too_much(value):
             raise RefusedError(Refusal.TOO_LARGE)
         return name == _EXPECT and value.lower() == b"100-continue"
@@ -225,7 +237,7 @@ class DoorProtocol(HttpToolsProtocol):
             self._shed(exchange, refusal)
             self._hold()
             return
-        door.submit(body, exchange.received_s, exchange.budget_s, exchange.done)
+        door.submit(body, exchange.received_s, exchange.budget_s, exchange.done, exchange.explain)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

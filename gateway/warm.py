@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from gateway import explain
 from gateway.bodies import read_bodies
+from gateway.contracts.decision import RoutedBy
 from gateway.contracts.transaction import Transaction, encode_json
 from gateway.job import http_job
 from gateway.kernels.compiled import forget_old
+from gateway.kernels.intake import CARD
+from gateway.kernels.points import points
 from gateway.receipts import Decided, encode_receipts
 from gateway.redis_link import RedisLink
 from gateway.store import Store
@@ -34,11 +38,13 @@ def warm() -> None:
         device_id="device",
         ip="ip",
     )
+    explain.warm()
     [payload], requests = read_bodies([encode_json(t)], _T_MS)
     assert isinstance(payload, bytes), "the transaction above is a good one"
     assert requests is not None, "the kernels read it"
     job = http_job(t.transaction_id, t.card_id.encode(), payload, _T_MS, 0.0, None)
     found = Store(RedisLink("redis://127.0.0.1/0", 1.0), 1).rehearse([job], requests)
+    points(requests.buf, requests.starts, requests.lengths, np.zeros(1, np.int64), CARD, np.uint64(0), np.empty(1))
     encode_receipts(
         Decided(
             requests=requests,
@@ -49,7 +55,11 @@ def warm() -> None:
             score=np.zeros(1, np.int64),
             probability=np.zeros(1),
             notes=[((), (), ())],
-            model=None,
+            models=[None],
+            model=np.zeros(1, np.int64),
+            routed_by=RoutedBy.ONLY,
+            policy_severity=np.zeros(1, np.int64),
+            propensity=np.ones(1),
             matrix=found.matrix,
             seq=found.seq,
             label_changes=found.label_changes,

@@ -19,6 +19,7 @@ from onnxmltools.convert.common.data_types import FloatTensorType
 
 from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.model_meta import (
+    EXPLANATION_FILE,
     GOLDEN_FILE,
     INPUT_NAME,
     MODEL_FILE,
@@ -29,6 +30,7 @@ from gateway.contracts.model_meta import (
     is_file_name,
 )
 from model_export.dataset import Floats
+from model_export.explanation import explanation_of
 from model_export.probes import extreme_rows, split_probes, trees_of
 from model_export.training import probabilities
 
@@ -56,6 +58,7 @@ def export(booster: xgboost.Booster, sample: Floats) -> Export:
         onnx_bytes=to_onnx(booster),
         golden_features=golden,
         golden_probability=probabilities(booster, golden),
+        extras={EXPLANATION_FILE: explanation_of(booster, golden, sample)},
     )
 
 

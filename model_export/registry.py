@@ -266,10 +266,17 @@ class Registry:
                 if exc.error_code in (NOT_FOUND, INVALID):
                     return None
                 raise
-        sha256 = {tag.removeprefix(SHA256_TAG): value for tag, value in found.tags.items() if tag.startswith(SHA256_TAG)}
-        return RegisteredModel(
-            name=name, version=str(found.version), source=found.source, sha256=sha256, signature=found.tags.get(SIGNATURE_TAG)
-        )
+        return _registered(name, found)
+
+    def find_version(self, name: str, version: str) -> RegisteredModel | None:
+        """That version whatever its aliases, or None when there is no such. Raises `RegistryUnavailableError`."""
+        with self._asking(f"look up {name} version {version}"):
+            try:
+                return _registered(name, self._client.get_model_version(name, version))
+            except MlflowException as exc:
+                if exc.error_code in (NOT_FOUND, INVALID):
+                    return None
+                raise
 
     def download(self, model: RegisteredModel, directory: Path) -> None:
         """A package's files into `directory`, which is created. Raises `RegistryUnavailableError` or `RegistryRefusedError`."""
@@ -378,6 +385,13 @@ class Registry:
             f"MLflow does not answer at {self._url} ({why}); start it with: fraudgate up, or set FRAUDGATE_MLFLOW_URL "
             "(FRAUDGATE_MLFLOW_PORT for a local one) to where it is"
         )
+
+
+def _registered(name: str, found: MlflowVersion) -> RegisteredModel:
+    sha256 = {tag.removeprefix(SHA256_TAG): value for tag, value in found.tags.items() if tag.startswith(SHA256_TAG)}
+    return RegisteredModel(
+        name=name, version=str(found.version), source=found.source, sha256=sha256, signature=found.tags.get(SIGNATURE_TAG)
+    )
 
 
 def _note(data: TrainingSet, admission: Admission) -> str:

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
 
+from deploy.receipts import CannotExplainError, Logged, model_of
 from deploy.services import data_path
 from deploy.stack import Stack
 from gateway.contracts.audit import read_audit
-from gateway.contracts.features import FINGERPRINT
+from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.model_meta import (
     GOLDEN_FILE,
     GOLDEN_TOLERANCE,
@@ -359,3 +360,41 @@ def test_the_commands_list_promote_and_roll_back(environment: Settings, capsys: 
     assert (listed["1"]["training_table_version"], listed["1"]["training_rows"]) == (0, ROWS)
     assert listed["1"]["training_data"] == listed["2"]["training_data"]
     assert 0 < listed["1"]["metrics"]["test_average_precision"] <= 1
+
+
+def make_logged(name: str, version: str, digest: str) -> Logged:
+    return Logged(
+        transaction_id="t1",
+        decision="decline",
+        risk_score=900,
+        probability=0.9,
+        reasons=[],
+        rule_hits=[],
+        degraded=[],
+        model_name=name,
+        model_version=version,
+        model_digest=digest,
+        route="champion",
+        policy_decision=None,
+        feature_fingerprint=FINGERPRINT,
+        policy_digest="",
+        decided_at_ms=0,
+        features=np.zeros(len(FEATURE_NAMES), np.float32),
+        transaction=None,
+    )
+
+
+def test_a_model_that_no_directory_holds_any_more_is_explained_from_the_registry(local: Settings) -> None:
+    outcome = train_and_register(local, name="explained")
+    digest = outcome.registered.sha256[MODEL_FILE]
+    assert not list(local.models_path.glob(f"*/{METADATA_FILE}"))
+    with model_of(local, make_logged("explained", "1", digest)) as loaded:
+        assert loaded.model.digest == digest
+        assert loaded.explainer.trees == outcome.model.trees
+    with (
+        pytest.raises(CannotExplainError, match="is another model than the receipt's"),
+        model_of(local, make_logged("explained", "1", "0" * 64)),
+    ):
+        pass
+    with pytest.raises(CannotExplainError, match="is neither in"), model_of(local, make_logged("explained", "99", digest)):
+        pass

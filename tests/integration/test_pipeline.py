@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow.dataset as ds
 import pytest
 import redis
 from confluent_kafka import Consumer, TopicPartition
 from deltalake import DeltaTable
 
+from deploy.explain import explanation_of
+from deploy.receipts import model_of, receipt_in_tables
 from deploy.stack import Stack
 from gateway.contracts import layout, tables
+from gateway.contracts.decision import Outcome
 from gateway.contracts.features import ENTITY_INDEX, FEATURES
 from gateway.contracts.instants import instant_ms
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS
+from gateway.policy import load_policy
 from loadtest.adapters import Dataset
 from tests.helpers import local_settings, run_command, wait_until
 from tests.receipts import Recount, read_topic
@@ -34,6 +39,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(60
 LIVE = 20_000
 HISTORY = 30_000
 SAMPLE = 1_000
+EXPLAINED = 25
 HANDBOOK = "handbook-2018-04-to-08.parquet"
 
 
@@ -188,6 +194,25 @@ def test_every_logged_feature_is_recomputed_to_the_bit(pipeline: Pipeline) -> No
     assert report["different"] == 0
     assert report["rows"] > 20_000
     assert report["compared"] == report["equal"] == report["rows"] * len(FEATURES)
+
+
+def test_receipts_of_the_demo_are_explained_and_their_counterfactuals_flip_them(pipeline: Pipeline) -> None:
+    table = DeltaTable(tables.table_uri(pipeline.settings.tables, tables.DECISIONS)).to_pyarrow_dataset()
+    scored = ds.field("probability").is_valid() & (ds.field("decision") != Outcome.APPROVE.value)
+    ids = table.to_table(columns=["transaction_id"], filter=scored)["transaction_id"].to_pylist()[:EXPLAINED]
+    assert len(ids) == EXPLAINED
+    policy, flipped = load_policy(""), 0
+    for transaction_id in ids:
+        receipt = receipt_in_tables(pipeline.settings, transaction_id)
+        with model_of(pipeline.settings, receipt) as loaded:
+            found = explanation_of(receipt, loaded, policy)
+        assert found.decided_again == receipt.decision
+        assert found.notes == []
+        assert abs(sum(p.contribution for p in found.by_feature) + found.expected - found.margin) <= 1e-5
+        if found.approved_if is not None:
+            assert found.approved_if.decision == Outcome.APPROVE.value
+            flipped += 1
+    assert flipped >= EXPLAINED * 0.8
 
 
 def decisions_missing(pipeline: Pipeline) -> int:

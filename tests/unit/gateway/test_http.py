@@ -30,11 +30,12 @@ class StubBatcher:
     def refusal(self) -> type[GatewayError] | None:
         return OverloadedError if self._full else None
 
-    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done) -> None:
+    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done, explain: bool) -> None:
         job = read_job(body, received_s, deadline_s)
         if isinstance(job, RefusedError):
             done(job, 5.0)
             return
+        job.explain = explain
         self.jobs.append(job)
         done(decided(job) if self._verdict is Verdict.DECIDED else Result(job, self._verdict), 5.0)
 
@@ -172,6 +173,19 @@ async def test_a_callers_own_deadline_can_only_shorten_the_budget(value: bytes, 
 async def test_a_deadline_that_can_not_be_meant_is_refused(value: bytes) -> None:
     status, _, body = await call(GOOD, headers=[(b"fraudgate-deadline-ms", value)])
     assert (status, msgspec.json.decode(body, type=Problem).reason) == (400, "bad_deadline")
+
+
+@pytest.mark.parametrize(("value", "explain"), [(None, False), (b"true", True), (b"True", True), (b"false", False)])
+async def test_a_caller_may_ask_for_the_reasons_of_an_approval(value: bytes | None, explain: bool) -> None:
+    batcher = StubBatcher()
+    headers = [] if value is None else [(b"fraudgate-explain", value)]
+    assert (await call(GOOD, batcher=batcher, headers=headers))[0] == 200
+    assert batcher.jobs[0].explain is explain
+
+
+async def test_a_wish_that_can_not_be_meant_is_refused() -> None:
+    status, _, body = await call(GOOD, headers=[(b"fraudgate-explain", b"maybe")])
+    assert (status, msgspec.json.decode(body, type=Problem).reason) == (400, "bad_explain")
 
 
 async def test_a_caller_that_leaves_in_the_middle_is_not_answered() -> None:

@@ -67,7 +67,7 @@ class HeldBatcher:
     def refusal(self) -> type[GatewayError] | None:
         return OverloadedError if self.full else None
 
-    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done) -> None:
+    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done, explain: bool) -> None:
         job = read_job(body, received_s, deadline_s)
         if isinstance(job, RefusedError):
             done(job, received_s)

@@ -2,18 +2,24 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+from gateway import scorer
 from gateway.avro import receipt_of
 from gateway.contracts.decision import Outcome
-from gateway.job import Verdict
+from gateway.contracts.features import FEATURE_INDEX
+from gateway.contracts.reasons import REASONS_MAX
+from gateway.job import Job, Result, Verdict
 from gateway.metrics import Metrics
 from gateway.model import ModelSlot, load_model
 from gateway.policy import load_policy
+from gateway.reasons import ASKED_ROWS_MAX
 from gateway.recent import RecentDecisions
 from gateway.scorer import Scorer
 from gateway.store import Observation
 from gateway.unobserved import Unobserved
+from tests.factories_model import MERCHANTS, make_features, make_model_dir, risky_row, safe_row
 from tests.unit.gateway.factories import NOW_MS, StubStore, make_answer, make_job, make_observation, make_transaction, write_model
 
 pytestmark = pytest.mark.anyio
@@ -181,3 +187,105 @@ async def test_what_was_decided_without_redis_is_kept_to_be_observed(slot: Model
     full.written = False
     await make_scorer(StubStore(full), slot, unobserved=unobserved).decide([make_job()])
     assert len(unobserved) == 2
+
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory: pytest.TempPathFactory) -> ModelSlot:
+    folder = tmp_path_factory.mktemp("explained")
+    make_model_dir(folder)
+    made = ModelSlot(folder)
+    made.model = load_model(folder, "champion")
+    assert made.model is not None
+    assert made.model.explainer is not None
+    return made
+
+
+@pytest.fixture
+def time_for_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer, "STREAM_REASONS_BUDGET_MS", 60_000)
+
+
+def observed(*rows: npt.NDArray[np.float32]) -> Observation:
+    found = make_observation(len(rows))
+    found.matrix = np.concatenate(rows)
+    return found
+
+
+def jobs_of(*amounts: int) -> list[Job]:
+    return [make_job(make_transaction(f"t{i}", amount_minor=a), offset=i) for i, a in enumerate(amounts)]
+
+
+def reasons_of(results: list[Result]) -> list[list[str]]:
+    return [[] if r.answer is None else [reason.code for reason in r.answer.reasons] for r in results]
+
+
+@pytest.mark.usefixtures("time_for_reasons")
+async def test_a_score_that_decides_has_the_models_reasons_in_answer_and_receipt(explained: ModelSlot) -> None:
+    store = StubStore(observed(risky_row(), safe_row()))
+    results = await make_scorer(store, explained).decide(jobs_of(200_000, 2_000))
+    risky, safe = results
+    assert risky.answer is not None
+    assert safe.answer is not None
+    assert (risky.answer.decision, safe.answer.decision) == (Outcome.DECLINE, Outcome.APPROVE)
+    codes = reasons_of(results)[0]
+    assert set(codes[:2]) == {"AMOUNT_HIGH", "CARD_MANY_MERCHANTS"}
+    assert len(codes) <= REASONS_MAX
+    assert all(r.text and r.cardholder_text for r in risky.answer.reasons)
+    assert safe.answer.reasons == []
+    assert risky.receipt is not None
+    assert receipt_of(risky.receipt).reasons == codes
+
+
+@pytest.mark.usefixtures("time_for_reasons")
+async def test_a_rules_reason_comes_before_the_models(explained: ModelSlot) -> None:
+    row = risky_row()
+    row[0, FEATURE_INDEX["device_distinct_cards_1h"]] = 7
+    row[0, FEATURE_INDEX["card_count_5m"]] = 0
+    [codes] = reasons_of(await make_scorer(StubStore(observed(row)), explained).decide(jobs_of(200_000)))
+    assert codes[0] == "DEVICE_MANY_CARDS"
+    assert {"AMOUNT_HIGH", "CARD_MANY_MERCHANTS"} <= set(codes)
+    assert "MODEL_SCORE_HIGH" not in codes
+
+
+@pytest.mark.usefixtures("time_for_reasons")
+async def test_who_asks_gets_the_reasons_of_an_approval(explained: ModelSlot) -> None:
+    row = safe_row()
+    row[0, MERCHANTS] = 8
+    jobs = jobs_of(*[2_000] * (ASKED_ROWS_MAX + 2))
+    for job in jobs[1:]:
+        job.explain = True
+    results = await make_scorer(StubStore(observed(*[row] * len(jobs))), explained).decide(jobs)
+    assert {r.answer.decision for r in results if r.answer} == {Outcome.APPROVE}
+    codes = reasons_of(results)
+    assert codes[0] == []
+    assert codes[1]
+    # Within bounds: who asks last goes without.
+    assert codes[1 : ASKED_ROWS_MAX + 1] == [codes[1]] * ASKED_ROWS_MAX
+    assert codes[-1] == []
+
+
+async def test_late_reasons_cost_neither_the_decision_nor_the_answer(explained: ModelSlot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer, "STREAM_REASONS_BUDGET_MS", 0)
+    results = await make_scorer(StubStore(observed(risky_row())), explained).decide(jobs_of(200_000))
+    assert reasons_of(results) == [["MODEL_SCORE_HIGH"]]
+
+
+async def test_a_model_without_explanation_has_the_general_reason(slot: ModelSlot) -> None:
+    assert slot.model is not None
+    row = risky_row()
+    p = slot.model.probability(np.concatenate([row, safe_row(), make_features(200)]))
+    risky = np.concatenate([row, safe_row(), make_features(200)])[[int(np.argmax(p))]]
+    assert p.max() > 0.3
+    results = await make_scorer(StubStore(observed(risky)), slot).decide(jobs_of(2_000_000))
+    assert "MODEL_SCORE_HIGH" in reasons_of(results)[0]
+
+
+@pytest.mark.usefixtures("time_for_reasons")
+async def test_without_a_claim_in_redis_nothing_waits_for_reasons(explained: ModelSlot) -> None:
+    unclaimed = observed(risky_row())
+    unclaimed.written = False
+    deciding = make_scorer(StubStore(unclaimed), explained).decide(jobs_of(200_000))
+    # Not even one turn of the loop: the stub of Redis doesn't wait either.
+    with pytest.raises(StopIteration) as done:
+        deciding.send(None)
+    assert reasons_of(done.value.value) == [["MODEL_SCORE_HIGH"]]

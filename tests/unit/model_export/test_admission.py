@@ -14,7 +14,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from gateway.contracts.features import FEATURE_INDEX
-from gateway.contracts.model_meta import ADMISSION_FILE, GOLDEN_FILE, MODEL_FILE, sha256_file
+from gateway.contracts.model_meta import ADMISSION_FILE, EXPLANATION_FILE, GOLDEN_FILE, MODEL_FILE, sha256_file
 from model_export.admission import (
     LATENCY_MS_MAX,
     Admission,
@@ -167,7 +167,7 @@ def test_the_report_travels_in_the_package(exported: Export, model: TrainedModel
     assert (tmp_path / ADMISSION_FILE).is_file()
     assert read_report(tmp_path) == admission
     # It names the files that lie beside it.
-    assert admission.files == {file: sha256_file(tmp_path / file) for file in (MODEL_FILE, GOLDEN_FILE)}
+    assert admission.files == {file: sha256_file(tmp_path / file) for file in (MODEL_FILE, GOLDEN_FILE, EXPLANATION_FILE)}
     text = report(admission)
     assert all(check.name in text for check in admission.checks)
     assert all(finding.name in text for finding in admission.slices)

@@ -13,6 +13,7 @@ import pytest
 
 from gateway.contracts.model_meta import (
     ADMISSION_FILE,
+    EXPLANATION_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
     METADATA_FILE,
@@ -107,7 +108,7 @@ def test_champion_arrives_whole(source: DirectorySource, models: Path) -> None:
     pulled = pull_models(models, source)
     assert (pulled.fetched, pulled.changed) == (["1"], True)
     entry = read_manifest(models).routes["champion"]
-    assert entry.files == digests(kept, *PACKAGE_FILES, ADMISSION_FILE)
+    assert entry.files == digests(kept, *PACKAGE_FILES, EXPLANATION_FILE, ADMISSION_FILE)
     assert all(sha256_file(models / entry.directory / file) == digest for file, digest in entry.files.items())
     assert directories(models) == ["fraudgate-1"]
 
@@ -145,7 +146,7 @@ def test_extras_travel_with_the_model_and_a_damaged_one_is_refused(source: Direc
     source.aliases["champion"].sha256.update(digests(kept, REFERENCE_FILE))
     pull_models(models, source)
     entry = read_manifest(models).routes["champion"]
-    assert set(entry.files) == {*PACKAGE_FILES, ADMISSION_FILE, REFERENCE_FILE}
+    assert set(entry.files) == {*PACKAGE_FILES, EXPLANATION_FILE, ADMISSION_FILE, REFERENCE_FILE}
     extra = models / entry.directory / REFERENCE_FILE
     assert extra.read_bytes() == b"{}"
     extra.write_bytes(b"[]")
