@@ -73,9 +73,15 @@ def write_training_set(
     rows = features_between(silver, labels, first_ms, end_ms)
     is_fraud = _labels(labels, rows["transaction_id"], as_of_ms)
     rows = rows.append_column("is_fraud", pa.array(is_fraud))
+    # No feature: models are judged by country as well.
+    rows = rows.append_column("country", silver.filter(pa.array(chosen))["country"])
     uri = tables.table_uri(settings.tables, tables.TRAINING_SET)
     write_deltalake(
-        local(uri), rows, mode="overwrite", schema_mode="overwrite", commit_properties=commit_note(settings, as_of_ms=as_of_ms)
+        local(uri),
+        rows,
+        mode="overwrite",
+        schema_mode="overwrite",
+        commit_properties=commit_note(settings, as_of_ms=as_of_ms, end_ms=end_ms),
     )
     version = DeltaTable(local(uri)).version()
     return TrainingSet(uri, version, rows.num_rows, int(is_fraud.sum()), first_ms, end_ms, as_of_ms)

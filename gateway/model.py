@@ -28,8 +28,10 @@ from gateway.contracts.model_meta import (
     METADATA_FILE,
     MODEL_FILE,
     OUTPUT_NAME,
+    PACKAGE_FILES,
     ModelEntry,
     ModelMetadata,
+    is_file_name,
     read_manifest,
     sha256_file,
 )
@@ -85,10 +87,14 @@ def load_model(model_dir: Path, route: str) -> Model | None:
 
 def _load(folder: Path, entry: ModelEntry, route: str) -> Model:
     what = f"{entry.name} {entry.version}"
-    for name in (MODEL_FILE, METADATA_FILE, GOLDEN_FILE):
+    for name in PACKAGE_FILES:
         if name not in entry.files:
             raise ModelRefusedError(f"{what}: the manifest has no checksum of {name}")
-        if sha256_file(folder / name) != entry.files[name]:
+    # Extras too: what explains the model or says how it was admitted must not be another's.
+    for name, digest in entry.files.items():
+        if not is_file_name(name):
+            raise ModelRefusedError(f"{what}: the manifest names a file that can't be one of a package")
+        if sha256_file(folder / name) != digest:
             raise ModelRefusedError(f"{what}: {name} is not what the manifest says")
     metadata = msgspec.json.decode((folder / METADATA_FILE).read_bytes(), type=ModelMetadata)
     if metadata.onnx_sha256 != entry.files[MODEL_FILE]:

@@ -118,13 +118,13 @@ def _say(line: str) -> None:
 
 
 def pull(argv: list[str]) -> int:
-    """`fraudgate pull`: the models of the aliases champion and challenger into the gateway's model directory.
+    """`fraudgate pull`: the models of the aliases champion, challenger and shadow... into the gateway's model directory.
 
     Returns 0, or 1 with a message when the directory was left as it was.
     """
     parser = argparse.ArgumentParser(
         prog="fraudgate pull",
-        description="Brings the models of the aliases champion and challenger to the gateway's model directory.",
+        description="Brings the models of the aliases champion, challenger and shadow... to the gateway's model directory.",
     )
     parser.add_argument("--name", default=REGISTERED_NAME, help="registered name (default: %(default)s)")
     options = parser.parse_args(argv)

@@ -5,7 +5,7 @@ Called by `fraudgate train`; reading 100,000 rows takes well under a second.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,9 @@ LABEL_COLUMN = "is_fraud"
 # The writer of the table may say in the commit's userMetadata (Spark's option of that name) which features it computed, as this
 # prefix and the fingerprint; compared when it does.
 FINGERPRINT_PREFIX = "fraudgate.feature_fingerprint="
+# Keys of the same commit that say what the table was made from.
+MADE_FROM_PREFIX = "fraudgate."
+COUNTRY_COLUMN = "country"
 
 ROWS_MIN = 500
 FRAUDS_MIN = 40
@@ -37,7 +40,8 @@ class TrainingSet:
     """Rows in the order of (event_time_ms, transaction_id). NaN is unknown; no value is infinite.
 
     `features` is (rows, len(FEATURE_NAMES)), `is_fraud` and `event_time_ms` are (rows,). `table` and `version` name the Delta
-    table and the version it was read at.
+    table and the version it was read at, `made_from` what its commit says it was made from (fraudgate.as_of_ms,
+    fraudgate.silver_version ...). `country` is (rows,) text, empty where unknown; None in tables that were written without it.
     """
 
     features: Floats
@@ -45,6 +49,8 @@ class TrainingSet:
     event_time_ms: npt.NDArray[np.int64]
     table: str
     version: int
+    country: npt.NDArray[np.object_] | None = None
+    made_from: dict[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -61,7 +67,8 @@ def read_training_set(tables: str, version: int | None = None) -> TrainingSet:
     try:
         table = DeltaTable(uri, version=version)
         found = table.version()
-        written_for = str(table.history(1)[0].get("userMetadata", ""))
+        commit = table.history(1)[0]
+        written_for = str(commit.get("userMetadata", ""))
         rows = table.to_pyarrow_table()
     except TableNotFoundError as exc:
         raise TrainingSetError(f"there is no training set at {uri}; write one with: fraudgate training-set") from exc
@@ -73,7 +80,8 @@ def read_training_set(tables: str, version: int | None = None) -> TrainingSet:
             f"version {found} of {uri} was written for features {written_for.removeprefix(FINGERPRINT_PREFIX)}, "
             f"this code computes {FINGERPRINT}; write it anew with: fraudgate training-set"
         )
-    return training_set_of(rows, uri, found)
+    made_from = {key: str(value) for key, value in commit.items() if key.startswith(MADE_FROM_PREFIX)}
+    return replace(training_set_of(rows, uri, found), made_from=made_from)
 
 
 def training_set_of(rows: pa.Table, table: str, version: int) -> TrainingSet:
@@ -107,6 +115,7 @@ def training_set_of(rows: pa.Table, table: str, version: int) -> TrainingSet:
         event_time_ms=rows[TIME_COLUMN].cast(pa.int64()).to_numpy(),
         table=table,
         version=version,
+        country=rows[COUNTRY_COLUMN].fill_null("").to_numpy() if COUNTRY_COLUMN in rows.schema.names else None,
     )
 
 

@@ -15,7 +15,11 @@ class TrainingSetError(ModelExportError):
 
 
 class ExportRefusedError(ModelExportError):
-    """An exported model failed a check, so it is not registered."""
+    """An exported model failed a check."""
+
+
+class PromotionRefusedError(ModelExportError):
+    """A version may not get the alias, or there is none to go back to. No alias has moved."""
 
 
 class RegistryUnavailableError(ModelExportError):
@@ -28,3 +32,11 @@ class RegistryRefusedError(ModelExportError):
 
 class PackageRefusedError(ModelExportError):
     """A model's files are incomplete, corrupted or for other features, so they don't reach the gateway."""
+
+
+class OtherFeaturesError(PackageRefusedError):
+    """A model's files are whole, but it was trained for other features than this code computes."""
+
+
+class PolicyUnreadableError(ModelExportError):
+    """The policy whose thresholds a model is judged at can't be read."""

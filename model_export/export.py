@@ -6,7 +6,7 @@ Called by `fraudgate train` after training; takes about a second. Whether an exp
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,16 @@ from onnxmltools import convert_xgboost
 from onnxmltools.convert.common.data_types import FloatTensorType
 
 from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
-from gateway.contracts.model_meta import GOLDEN_FILE, INPUT_NAME, MODEL_FILE, OUTPUT_NAME, PROP_FEATURES, PROP_FINGERPRINT
+from gateway.contracts.model_meta import (
+    GOLDEN_FILE,
+    INPUT_NAME,
+    MODEL_FILE,
+    OUTPUT_NAME,
+    PACKAGE_FILES,
+    PROP_FEATURES,
+    PROP_FINGERPRINT,
+    is_file_name,
+)
 from model_export.dataset import Floats
 from model_export.probes import extreme_rows, split_probes, trees_of
 from model_export.training import probabilities
@@ -29,11 +38,15 @@ GRAPH_NAME = "fraudgate"
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """`onnx_bytes` is the model file. `golden_features` (rows, features) and `golden_probability` (rows,) are XGBoost's."""
+    """`onnx_bytes` is the model file. `golden_features` (rows, features) and `golden_probability` (rows,) are XGBoost's.
+
+    `extras` are further files of the package, by name (gateway/contracts/model_meta.py), which travel with it.
+    """
 
     onnx_bytes: bytes
     golden_features: Floats
     golden_probability: npt.NDArray[np.float32]
+    extras: dict[str, bytes] = field(default_factory=dict)
 
 
 def export(booster: xgboost.Booster, sample: Floats) -> Export:
@@ -94,6 +107,10 @@ def golden_bytes(features: Floats, probability: npt.NDArray[np.float32]) -> byte
 
 
 def write_export(exported: Export, directory: Path) -> None:
-    """model.onnx and golden.npz into an existing directory."""
+    """model.onnx, golden.npz and the extras into an existing directory."""
+    for name, content in exported.extras.items():
+        assert is_file_name(name), name
+        assert name not in PACKAGE_FILES, name
+        (directory / name).write_bytes(content)
     (directory / MODEL_FILE).write_bytes(exported.onnx_bytes)
     (directory / GOLDEN_FILE).write_bytes(golden_bytes(exported.golden_features, exported.golden_probability))

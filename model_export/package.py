@@ -1,4 +1,4 @@
-"""A model's files together: model.onnx, golden.npz and metadata.json in one directory, and the gateway's directory of such.
+"""A model's files together: model.onnx, golden.npz, metadata.json and extras in one directory, and the gateway's directory of such.
 
 Called by `fraudgate train` and `fraudgate pull`. Knows nothing of MLflow. What the gateway reads changes by renames alone, so a
 reader sees the old model or the new one, whole.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +21,19 @@ from gateway.contracts.model_meta import (
     GOLDEN_FILE,
     METADATA_FILE,
     MODEL_FILE,
+    PACKAGE_FILES,
     Manifest,
     ModelEntry,
     ModelMetadata,
+    is_file_name,
     read_manifest,
     sha256_file,
     write_manifest,
 )
 from model_export.dataset import TrainingSet
-from model_export.errors import PackageRefusedError
+from model_export.errors import OtherFeaturesError, PackageRefusedError
 from model_export.training import TrainedModel
 
-PACKAGE_FILES = (MODEL_FILE, METADATA_FILE, GOLDEN_FILE)
 # Newest version directories of a name that stay whether in use or not: a gateway may still hold the manifest before this one.
 KEPT_VERSIONS = 3
 INCOMING_PREFIX = ".incoming-"
@@ -60,6 +61,7 @@ def metadata_of(name: str, version: str, data: TrainingSet, model: TrainedModel,
         training_table_version=data.version,
         training_rows=model.training_rows,
         training_frauds=model.training_frauds,
+        training_end_ms=int(data.event_time_ms[model.split.validation.stop - 1]),
         # JSON has no NaN: a precision of no alerts is left out.
         metrics={k: v for k, v in model.metrics.items() if np.isfinite(v)},
     )
@@ -72,12 +74,15 @@ def write_metadata(metadata: ModelMetadata, directory: Path) -> None:
 def verify_package(directory: Path, name: str, version: str, sha256: Mapping[str, str] | None = None) -> ModelEntry:
     """The manifest entry of the package in `directory`, when everything about it is right. Raises `PackageRefusedError`.
 
-    `sha256` is what the registry recorded of each file; None for a package that is only being made.
+    `sha256` is what the registry recorded of each file, extras included; None for a package that is only being made, whose extras
+    are whatever else the directory holds.
     """
     where = f"model {name} version {version}"
     found: dict[str, str] = {}
-    for file in PACKAGE_FILES:
+    for file in package_files(sha256 if sha256 is not None else sorted(path.name for path in directory.iterdir())):
         path = directory / file
+        if not is_file_name(file):
+            raise PackageRefusedError(f"{where}: {file!r} can't be a file of a package")
         if not path.is_file():
             raise PackageRefusedError(f"{where}: {file} is missing")
         found[file] = sha256_file(path)
@@ -94,12 +99,17 @@ def verify_package(directory: Path, name: str, version: str, sha256: Mapping[str
     if metadata.onnx_sha256 != found[MODEL_FILE]:
         raise PackageRefusedError(f"{where}: {MODEL_FILE} is not the file that {METADATA_FILE} names")
     if metadata.feature_fingerprint != FINGERPRINT or metadata.feature_names != list(FEATURE_NAMES):
-        raise PackageRefusedError(
+        raise OtherFeaturesError(
             f"{where} was trained for features {metadata.feature_fingerprint}, this code computes {FINGERPRINT}; train anew with: "
             "fraudgate train"
         )
     _verify_golden(directory / GOLDEN_FILE, where)
     return ModelEntry(name=name, version=version, directory=f"{name}-{version}", files=found)
+
+
+def package_files(recorded: Iterable[str]) -> tuple[str, ...]:
+    """The files of a package of which `recorded` are known: those that every package has, then its extras."""
+    return *PACKAGE_FILES, *(file for file in recorded if file not in PACKAGE_FILES)
 
 
 def _verify_golden(path: Path, where: str) -> None:
@@ -124,7 +134,7 @@ def place(models_path: Path, package: Path, entry: ModelEntry) -> None:
     if installed(models_path, entry):
         shutil.rmtree(package)
         return
-    for file in PACKAGE_FILES:
+    for file in entry.files:
         _sync(package / file)
     if target.exists():
         # What lies there is damaged. It is moved aside first, since a rename doesn't replace a directory with files in it.

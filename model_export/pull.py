@@ -32,6 +32,9 @@ class ModelSource(Protocol):
     def check(self) -> None:
         """Returns when the source answers."""
 
+    def routes(self, name: str) -> list[str]:
+        """The aliases of `name` that are routes of the gateway."""
+
     def find(self, name: str, alias: str) -> RegisteredModel | None:
         """The version that the alias points at, or None."""
 
@@ -53,13 +56,13 @@ class Pulled:
 
 
 def pull_models(models_path: Path, source: ModelSource, name: str = REGISTERED_NAME) -> Pulled:
-    """Champion, and challenger where that alias is set, from `source` into the gateway's model directory.
+    """Champion, and challenger and the shadows where those aliases are set, from `source` into the gateway's model directory.
 
     A second call without a change in the source downloads nothing and writes nothing. Raises what the source raises,
     `RegistryRefusedError` (no champion), `PackageRefusedError` or `PullRunningError`; then the manifest is as it was.
     """
     source.check()
-    wanted = {route.value: found for route in Route if (found := source.find(name, route.value)) is not None}
+    wanted = {route: found for route in source.routes(name) if (found := source.find(name, route)) is not None}
     if Route.CHAMPION.value not in wanted:
         raise RegistryRefusedError(
             f"the registry has no model {name} with the alias {Route.CHAMPION.value}; make one with: fraudgate train"

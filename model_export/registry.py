@@ -29,12 +29,12 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException, RestException
 
-from gateway.contracts.model_meta import MODEL_FILE, sha256_file
+from gateway.contracts.model_meta import METADATA_FILE, MODEL_FILE, PACKAGE_FILES, is_file_name, is_route, sha256_file
 from model_export.checks import Check
 from model_export.dataset import TrainingSet
 from model_export.errors import RegistryRefusedError, RegistryUnavailableError
 from model_export.export import Export, write_export
-from model_export.package import PACKAGE_FILES, RegisteredModel, metadata_of, write_metadata
+from model_export.package import RegisteredModel, metadata_of, package_files, write_metadata
 from model_export.training import TrainedModel
 
 # The first question finds out whether anybody is there; a busy server may take longer over the ones that follow.
@@ -97,9 +97,10 @@ class Registry:
             try:
                 self._log(run_id, data, model)
                 write_export(exported, files)
+                extras = tuple(exported.extras)
                 (files / CHECKS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(checks), indent=2))
                 self._client.log_artifacts(run_id, tmp, ARTIFACT_PATH)
-                registered = self._create_version(name, run_id, f"{artifact_uri}/{ARTIFACT_PATH}", data, model, files)
+                registered = self._create_version(name, run_id, f"{artifact_uri}/{ARTIFACT_PATH}", data, model, files, extras)
                 self._client.set_terminated(run_id)
             except BaseException:
                 # A run that failed must not look as if it still ran. The error itself matters more than whether this can be said.
@@ -108,6 +109,17 @@ class Registry:
                 raise
             self._client.set_registered_model_alias(name, alias, registered.version)
         return registered
+
+    def routes(self, name: str) -> list[str]:
+        """The aliases of `name` that the gateway serves or shadows; none when there is no such model."""
+        with self._asking(f"look up {name}"):
+            try:
+                aliases = self._client.get_registered_model(name).aliases
+            except MlflowException as exc:
+                if exc.error_code == NOT_FOUND:
+                    return []
+                raise
+        return sorted(alias for alias in aliases if is_route(alias))
 
     def find(self, name: str, alias: str) -> RegisteredModel | None:
         """The version that `alias` points at, or None when there is no such model or alias. Raises `RegistryUnavailableError`."""
@@ -126,7 +138,9 @@ class Registry:
         """A package's files into `directory`, which is created. Raises `RegistryUnavailableError` or `RegistryRefusedError`."""
         with self._asking(f"download {model.name} version {model.version}"):
             directory.mkdir(parents=True)
-            for file in PACKAGE_FILES:
+            for file in package_files(model.sha256):
+                if not is_file_name(file):
+                    raise RegistryRefusedError(f"{model.name} version {model.version}: {file!r} can't be a file of a package")
                 got = download_artifacts(f"{model.source}/{file}", dst_path=str(directory), tracking_uri=self._url)
                 if Path(got) != directory / file:
                     shutil.move(got, directory / file)
@@ -163,7 +177,7 @@ class Registry:
         )
 
     def _create_version(
-        self, name: str, run_id: str, source: str, data: TrainingSet, model: TrainedModel, files: Path
+        self, name: str, run_id: str, source: str, data: TrainingSet, model: TrainedModel, files: Path, extras: tuple[str, ...]
     ) -> RegisteredModel:
         """The version's number first, since metadata.json holds it; then that file; then the digests that make it complete."""
         try:
@@ -173,8 +187,8 @@ class Registry:
                 raise
         version = str(self._client.create_model_version(name, source, run_id, await_creation_for=READY_WAIT_S).version)
         write_metadata(metadata_of(name, version, data, model, sha256_file(files / MODEL_FILE)), files)
-        self._client.log_artifact(run_id, str(files / "metadata.json"), ARTIFACT_PATH)
-        sha256 = {file: sha256_file(files / file) for file in PACKAGE_FILES}
+        self._client.log_artifact(run_id, str(files / METADATA_FILE), ARTIFACT_PATH)
+        sha256 = {file: sha256_file(files / file) for file in (*PACKAGE_FILES, *extras)}
         for file, digest in sha256.items():
             self._client.set_model_version_tag(name, version, SHA256_TAG + file, digest)
         return RegisteredModel(name=name, version=version, source=source, sha256=sha256)

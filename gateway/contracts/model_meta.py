@@ -4,19 +4,35 @@
 <model_dir>/<name>-<version>/model.onnx      input "features" float32 (n, features); output "probabilities" float32 (n, 2)
 <model_dir>/<name>-<version>/metadata.json   ModelMetadata
 <model_dir>/<name>-<version>/golden.npz      "features" float32 (n, features), "probability" float32 (n,)
+
+A package may hold further files, its extras, which travel with it and are checked like the others; a reader does without those it
+doesn't find.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import msgspec
+
+from gateway.contracts.decision import Route
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 METADATA_FILE = "metadata.json"
 GOLDEN_FILE = "golden.npz"
+# What every package has.
+PACKAGE_FILES = (MODEL_FILE, METADATA_FILE, GOLDEN_FILE)
+# Extras: what explains the model's decisions, what its training data and scores looked like, and why it was admitted.
+EXPLANATION_FILE = "explanation.npz"
+REFERENCE_FILE = "reference.npz"
+ADMISSION_FILE = "admission.json"
+# Names come from the registry and the manifest and become paths, so they are names and nothing else.
+FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+# Aliases that begin so name models that score in the slack and never answer.
+SHADOW_PREFIX = "shadow"
 INPUT_NAME = "features"
 OUTPUT_NAME = "probabilities"
 # Keys of the ONNX file's own metadata_props.
@@ -28,7 +44,10 @@ REGISTERED_NAME = "fraudgate"
 
 
 class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
-    """`training_table_version` is the Delta version the training rows were read at."""
+    """`training_table_version` is the Delta version the training rows were read at.
+
+    `training_end_ms` is the event time of the newest row that the trees were grown or stopped on; None in older packages.
+    """
 
     name: str
     version: str
@@ -41,10 +60,11 @@ class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
     training_rows: int
     training_frauds: int
     metrics: dict[str, float]
+    training_end_ms: int | None = None
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One model of the directory. `files` maps each file name to its sha256 in hex."""
+    """One model of the directory. `files` maps each file name, extras included, to its sha256 in hex."""
 
     name: str
     version: str
@@ -53,9 +73,19 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """`routes` maps a route (champion, challenger) to its model."""
+    """`routes` maps a route (champion, challenger, shadow...) to its model."""
 
     routes: dict[str, ModelEntry]
+
+
+def is_route(alias: str) -> bool:
+    """Whether an alias of the registry is one that the gateway serves or shadows."""
+    return alias in (Route.CHAMPION.value, Route.CHALLENGER.value) or alias.startswith(SHADOW_PREFIX)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether `name` may be a file of a package."""
+    return FILE_NAME.fullmatch(name) is not None
 
 
 def sha256_file(path: Path) -> str:

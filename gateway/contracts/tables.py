@@ -26,7 +26,7 @@ GOLD_ENTITY_HOUR = "gold_entity_hour"
 GOLD_DECISIONS = "gold_decisions"
 # transaction_id, event_time_ms, one float column a feature (contracts.features.FEATURE_NAMES): what fraudgate backfill computed.
 FEATURES = "features"
-# transaction_id, event_time_ms, one float column a feature, is_fraud.
+# transaction_id, event_time_ms, one float column a feature, is_fraud, country (text, no feature: models are judged by it).
 TRAINING_SET = "training_set"
 
 TABLES: tuple[str, ...] = (

@@ -12,16 +12,21 @@ import numpy as np
 import pytest
 
 from gateway.contracts.model_meta import (
+    ADMISSION_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
     METADATA_FILE,
     MODEL_FILE,
+    PACKAGE_FILES,
     ModelMetadata,
+    is_route,
     read_manifest,
     sha256_file,
 )
+from gateway.errors import ModelRefusedError
+from gateway.model import load_model
 from model_export.errors import ModelExportError, PackageRefusedError, RegistryRefusedError, RegistryUnavailableError
-from model_export.package import INCOMING_PREFIX, PACKAGE_FILES, RegisteredModel
+from model_export.package import INCOMING_PREFIX, RegisteredModel
 from model_export.pull import LOCK_FILE, PullRunningError, pull_models
 from tests.factories_model import make_model_dir
 
@@ -48,6 +53,9 @@ class DirectorySource:
     def check(self) -> None:
         if not self.up:
             raise RegistryUnavailableError("it is down")
+
+    def routes(self, name: str) -> list[str]:
+        return [alias for alias, model in self.aliases.items() if model.name == name and is_route(alias)]
 
     def find(self, name: str, alias: str) -> RegisteredModel | None:
         found = self.aliases.get(alias)
@@ -106,6 +114,39 @@ def test_challenger_comes_along_when_it_is_set_and_goes_when_it_is_not(source: D
     del source.aliases["challenger"]
     assert pull_models(models, source).changed
     assert set(read_manifest(models).routes) == {"champion"}
+
+
+def test_every_shadow_comes_along_and_other_aliases_do_not(source: DirectorySource, models: Path) -> None:
+    source.add("1", "champion", "best-of-march")
+    source.add("2", "shadow", "shadow-deep", seed=2)
+    pull_models(models, source)
+    assert set(read_manifest(models).routes) == {"champion", "shadow", "shadow-deep"}
+
+
+def test_extras_travel_with_the_model_and_a_damaged_one_is_refused(source: DirectorySource, models: Path) -> None:
+    kept = source.add("1", "champion")
+    (kept / ADMISSION_FILE).write_bytes(b"{}")
+    source.aliases["champion"].sha256[ADMISSION_FILE] = sha256_file(kept / ADMISSION_FILE)
+    pull_models(models, source)
+    entry = read_manifest(models).routes["champion"]
+    assert set(entry.files) == {*PACKAGE_FILES, ADMISSION_FILE}
+    extra = models / entry.directory / ADMISSION_FILE
+    assert extra.read_bytes() == b"{}"
+    extra.write_bytes(b"[]")
+    with pytest.raises(ModelRefusedError, match=ADMISSION_FILE):
+        load_model(models, "champion")
+    (kept / ADMISSION_FILE).write_bytes(b"[]")
+    with pytest.raises(PackageRefusedError, match=r"admission\.json is corrupted"):
+        pull_models(models, source)
+
+
+@pytest.mark.parametrize("name", ["../manifest.json", "/etc/passwd", ".hidden", "A" * 65])
+def test_a_file_name_that_leads_elsewhere_is_refused(source: DirectorySource, models: Path, name: str) -> None:
+    source.add("1", "champion")
+    source.aliases["champion"].sha256[name] = "0" * 64
+    with pytest.raises(PackageRefusedError, match="can't be a file of a package"):
+        pull_models(models, source)
+    assert not (models / MANIFEST_FILE).exists()
 
 
 def test_one_version_on_both_routes_is_downloaded_once(source: DirectorySource, models: Path) -> None:
