@@ -18,6 +18,7 @@ from model_export.export import export
 from model_export.metrics import REPORT_THRESHOLDS
 from model_export.package import RegisteredModel
 from model_export.pull import pull_models
+from model_export.reference import with_reference
 from model_export.registry import Registry
 from model_export.training import TrainedModel
 from model_export.training import train as train_model
@@ -57,7 +58,7 @@ def train_and_register(
     model = train_model(data)
     watch.lap("train")
     say(f"exporting {model.trees} trees to ONNX and comparing them with XGBoost")
-    exported = export(model.booster, data.features)
+    exported = with_reference(export(model.booster, data.features), data, model, settings.policy_path)
     watch.lap("export")
     checks = check_export(exported, model.booster, data.features)
     refuse_failed(checks)

@@ -6,12 +6,17 @@ looks like is learnt here from the training rows themselves, so that the alarms 
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import chi2
 
 from gateway.contracts import reference as contract
-from gateway.contracts.drift import ALPHA, STEP_MS, WINDOW_MS, WINDOW_ROWS_MIN, expected_of, histogram, psi
+from gateway.contracts.decision import Outcome
+from gateway.contracts.drift import ALPHA, WINDOW_MS, WINDOW_ROWS_MIN, expected_of, histogram, psi
+from gateway.contracts.features import FEATURE_INDEX
+from gateway.contracts.model_meta import REFERENCE_FILE
 from gateway.contracts.reference import (
     BINS_MAX,
     CLOCK,
@@ -31,9 +36,11 @@ from gateway.contracts.reference import (
     score_values,
     value_edges,
 )
-from gateway.contracts.decision import Outcome
+from model_export.dataset import TrainingSet
+from model_export.export import Export
+from model_export.policy_bands import read_bands, risk_scores
+from model_export.training import TrainedModel, probabilities
 
-assert WINDOW_MS % STEP_MS == 0
 # Windows of training rows that dispersion is learnt from: at most the newest of these, which is four weeks.
 WINDOWS_MAX = 4032
 # With fewer, chance is taken to be what independent rows have, times DISPERSION_UNKNOWN.
@@ -67,8 +74,7 @@ def make_reference(
     own = np.zeros(values.shape, bool)
     own[:, : features.shape[1]] = True
     if probability is not None:
-        score = np.floor(np.asarray(probability, np.float64) * 1000 + 0.5)
-        values[scored, -len(SCORE_MEASURES) :] = score_values(score, decision)
+        values[scored, -len(SCORE_MEASURES) :] = score_values(risk_scores(probability), decision)
         own[scored, -len(SCORE_MEASURES) :] = [True, True, decision is not None]
     edges, bins = _edges(values)
     binned = bins_of(edges, bins, values)
@@ -93,20 +99,25 @@ def make_reference(
     )
     clock = bins_of(edges[CLOCK], bins[CLOCK], clock_values(event_time_ms))
     seen = _Seen(plain, binned, clock, hour, event_time_ms)
-    fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-    return Reference(
-        **fields
-        | {
-            "dispersion": _dispersion(seen, ~is_fraud),
-            "base": _base(seen),
-            "settled": (held > 0) & (seen.halves_differ_by() <= SETTLED_PSI_MAX),
-        }
+    return dataclasses.replace(
+        plain,
+        dispersion=_dispersion(seen, ~is_fraud),
+        base=_base(seen),
+        settled=(held > 0) & (seen.halves_differ_by() <= SETTLED_PSI_MAX),
     )
 
 
-def reference_bytes(reference: Reference) -> bytes:
-    """The file reference.npz."""
-    return contract.encode(reference)
+def with_reference(exported: Export, data: TrainingSet, model: TrainedModel, policy_path: str = "") -> Export:
+    """The export with reference.npz among its extras: of all rows of the training set, and of the scores of the newest ones, which the
+    trees were not grown on. The outcomes are what the bands of the policy at `policy_path` (empty: the one that ships) make of those
+    scores. Raises `PolicyUnreadableError`.
+    """
+    newest = model.split.test
+    rows = data.features[newest]
+    probability = probabilities(model.booster, rows)
+    decision = read_bands(policy_path).severity(risk_scores(probability), rows[:, FEATURE_INDEX["amount_minor"]])
+    reference = make_reference(data.features, data.is_fraud, data.event_time_ms, probability, newest, decision)
+    return dataclasses.replace(exported, extras={**exported.extras, REFERENCE_FILE: contract.encode(reference)})
 
 
 def _edges(values: Floats) -> tuple[Floats, Counts]:
@@ -118,7 +129,7 @@ def _edges(values: Floats) -> tuple[Floats, Counts]:
             edges.append(np.arange(known[name] - 1, dtype=np.float64))
             continue
         column = values[~np.isnan(values[:, i]), i]
-        distinct = np.unique(column[: 100_000])
+        distinct = np.unique(column)
         edges.append(distinct[:-1] if len(distinct) <= contract.VALUE_BINS_MAX - 1 else value_edges(column))
     return padded(edges)
 
