@@ -47,7 +47,7 @@ WINDOWS_MAX = 4032
 WINDOWS_MIN = 50
 DISPERSION_UNKNOWN = 3.0
 # What the windows seen showed is exceeded by those to come.
-DISPERSION_FACTOR = 1.5
+DISPERSION_FACTOR = 1.25
 # Parts of a day whose differences count as quiet.
 PART_MS = DAY_MS // 4
 PART_ROWS_MIN = 500
@@ -89,7 +89,7 @@ def make_reference(
         counts=counts,
         dispersion=np.ones(measures),
         base=np.zeros(measures),
-        quantile=chi2.isf(alpha, np.maximum(bins - 1, 1)),
+        quantile=chi2.isf(alpha, _free(counts)),
         settled=held > 0,
         alpha=alpha,
         rows=len(features),
@@ -129,8 +129,7 @@ def _edges(values: Floats) -> tuple[Floats, Counts]:
             edges.append(np.arange(known[name] - 1, dtype=np.float64))
             continue
         column = values[~np.isnan(values[:, i]), i]
-        distinct = np.unique(column)
-        edges.append(distinct[:-1] if len(distinct) <= contract.VALUE_BINS_MAX - 1 else value_edges(column))
+        edges.append(value_edges(column))
     return padded(edges)
 
 
@@ -139,6 +138,12 @@ def _histogram(bins: Bins) -> Floats:
     shifted = np.where(bins < 0, BINS_MAX - 1, bins).astype(np.int8)
     out = histogram(shifted)
     out[:, BINS_MAX - 1] -= (bins < 0).sum(axis=0)
+    return out
+
+
+def _free(counts: Counts) -> Counts:
+    """Degrees of freedom of each measure: of bins that training rows fill, all but one."""
+    out: Counts = np.maximum((counts.sum(axis=0) > 0).sum(axis=1) - 1, 1)
     return out
 
 
@@ -189,7 +194,7 @@ def _dispersion(seen: _Seen, genuine: npt.NDArray[np.bool_]) -> Floats:
     By the mean of n * PSI against the chi-square's, and by its largest against the largest that so many windows of independent rows
     would show. Of genuine rows: an attack is one busy merchant or device, which the alarm leaves out.
     """
-    free = np.maximum(seen.reference.bins - 1, 1)
+    free = _free(seen.reference.counts)
     found = []
     for rows in seen.parts(WINDOW_MS, np.flatnonzero(genuine))[-WINDOWS_MAX:]:
         if len(rows) >= WINDOW_ROWS_MIN:
@@ -209,7 +214,7 @@ def _dispersion(seen: _Seen, genuine: npt.NDArray[np.bool_]) -> Floats:
 
 def _base(seen: _Seen) -> Floats:
     """The largest PSI of a day, or a quarter of one, of the training rows against all of them, less what chance adds; (measures,)."""
-    free = np.maximum(seen.reference.bins - 1, 1)
+    free = _free(seen.reference.counts)
     out = np.zeros(len(free))
     for length_ms in (DAY_MS, PART_MS):
         # The first and the last stretch are cut short.

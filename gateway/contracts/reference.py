@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import zipfile
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,10 @@ HOURS = 24
 HOUR_MS = 3_600_000
 DAY_MS = HOURS * HOUR_MS
 FORMAT_VERSION = 1
-# Bins for values, by the quantiles of the training rows: at most; and one for NaN.
-VALUE_BINS_MAX = 10
+# Bins for values, by the quantiles of the training rows: at most.
+QUANTILE_BINS_MAX = 10
+# Two more for what lies below and above all training rows.
+VALUE_BINS_MAX = QUANTILE_BINS_MAX + 2
 BINS_MAX = VALUE_BINS_MAX + 1
 RISK_SCORE, SCORE_BAND, DECISION = "risk_score", "score_band", "decision"
 SCORE_MEASURES = (RISK_SCORE, SCORE_BAND, DECISION)
@@ -100,11 +103,15 @@ def _shares(counts: Floats, bins: Counts) -> Floats:
 
 
 def value_edges(values: Floats) -> Floats:
-    """Upper ends of the bins of one measure, at its quantiles and increasing, of (rows,) values without NaN; fewer where many are equal."""
+    """Upper ends of the bins of one measure, increasing, of (rows,) values without NaN: just below the least value, and its quantiles up to
+    the largest. Of few values each is one. Beyond the last end lies what is larger than any."""
     if not len(values):
         return np.empty(0)
-    out: Floats = np.unique(np.quantile(values, np.linspace(0, 1, VALUE_BINS_MAX + 1)[1:-1], method="inverted_cdf"))
-    return out
+    least = np.nextafter(np.float32(values.min()), np.float32(-np.inf)).astype(np.float64)
+    distinct = np.unique(values)
+    if len(distinct) > QUANTILE_BINS_MAX:
+        distinct = np.unique(np.quantile(values, np.linspace(0, 1, QUANTILE_BINS_MAX + 1)[1:], method="inverted_cdf"))
+    return np.concatenate([[least], distinct])
 
 
 def padded(edges: list[Floats]) -> tuple[Floats, Counts]:
@@ -139,7 +146,7 @@ def hour_of(event_time_ms: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def score_values(
-    risk_score: npt.NDArray[np.integer] | Floats, decision: npt.NDArray[np.integer] | None = None
+    risk_score: npt.NDArray[np.integer] | Floats, decision: npt.NDArray[np.integer] | Floats | None = None
 ) -> npt.NDArray[np.float64]:
     """The values of SCORE_MEASURES, (rows, 3). `risk_score` is NaN where no model scored; `decision` holds OUTCOME_CODE."""
     score = np.asarray(risk_score, np.float64)
@@ -154,7 +161,8 @@ def encode(reference: Reference) -> bytes:
     """The file reference.npz."""
     buffer = io.BytesIO()
     arrays = {f.name: np.asarray(getattr(reference, f.name)) for f in fields(Reference)}
-    np.savez_compressed(buffer, version=FORMAT_VERSION, fingerprint=FINGERPRINT, measures=np.array(MEASURES), **arrays)
+    head = {"version": np.array(FORMAT_VERSION), "fingerprint": np.array(FINGERPRINT), "measures": np.array(MEASURES)}
+    np.savez_compressed(buffer, allow_pickle=False, **head, **arrays)
     return buffer.getvalue()
 
 
@@ -181,5 +189,5 @@ def decode(data: bytes) -> Reference:
             raise ReferenceRefusedError(f"{name} of the reference has shape {arrays[name].shape}, not {shape}")
     if not ((arrays["bins"] >= 2) & (arrays["bins"] <= BINS_MAX)).all() or arrays["rows"] < 1:
         raise ReferenceRefusedError("the reference has impossible sizes")
-    whole = {name: int(arrays.pop(name)) for name in ("rows", "frauds", "from_ms", "to_ms")}
-    return Reference(alpha=float(arrays.pop("alpha")), **arrays, **whole)
+    values: dict[str, Any] = dict(arrays) | {name: int(arrays[name]) for name in ("rows", "frauds", "from_ms", "to_ms")}
+    return Reference(**values | {"alpha": float(arrays["alpha"])})
