@@ -73,10 +73,15 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "train",
             "deploy.training",
             "train",
-            "training set, XGBoost, ONNX, checks, MLflow registry, alias champion",
+            "training set, XGBoost, ONNX, admission, MLflow registry, alias champion",
             spark=True,
         ),
-        Command("pull", "model_export.commands", "pull", "bring the promoted models to the gateway's model directory"),
+        Command("pull", "model_export.registry_commands", "pull", "bring the promoted models to the gateway's model directory"),
+        Command("publish", "model_export.registry_commands", "publish", "copy the gateway's model directory to file:// or s3://"),
+        Command("models", "model_export.registry_commands", "models", "versions, aliases, admission, metrics, training data"),
+        Command("promote", "model_export.registry_commands", "promote", "make an admitted version champion, challenger or shadow"),
+        Command("rollback", "model_export.registry_commands", "rollback", "make the former champion champion again"),
+        Command("demote", "model_export.registry_commands", "demote", "take a challenger or a shadow out"),
     ),
     "Load": (
         Command(

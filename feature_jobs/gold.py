@@ -32,7 +32,17 @@ USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 MAX_FILES = 1000
 
 ENTITY_FIELDS = ("event_time_ms", *(e.field for e in ENTITIES))
-DECISION_FIELDS = ("decision", "risk_score", "probability", "model_name", "model_version", "decided_at_ms")
+DECISION_FIELDS = (
+    "decision",
+    "risk_score",
+    "probability",
+    "model_name",
+    "model_version",
+    "decided_at_ms",
+    "route",
+    "policy_decision",
+    "propensity",
+)
 # Columns of gold_decisions by the columns of labels they come from.
 LABEL_COLUMNS = {"is_fraud": "is_fraud", "label_source": "source", "label_state": "state", "reported_at_ms": "reported_at_ms"}
 

@@ -31,7 +31,8 @@ RECEIPT_DDL = (
     "model_name string, model_version string, model_digest string, route string, feature_fingerprint string, "
     "features array<float>, observed_seq array<bigint>, label_changes array<bigint>, tiles_age_ms bigint, policy_digest string, "
     "code_version string, "
-    "admit_us bigint, features_us bigint, model_us bigint, policy_us bigint"
+    "admit_us bigint, features_us bigint, model_us bigint, policy_us bigint, "
+    "routed_by string, policy_decision string, propensity double"
 )
 # Of a receipt's transaction only what gold needs to count a decline for its entities.
 RECEIPT_ENTITIES_DDL = "event_time_ms bigint, card_id string, customer_id string, merchant_id string, device_id string, ip string"
@@ -57,8 +58,8 @@ DDL: dict[str, str] = {
     ),
     tables.GOLD_DECISIONS: (
         f"{TRANSACTION_DDL}, scored_by string, decision string, risk_score int, probability double, model_name string, "
-        "model_version string, decided_at_ms bigint, is_fraud boolean, label_source string, label_state string, "
-        "reported_at_ms bigint, kafka_timestamp timestamp, batch_id bigint"
+        "model_version string, decided_at_ms bigint, route string, policy_decision string, propensity double, is_fraud boolean, "
+        "label_source string, label_state string, reported_at_ms bigint, kafka_timestamp timestamp, batch_id bigint"
     ),
 }
 PARTITIONED_BY: dict[str, tuple[str, ...]] = {tables.BRONZE: ("topic",)}

@@ -101,6 +101,17 @@ def parse(bronze: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame:
     )
 
 
+def receipt_columns() -> list[Column]:
+    """The columns of the table `decisions` that a receipt fills, from `d` of rows that were parsed before (and kept).
+
+    A receipt of before exploration says "" of what its policy came to: that is what was decided.
+    """
+    named = {name: F.col(f"d.{name}") for name in RECEIPT_FIELDS + RECEIPT_ENTITY_FIELDS}
+    said = named["policy_decision"]
+    named["policy_decision"] = F.when(said == "", named["decision"]).otherwise(said)
+    return [column.alias(name) for name, column in named.items()]
+
+
 def _scored_by() -> Column:
     """The value of the first header of that name. Nearly always it is the only header, and looking there first spares a search."""
     first = F.get("headers", F.lit(0))

@@ -17,7 +17,7 @@ from pyspark.sql.streaming.readwriter import DataStreamWriter
 
 from feature_jobs import lake, redis_client
 from feature_jobs.metrics import Metrics
-from feature_jobs.parse import LABEL_FIELDS, RECEIPT_ENTITY_FIELDS, RECEIPT_FIELDS, parse
+from feature_jobs.parse import LABEL_FIELDS, parse, receipt_columns
 from feature_jobs.rebuild import RECEIPTS_WITHIN_MS, next_epoch, rebuild, rebuild_late
 from feature_jobs.restore import RestoreJob
 from feature_jobs.schemas import SchemaBook
@@ -117,9 +117,7 @@ class Silver:
             (
                 tables.DECISIONS,
                 counts.get((DECISIONS, None), 0),
-                valid.where(F.col("topic") == DECISIONS).select(
-                    *(f"d.{name}" for name in RECEIPT_FIELDS + RECEIPT_ENTITY_FIELDS), *source
-                ),
+                valid.where(F.col("topic") == DECISIONS).select(*receipt_columns(), *source),
             ),
             (
                 tables.LABELS,

@@ -151,6 +151,9 @@ def encode_receipt(r: Receipt) -> bytes:
             _long(r.features_us),
             _long(r.model_us),
             _long(r.policy_us),
+            _known(r.routed_by),
+            _known(r.policy_decision),
+            _double(r.propensity),
         )
     )
 

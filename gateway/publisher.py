@@ -26,7 +26,7 @@ from aiokafka.errors import InvalidProducerEpoch, KafkaError, OutOfOrderSequence
 from gateway.avro import SchemaBook
 from gateway.contracts.registry import RegistryUnavailableError
 from gateway.metrics import Metrics
-from gateway.records import Record, send_all
+from gateway.records import Record, of_today, send_all
 from gateway.resumable import DELIVERY_BYTES_MAX, Identity, identity_of, open_producer, stop_producer
 from gateway.spool import Entry, Position, Spool
 
@@ -147,7 +147,7 @@ class _Lane:
         found = self.spool.read(DELIVERY_BYTES_MAX, until)
         for entry, payload in found:
             try:
-                records = _decoder.decode(payload)
+                records = [of_today(record) for record in _decoder.decode(payload)]
             except msgspec.DecodeError as exc:
                 log.error("publisher: %d records of the local log are lost, they can't be read: %s", entry.records, exc)  # noqa: TRY400
                 records = []

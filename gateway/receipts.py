@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.avro import encode_text, encode_text_or_null, encode_texts
-from gateway.contracts.decision import SEVERITY, Door, Outcome
+from gateway.contracts.decision import SEVERITY, Door, Outcome, RoutedBy
 from gateway.contracts.features import FINGERPRINT
 from gateway.job import Job
 from gateway.kernels.receipts import receipts_bytes_max, write_receipts
@@ -28,6 +28,7 @@ _OUTCOMES = [encode_text(outcome.value) for outcome in Outcome]
 _DECISIONS = np.frombuffer(b"".join(_OUTCOMES), np.uint8)
 _DECISION_EDGES = np.cumsum([0, *map(len, _OUTCOMES)])
 assert list(SEVERITY.values()) == list(range(len(_OUTCOMES)))
+_ROUTED = {by: np.frombuffer(encode_text(by.value), np.uint8) for by in RoutedBy}
 _NO_MODEL = encode_text_or_null(None) * 4 + encode_text(FINGERPRINT)
 
 
@@ -36,6 +37,9 @@ class Decided:
     """A decision for each of `jobs`, which are `rows` of `requests`, all through one door. Arrays are by job.
 
     `severity` is the outcome's place, `probability` (n,) NaN where no model scored. `notes` are reasons, rule hits and degradations.
+    `models` are those that scored (None: none did), `model` the place of each row's among them. `policy_severity` is the place of the
+    outcome that the policy came to, `propensity` the probability of the one that was given.
+
     `matrix` (n, features), `seq` (n, entities), `label_changes` (n, labelled entities). `steps_us`: features, model, policy.
     """
 
@@ -47,7 +51,11 @@ class Decided:
     score: Int64s
     probability: npt.NDArray[np.float64]
     notes: Sequence[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
-    model: Model | None
+    models: Sequence[Model | None]
+    model: Int64s
+    routed_by: RoutedBy
+    policy_severity: Int64s
+    propensity: npt.NDArray[np.float64]
     matrix: npt.NDArray[np.float32]
     seq: Int64s
     label_changes: Int64s
@@ -66,7 +74,8 @@ def encode_receipts(d: Decided) -> list[bytes]:
     notes = [_note(*n) for n in places]
     note_edges = np.cumsum([0, *map(len, notes)])
     door = _DOORS[d.jobs[0].door]
-    model = _NO_MODEL if d.model is None else _model(d.model.ref.name, d.model.ref.version, d.model.digest, d.model.ref.route)
+    models = [_NO_MODEL if m is None else _model(m.ref.name, m.ref.version, m.digest, m.ref.route) for m in d.models]
+    routed_by = _ROUTED[d.routed_by]
     versions = _versions(d.policy_digest, d.code_version)
     source = np.array([(-1, -1) if j.partition is None else (j.partition, j.offset) for j in d.jobs], np.int64)
     times_ms = np.empty((count, 2), np.int64)
@@ -74,7 +83,7 @@ def encode_receipts(d: Decided) -> list[bytes]:
     times_ms[:, 1] = d.decided_at_ms
     features = np.ascontiguousarray(d.matrix).view(np.uint8).reshape(-1)
     # The longest of each text, for every receipt.
-    fixed = len(door) + len(model) + len(versions) + max(map(len, notes)) + max(map(len, _OUTCOMES))
+    fixed = len(door) + max(map(len, models)) + len(versions) + max(map(len, notes)) + 2 * max(map(len, _OUTCOMES)) + len(routed_by)
     longs = d.seq.shape[1] + d.label_changes.shape[1]
     out = np.empty(receipts_bytes_max(count, len(d.requests.buf), fixed, len(features), longs), np.uint8)
     ends = np.empty(count, np.int64)
@@ -95,7 +104,9 @@ def encode_receipts(d: Decided) -> list[bytes]:
         np.frombuffer(b"".join(notes), np.uint8),
         note_edges,
         note,
-        np.frombuffer(model, np.uint8),
+        np.frombuffer(b"".join(models), np.uint8),
+        np.cumsum([0, *map(len, models)]),
+        d.model,
         features,
         d.seq,
         d.label_changes,
@@ -103,6 +114,9 @@ def encode_receipts(d: Decided) -> list[bytes]:
         np.frombuffer(versions, np.uint8),
         d.admit_us,
         np.array(d.steps_us, np.int64),
+        routed_by,
+        d.policy_severity,
+        d.propensity,
         out,
         ends,
     )

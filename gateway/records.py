@@ -6,6 +6,7 @@ Appending to a batch ourselves costs a third of aiokafka's `send`, which makes a
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -26,6 +27,10 @@ from gateway.job import Result
 BATCH_BYTES_MAX = 900_000
 # Largest single record: a quarantined message may be as large as the broker takes.
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
+# Counted up when fields are appended to decision.avsc, and what they are in a receipt that was written without them: its schema's
+# defaults for routed_by, policy_decision and propensity.
+RECEIPT_FORM = 1
+RECEIPT_DEFAULTS = avro.encode_text("only") + avro.encode_text("") + struct.pack("<d", 1.0)
 _SCORED = [(SCORED_HEADER, SCORED_BY_HTTP)]
 
 
@@ -36,6 +41,15 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     key: bytes | None
     payload: bytes
     headers: list[tuple[str, bytes]] = []
+    # Which fields a receipt ends with: those of a local log of before `RECEIPT_FORM` lack the newest.
+    form: int = 0
+
+
+def of_today(record: Record) -> Record:
+    """A record from a local log, by whichever version of the gateway, as one that the schemas of this version describe."""
+    if record.topic != DECISIONS or record.form == RECEIPT_FORM:
+        return record
+    return msgspec.structs.replace(record, payload=record.payload + RECEIPT_DEFAULTS, form=RECEIPT_FORM)
 
 
 @lru_cache(maxsize=65_536)
@@ -78,7 +92,7 @@ def decision_records(results: Sequence[Result]) -> list[Record]:
         if result.receipt is None or result.answer is None:
             continue
         answer, key = result.answer, result.job.card_id
-        records.append(Record(DECISIONS, key, result.receipt))
+        records.append(Record(DECISIONS, key, result.receipt, form=RECEIPT_FORM))
         if answer.decision is Outcome.DECLINE:
             alert = {
                 "transaction_id": answer.transaction_id,

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.decision import RISK_SCORE_MAX, Answer, Door, Outcome, ReasonText
+from gateway.contracts.decision import RISK_SCORE_MAX, Answer, Door, Outcome, ReasonText, RoutedBy
 from gateway.contracts.features import ENTITIES, LABELLED
 from gateway.contracts.layout import CLAIM_BYTES, FINGERPRINT_BYTES
 from gateway.contracts.reasons import REASON_TEXT, Degraded, Reason
@@ -193,7 +193,11 @@ class Scorer:
                     (tuple([r.value for r in reasons]), tuple(hits), tuple(kinds))
                     for reasons, hits, kinds in zip(decisions.reasons, decisions.rule_hits, degraded, strict=True)
                 ],
-                model=None if probability is None else model,
+                models=[None if probability is None else model],
+                model=np.zeros(len(fresh), np.int64),
+                routed_by=RoutedBy.ONLY,
+                policy_severity=decisions.severity,
+                propensity=np.ones(len(fresh)),
                 matrix=matrix,
                 seq=np.full((len(fresh), len(ENTITIES)), -1) if observation is None else observation.seq[rows],
                 label_changes=np.full((len(fresh), len(LABELLED)), -1) if observation is None else observation.label_changes[rows],

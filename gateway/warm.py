@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from gateway.bodies import read_bodies
+from gateway.contracts.decision import RoutedBy
 from gateway.contracts.transaction import Transaction, encode_json
 from gateway.job import http_job
 from gateway.receipts import Decided, encode_receipts
@@ -48,7 +49,11 @@ def warm() -> None:
             score=np.zeros(1, np.int64),
             probability=np.zeros(1),
             notes=[((), (), ())],
-            model=None,
+            models=[None],
+            model=np.zeros(1, np.int64),
+            routed_by=RoutedBy.ONLY,
+            policy_severity=np.zeros(1, np.int64),
+            propensity=np.ones(1),
             matrix=found.matrix,
             seq=found.seq,
             label_changes=found.label_changes,

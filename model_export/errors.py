@@ -40,3 +40,7 @@ class OtherFeaturesError(PackageRefusedError):
 
 class PolicyUnreadableError(ModelExportError):
     """The policy whose thresholds a model is judged at can't be read."""
+
+
+class KeyUnreadableError(ModelExportError):
+    """A key that signatures are made or checked with can't be read."""

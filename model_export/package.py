@@ -41,12 +41,15 @@ INCOMING_PREFIX = ".incoming-"
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredModel:
-    """One version in a registry. `source` is where that registry keeps its files; `sha256` what it recorded of each of them."""
+    """One version in a registry. `source` is where that registry keeps its files; `sha256` what it recorded of each of them, and
+    `signature` the signature over them, if there is one.
+    """
 
     name: str
     version: str
     source: str
     sha256: dict[str, str]
+    signature: str | None = None
 
 
 def metadata_of(name: str, version: str, data: TrainingSet, model: TrainedModel, onnx_sha256: str) -> ModelMetadata:

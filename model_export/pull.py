@@ -15,10 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from gateway.contracts.decision import Route
-from gateway.contracts.model_meta import REGISTERED_NAME, ModelEntry
-from model_export.errors import ModelExportError, RegistryRefusedError
+from gateway.contracts.model_meta import ADMISSION_FILE, REGISTERED_NAME, ModelEntry
+from model_export.admission import read_report
+from model_export.errors import ModelExportError, PackageRefusedError, RegistryRefusedError
 from model_export.package import INCOMING_PREFIX, RegisteredModel, installed, place, publish, verify_package
+from model_export.signing import verify_signature
 
 LOCK_FILE = ".pull.lock"
 
@@ -55,11 +60,14 @@ class Pulled:
     changed: bool
 
 
-def pull_models(models_path: Path, source: ModelSource, name: str = REGISTERED_NAME) -> Pulled:
+def pull_models(
+    models_path: Path, source: ModelSource, name: str = REGISTERED_NAME, public_key: Ed25519PublicKey | None = None
+) -> Pulled:
     """Champion, and challenger and the shadows where those aliases are set, from `source` into the gateway's model directory.
 
-    A second call without a change in the source downloads nothing and writes nothing. Raises what the source raises,
-    `RegistryRefusedError` (no champion), `PackageRefusedError` or `PullRunningError`; then the manifest is as it was.
+    Takes only versions whose own report says that they were admitted and, with a `public_key`, that its owner signed. A second call
+    without a change in the source downloads nothing and writes nothing. Raises what the source raises, `RegistryRefusedError` (no
+    champion), `PackageRefusedError` or `PullRunningError`; then the manifest is as it was.
     """
     source.check()
     wanted = {route: found for route in source.routes(name) if (found := source.find(name, route)) is not None}
@@ -71,20 +79,24 @@ def pull_models(models_path: Path, source: ModelSource, name: str = REGISTERED_N
     with _locked(models_path):
         _remove_leftovers(models_path)
         try:
-            return _bring(models_path, source, wanted)
+            return _bring(models_path, source, wanted, public_key)
         finally:
             _remove_leftovers(models_path)
 
 
-def _bring(models_path: Path, source: ModelSource, wanted: dict[str, RegisteredModel]) -> Pulled:
+def _bring(
+    models_path: Path, source: ModelSource, wanted: dict[str, RegisteredModel], public_key: Ed25519PublicKey | None
+) -> Pulled:
     entries: dict[str, ModelEntry] = {}
     incoming: list[tuple[Path, ModelEntry]] = []
     for model in {m.version: m for m in wanted.values()}.values():
-        entry = _already_there(models_path, model)
-        if entry is None:
+        package = models_path / f"{model.name}-{model.version}"
+        fetch = not _already_there(package, model)
+        if fetch:
             package = models_path / f"{INCOMING_PREFIX}{model.name}-{model.version}"
             source.download(model, package)
-            entry = verify_package(package, model.name, model.version, model.sha256)
+        entry = _verified(package, model, public_key)
+        if fetch:
             incoming.append((package, entry))
         entries[model.version] = entry
     # All are verified before the first gets its place.
@@ -95,12 +107,29 @@ def _bring(models_path: Path, source: ModelSource, wanted: dict[str, RegisteredM
     return Pulled(routes=routes, fetched=[entry.version for _, entry in incoming], changed=changed)
 
 
-def _already_there(models_path: Path, model: RegisteredModel) -> ModelEntry | None:
-    """The entry of a version that lies in the directory, whole and as the registry recorded it."""
-    entry = ModelEntry(name=model.name, version=model.version, directory=f"{model.name}-{model.version}", files=model.sha256)
-    if not model.sha256 or not installed(models_path, entry):
-        return None
-    return verify_package(models_path / entry.directory, model.name, model.version, model.sha256)
+def _already_there(package: Path, model: RegisteredModel) -> bool:
+    """Whether the version lies in its directory, whole and as the registry recorded it."""
+    entry = ModelEntry(name=model.name, version=model.version, directory=package.name, files=model.sha256)
+    return bool(model.sha256) and installed(package.parent, entry)
+
+
+def _verified(package: Path, model: RegisteredModel, public_key: Ed25519PublicKey | None) -> ModelEntry:
+    """The manifest entry of a package that may go live. Raises `PackageRefusedError`."""
+    found = verify_package(package, model.name, model.version, model.sha256)
+    entry = msgspec.structs.replace(found, signature=model.signature)
+    where = f"model {model.name} version {model.version}"
+    try:
+        admission = read_report(package)
+    except msgspec.DecodeError as exc:
+        raise PackageRefusedError(f"{where}: {ADMISSION_FILE} can't be read: {exc}") from exc
+    if admission is None:
+        raise PackageRefusedError(f"{where} has no admission report; train anew with: fraudgate train")
+    if not admission.passed:
+        failed = ", ".join(check.name for check in admission.failed())
+        raise PackageRefusedError(f"{where} was refused admission: {failed}")
+    if public_key is not None:
+        verify_signature(entry, public_key)
+    return entry
 
 
 def _remove_leftovers(models_path: Path) -> None:

@@ -38,7 +38,7 @@ from gateway.contracts.reference import (
 )
 from model_export.dataset import TrainingSet
 from model_export.export import Export
-from model_export.policy_bands import read_bands, risk_scores
+from model_export.policy_bands import Bands, risk_scores
 from model_export.training import TrainedModel, probabilities
 
 # Windows of training rows that dispersion is learnt from: at most the newest of these, which is four weeks.
@@ -107,15 +107,14 @@ def make_reference(
     )
 
 
-def with_reference(exported: Export, data: TrainingSet, model: TrainedModel, policy_path: str = "") -> Export:
+def with_reference(exported: Export, data: TrainingSet, model: TrainedModel, bands: Bands) -> Export:
     """The export with reference.npz among its extras: of all rows of the training set, and of the scores of the newest ones, which the
-    trees were not grown on. The outcomes are what the bands of the policy at `policy_path` (empty: the one that ships) make of those
-    scores. Raises `PolicyUnreadableError`.
+    trees were not grown on. The outcomes are what the policy's `bands` make of those scores.
     """
     newest = model.split.test
     rows = data.features[newest]
     probability = probabilities(model.booster, rows)
-    decision = read_bands(policy_path).severity(risk_scores(probability), rows[:, FEATURE_INDEX["amount_minor"]])
+    decision = bands.severity(risk_scores(probability), rows[:, FEATURE_INDEX["amount_minor"]])
     reference = make_reference(data.features, data.is_fraud, data.event_time_ms, probability, newest, decision)
     return dataclasses.replace(exported, extras={**exported.extras, REFERENCE_FILE: contract.encode(reference)})
 

@@ -30,6 +30,17 @@ class Route(StrEnum):
     CHALLENGER = "challenger"
 
 
+class RoutedBy(StrEnum):
+    """Why a payment went to the model that scored it."""
+
+    # There is no challenger.
+    ONLY = "only"
+    # By the stable hash of the card (contracts.routing).
+    SHARE = "share"
+    # The guard has taken the challenger out: all go to the champion.
+    GUARD = "guard"
+
+
 class Door(StrEnum):
     """How a transaction came in."""
 
@@ -68,7 +79,9 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     `features` are the float32 values that the model saw, in the order that `feature_fingerprint` names. `observed_seq` is the
     transaction's place in each entity's order of observation (-1: not observed), by contracts.features.ENTITIES. `label_changes` is how
     many label changes had been applied to each entity that counts labels, by contracts.features.LABELLED (-1: not observed).
-    `tiles_age_ms` is the age of the tiles the features were read from (null: unknown).
+    `tiles_age_ms` is the age of the tiles the features were read from (null: unknown). `policy_decision` is what the policy came to,
+    which exploration may have answered otherwise, and `propensity` the probability under which such a payment is given `decision`: 1.0
+    where exploration can't touch it. Receipts written before these fields were there read "" and 1.0: nothing was explored then.
     """
 
     transaction_id: str
@@ -99,6 +112,9 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     features_us: int
     model_us: int
     policy_us: int
+    routed_by: str
+    policy_decision: str
+    propensity: float
 
 
 def risk_score(probability: float) -> int:

@@ -64,18 +64,27 @@ class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One model of the directory. `files` maps each file name, extras included, to its sha256 in hex."""
+    """One model of the directory. `files` maps each file name, extras included, to its sha256 in hex.
+
+    `signature` is Ed25519 over `signed_bytes`, in hex; None where the training side has no key.
+    """
 
     name: str
     version: str
     directory: str
     files: dict[str, str]
+    signature: str | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """`routes` maps a route (champion, challenger, shadow...) to its model."""
 
     routes: dict[str, ModelEntry]
+
+
+def signed_bytes(entry: ModelEntry) -> bytes:
+    """What a signature covers: name, version and the digest of each file, in one spelling."""
+    return msgspec.json.encode([entry.name, entry.version, sorted(entry.files.items())])
 
 
 def is_route(alias: str) -> bool:

@@ -90,6 +90,12 @@ class Settings:
     tables_uri: str = _setting("", "root of the Delta tables, a directory or s3a://bucket/prefix; empty: <home>/tables")
     checkpoints_uri: str = _setting("", "root of the streaming checkpoints; empty: <home>/checkpoints")
     model_dir: str = _setting("", "the gateway's local model directory; empty: <home>/models")
+    model_signing_key_path: str = _setting(
+        "", "private Ed25519 key (PEM) that fraudgate train signs models with; empty: models aren't signed"
+    )
+    model_public_key_path: str = _setting(
+        "", "public Ed25519 key (PEM); with it fraudgate pull refuses a model that isn't signed by its owner; empty: any is taken"
+    )
     policy_path: str = _setting("", "the policy file (YAML); empty: the one that ships with the gateway")
 
     idempotency_window_s: int = _setting(600, "how long a retry gets the same answer, seconds", least=1, most=86_400)

@@ -10,6 +10,7 @@ DECISIONS = "decisions"
 LABELS = "labels"
 QUARANTINE = "transactions.quarantine"
 ALERTS = "alerts"
+SHADOW_SCORES = "shadow_scores"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ TOPICS: dict[str, Topic] = {
     LABELS: Topic(LABELS, "label.avsc"),
     QUARANTINE: Topic(QUARANTINE, "quarantine.avsc"),
     ALERTS: Topic(ALERTS, "alert.avsc"),
+    SHADOW_SCORES: Topic(SHADOW_SCORES, "shadow_score.avsc"),
 }
 COMPATIBILITY = "BACKWARD"
 

@@ -12,8 +12,9 @@ from gateway.kernels.intake import TRANSACTION_ID, Floats, Int64s
 from gateway.kernels.raw import Bytes, put_bytes, put_long
 
 LONG_BYTES_MAX = 10
-# partition, offset, received, decided, score, tiles' age, admit, features, model, policy: and a byte each for what may be null
-NUMBERS_BYTES_MAX = 10 * (LONG_BYTES_MAX + 1) + 9
+# partition, offset, received, decided, score, tiles' age, admit, features, model, policy: and a byte each for what may be null; then
+# probability and propensity
+NUMBERS_BYTES_MAX = 10 * (LONG_BYTES_MAX + 1) + 9 + 8
 
 
 @compiled
@@ -68,7 +69,9 @@ def write_receipts(
     notes: Bytes,
     note_edges: Int64s,
     note: Int64s,
-    model: Bytes,
+    models: Bytes,
+    model_edges: Int64s,
+    model: Int64s,
     features: Bytes,
     seq: Int64s,
     label_changes: Int64s,
@@ -76,15 +79,19 @@ def write_receipts(
     versions: Bytes,
     admit_us: Int64s,
     steps_us: Int64s,
+    routed_by: Bytes,
+    policy_decision: Int64s,
+    propensity: Floats,
     out: Bytes,
     ends: Int64s,
 ) -> None:
     """Writes a receipt for each of `rows` (n,), which names rows of the intake's `edges`, `starts` and `lengths`.
 
-    By receipt (n, ...): `source` (n, 2) partition and offset, -1: none; `times_ms` (n, 2) received and decided; `decision` and `note`
-    say which of the texts that lie in `decisions` and `notes` between their edges; `score`; `probability`, NaN: none; `features` (n *
-    bytes of a row) float32; `seq` (n, entities); `label_changes` (n, labelled); `admit_us`. The same for all: `door`, `model`,
-    `versions` (as Avro), `tiles_age_ms` (-1: unknown), `steps_us` (3,). `ends` (n,) gets the end of each receipt in `out`.
+    By receipt (n, ...): `source` (n, 2) partition and offset, -1: none; `times_ms` (n, 2) received and decided; `decision`,
+    `policy_decision`, `note` and `model` say which of the texts that lie in `decisions`, `notes` and `models` between their edges;
+    `score`; `probability`, NaN: none; `features` (n * bytes of a row) float32; `seq` (n, entities); `label_changes` (n, labelled);
+    `admit_us`; `propensity`. The same for all: `door`, `versions`, `routed_by` (as Avro), `tiles_age_ms` (-1: unknown), `steps_us` (3,).
+    `ends` (n,) gets the end of each receipt in `out`.
     """
     at = 0
     scratch = np.zeros(8, np.uint8)
@@ -108,7 +115,8 @@ def write_receipts(
         at = _put_double(out, at, probability[k], scratch)
         d = note[k]
         at = put_bytes(out, at, notes, note_edges[d], note_edges[d + 1] - note_edges[d])
-        at = put_bytes(out, at, model, 0, len(model))
+        d = model[k]
+        at = put_bytes(out, at, models, model_edges[d], model_edges[d + 1] - model_edges[d])
         at = put_long(out, at, row_bytes // 4)
         at = put_bytes(out, at, features, k * row_bytes, row_bytes)
         out[at] = 0
@@ -119,6 +127,12 @@ def write_receipts(
         at = put_long(out, at, admit_us[k])
         for i in range(len(steps_us)):
             at = put_long(out, at, steps_us[i])
+        at = put_bytes(out, at, routed_by, 0, len(routed_by))
+        d = policy_decision[k]
+        at = put_bytes(out, at, decisions, decision_edges[d], decision_edges[d + 1] - decision_edges[d])
+        scratch.view(np.float64)[0] = propensity[k]
+        out[at : at + 8] = scratch[:8]
+        at += 8
         ends[k] = at
 
 

@@ -19,7 +19,7 @@ from msgspec import structs
 
 from gateway.avro import encode_receipt, encode_transaction, receipt_of
 from gateway.contracts import layout
-from gateway.contracts.decision import SEVERITY, Outcome, Receipt
+from gateway.contracts.decision import SEVERITY, ModelRef, Outcome, Receipt, RoutedBy
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, LABELLED, feature_matrix, request_columns
 from gateway.contracts.transaction import CHANNELS, RefusedError, Transaction, check, holds_card_number
 from gateway.contracts.windows import Asked, aggregate, nothing_held
@@ -208,6 +208,14 @@ def test_a_head_of_another_layout_is_refused_by_both(version: int) -> None:
         layout.head_events(head, 0, 77)
 
 
+class StubModel:
+    """What a receipt says of a model."""
+
+    def __init__(self, version: str, route: str) -> None:
+        self.ref = ModelRef(name="fraudgate", version=version, route=route)
+        self.digest = version * 32
+
+
 @pytest.mark.parametrize("from_kafka", [True, False])
 @pytest.mark.parametrize("scored", [True, False])
 def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from_kafka: bool, scored: bool) -> None:
@@ -216,6 +224,7 @@ def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from
     rows = np.arange(0, len(jobs), 2)
     n = len(rows)
     matrix = rng.normal(size=(n, len(FEATURE_NAMES))).astype(np.float32)
+    models = [StubModel("1", "champion"), StubModel("22", "challenger"), None] if scored else [None]
     notes = [(("A",), (), ()), ((), (), ("stale_features",)), (("A", "B"), ("r1", "r2"), ("x",)), ((), (), ())]
     decided = Decided(
         requests=requests_of(jobs),
@@ -226,7 +235,11 @@ def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from
         score=rng.integers(0, 1001, n),
         probability=rng.random(n) if scored else np.full(n, np.nan),
         notes=[notes[i % 4] for i in range(n)],
-        model=None,
+        models=models,  # type: ignore[arg-type]
+        model=rng.integers(0, len(models), n),
+        routed_by=RoutedBy.SHARE if scored else RoutedBy.ONLY,
+        policy_severity=rng.integers(0, 4, n),
+        propensity=rng.random(n),
         matrix=matrix,
         seq=rng.integers(-1, 2**53, (n, len(ENTITIES))),
         label_changes=rng.integers(-1, 100, (n, len(LABELLED))),
@@ -241,6 +254,7 @@ def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from
     for k, written in enumerate(encode_receipts(decided)):
         job = decided.jobs[k]
         reasons, hits, degraded = decided.notes[k]
+        model = models[decided.model[k]]
         expected = Receipt(
             transaction_id=job.transaction.transaction_id,
             transaction=job.transaction,
@@ -255,10 +269,10 @@ def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from
             reasons=list(reasons),
             rule_hits=list(hits),
             degraded=list(degraded),
-            model_name=None,
-            model_version=None,
-            model_digest=None,
-            route=None,
+            model_name=None if model is None else model.ref.name,
+            model_version=None if model is None else model.ref.version,
+            model_digest=None if model is None else model.digest,
+            route=None if model is None else model.ref.route,
             feature_fingerprint=FINGERPRINT,
             features=matrix[k].tolist(),
             observed_seq=decided.seq[k].tolist(),
@@ -270,6 +284,9 @@ def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from
             features_us=1,
             model_us=200,
             policy_us=30_000,
+            routed_by=decided.routed_by,
+            policy_decision=outcomes[int(decided.policy_severity[k])],
+            propensity=float(decided.propensity[k]),
         )
         assert written == encode_receipt(expected)
         assert receipt_of(written).transaction == job.transaction

@@ -141,6 +141,9 @@ def make_receipt(t: Transaction, decision: Outcome) -> Receipt:
         features_us=1,
         model_us=1,
         policy_us=1,
+        routed_by="only",
+        policy_decision="approve",
+        propensity=1.0,
     )
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import onnxruntime
+import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
 
 from deploy.services import data_path
 from deploy.stack import Stack
+from gateway.contracts.audit import read_audit
 from gateway.contracts.features import FINGERPRINT
 from gateway.contracts.model_meta import (
     GOLDEN_FILE,
@@ -23,21 +25,24 @@ from gateway.contracts.model_meta import (
     METADATA_FILE,
     MODEL_FILE,
     OUTPUT_NAME,
+    PACKAGE_FILES,
     ModelMetadata,
     read_manifest,
     sha256_file,
 )
 from gateway.contracts.settings import Settings, settings_env
 from gateway.model import load_model
-from model_export import commands
-from model_export.checks import Check
+from model_export import commands, registry_commands
+from model_export.admission import read_report
 from model_export.commands import Outcome, train_and_register
-from model_export.errors import ExportRefusedError, PackageRefusedError, RegistryUnavailableError
+from model_export.errors import PackageRefusedError, PromotionRefusedError, RegistryRefusedError, RegistryUnavailableError
 from model_export.export import Export, export, to_onnx
+from model_export.promotion import demote, promote, rollback
 from model_export.pull import pull_models
-from model_export.registry import CHECKS_FILE, Registry
+from model_export.registry import Registry
 from model_export.training import train
-from tests.factories_model import make_training_set, write_training_set
+from model_export.url_store import UrlStore
+from tests.factories_model import make_rows, make_training_set, write_training_set
 from tests.helpers import HOST, free_ports, run_command
 
 pytestmark = pytest.mark.integration
@@ -105,9 +110,14 @@ def test_the_registry_shows_how_the_model_came_about(local: Settings) -> None:
     assert run.data.params["base_score"] == str(outcome.model.params["base_score"])
     assert run.data.params["trees"] == str(outcome.model.trees)
     assert run.data.metrics["test_average_precision"] == outcome.model.metrics["test_average_precision"]
-    report = msgspec.json.decode((artifacts(local, outcome) / CHECKS_FILE).read_bytes(), type=list[Check])
-    assert report == outcome.checks
-    assert all(check.passed for check in report)
+    assert read_report(artifacts(local, outcome)) == outcome.admission
+    assert outcome.admission.passed
+    assert {"label flips", "latency at batch 64", "quality", "slices"} <= {check.name for check in outcome.admission.checks}
+    assert "code_version" in run.data.params
+    pictures = {Path(f.path).name for f in client.list_artifacts(version.run_id, "plots")}
+    assert pictures == {"precision_recall.png", "calibration.png", "score_histogram.png"}
+    dataset = run.inputs.dataset_inputs[0].dataset
+    assert (dataset.name, msgspec.json.decode(dataset.source)["delta_version"]) == ("training_set", 0)
 
 
 def test_training_again_makes_the_next_version_and_moves_the_alias(local: Settings) -> None:
@@ -149,14 +159,37 @@ def test_an_artifact_corrupted_in_the_registry_is_refused_and_the_old_model_stay
     assert sha256_file(local.models_path / entry.directory / MODEL_FILE) == entry.files[MODEL_FILE]
 
 
-def test_an_export_that_fails_a_check_is_not_registered(local: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_export_is_registered_for_a_look_and_gets_no_alias(local: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     train_and_register(local, name="refused")
     foreign = train(make_training_set(ROWS, 9), threads=1, rounds_max=3).booster
     monkeypatch.setattr(commands, "export", lambda *a: dataclasses.replace(export(*a), onnx_bytes=to_onnx(foreign)))
-    with pytest.raises(ExportRefusedError, match="training rows"):
-        train_and_register(local, name="refused")
-    client = MlflowClient(local.mlflow)
-    assert [v.version for v in client.search_model_versions("name='refused'")] == ["1"]
+    outcome = train_and_register(local, name="refused")
+    assert outcome.alias is None
+    assert "training rows" in {check.name for check in outcome.admission.failed()}
+    versions = {v.version: (v.admission, v.aliases) for v in Registry(local.mlflow).versions("refused")}
+    assert versions == {"1": ("passed", ["champion"]), "2": ("refused", [])}
+    with pytest.raises(PromotionRefusedError, match="version 2 of refused was refused admission"):
+        promote(Registry(local.mlflow), local.models_path, "refused", "2", "champion")
+    # Nor does it reach a gateway when somebody moves the alias by hand.
+    MlflowClient(local.mlflow).set_registered_model_alias("refused", "champion", "2")
+    with pytest.raises(PackageRefusedError, match="version 2 was refused admission"):
+        pull(local, "refused")
+
+
+def test_a_model_worse_than_the_champion_is_refused_by_quality(local: Settings) -> None:
+    train_and_register(local, name="worse")
+    rows = make_rows(ROWS, seed=2)
+    # The labels of the older rows are shuffled, so that nothing can be learnt; those of the newest are true.
+    times = rows["event_time_ms"].to_numpy()
+    older = times < np.quantile(times, 0.85)
+    labels = rows["is_fraud"].to_numpy(zero_copy_only=False).copy()
+    labels[older] = np.random.default_rng(3).permutation(labels[older])
+    spoilt = rows.set_column(rows.schema.get_field_index("is_fraud"), "is_fraud", pa.array(labels))
+    write_training_set(local.tables, data=spoilt)
+    outcome = train_and_register(local, name="worse")
+    assert outcome.admission.champion == "1"
+    assert "quality" in {check.name for check in outcome.admission.failed()}
+    assert MlflowClient(local.mlflow).get_model_version_by_alias("worse", "champion").version == "1"
 
 
 def test_a_registration_that_breaks_off_leaves_the_alias_where_it_was(local: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +267,126 @@ def test_the_commands_train_and_pull(environment: Settings, capsys: pytest.Captu
 def test_the_commands_say_in_one_line_what_is_missing(environment: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.train(["--training-set-version", "5", "--name", "nobody"]) == 1
     assert "can't be read at version 5" in capsys.readouterr().err
-    assert commands.pull(["--name", "nobody"]) == 1
+    assert registry_commands.pull(["--name", "nobody"]) == 1
     assert "no model nobody with the alias champion" in capsys.readouterr().err
     assert not environment.models_path.exists()
+
+
+def aliases(settings: Settings, name: str) -> dict[str, str]:
+    return dict(MlflowClient(settings.mlflow).get_registered_model(name).aliases)
+
+
+def test_promote_and_rollback_move_the_alias_and_leave_an_entry_each(local: Settings) -> None:
+    registry, home = Registry(local.mlflow), local.models_path
+    for alias in ("champion", "challenger", "shadow-b"):
+        train_and_register(local, alias=alias, name="moves")
+    promote(registry, home, "moves", "2", "champion", reason="won the comparison")
+    # It is champion now, and challenger no more.
+    assert aliases(local, "moves") == {"champion": "2", "shadow-b": "3"}
+    promote(registry, home, "moves", "3", "champion")
+    assert promote(registry, home, "moves", "3", "champion") == []
+    assert rollback(registry, home, "moves", reason="too many alerts").after == "2"
+    # A second rollback goes on to the one before, not back to where the first came from.
+    assert rollback(registry, home, "moves").after == "1"
+    with pytest.raises(PromotionRefusedError, match="was champion before version 1"):
+        rollback(registry, home, "moves")
+    assert demote(registry, home, "moves", "shadow-b").before == "3"
+    assert aliases(local, "moves") == {"champion": "1"}
+
+    entries, unreadable = read_audit(home)
+    assert unreadable == 0
+    assert [(e.action, e.subject, e.before, e.after) for e in entries] == [
+        ("train", "champion", None, "1"),
+        ("train", "challenger", None, "2"),
+        ("train", "shadow-b", None, "3"),
+        ("promote", "champion", "1", "2"),
+        ("promote", "challenger", "2", None),
+        ("promote", "champion", "2", "3"),
+        ("rollback", "champion", "3", "2"),
+        ("rollback", "champion", "2", "1"),
+        ("demote", "shadow-b", "3", None),
+    ]
+    assert entries[3].reason == "won the comparison"
+    # Every machine sees them in the registry, in any order within one millisecond.
+    assert sorted(registry.audit("moves"), key=entries.index) == entries
+
+
+def test_promote_refuses_what_has_no_version_no_report_or_no_route(local: Settings) -> None:
+    registry, home = Registry(local.mlflow), local.models_path
+    train_and_register(local, name="refuses")
+    client = MlflowClient(local.mlflow)
+    first = client.get_model_version("refuses", "1")
+    unfinished = client.create_model_version("refuses", first.source, first.run_id).version
+    for version, alias, reason in (
+        ("77", "champion", "no version 77"),
+        (str(unfinished), "champion", "no admission report"),
+        ("1", "best", "is no route"),
+    ):
+        with pytest.raises(PromotionRefusedError, match=reason):
+            promote(registry, home, "refuses", version, alias)
+    with pytest.raises(PromotionRefusedError, match="not taken away"):
+        demote(registry, home, "refuses", "champion")
+    assert aliases(local, "refuses") == {"champion": "1"}
+
+
+def test_an_audit_entry_that_cannot_be_written_leaves_the_alias_where_it_was(local: Settings) -> None:
+    train_and_register(local, name="unaudited")
+    train_and_register(local, alias="challenger", name="unaudited")
+    blocked = local.models_path / "a-file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match="a-file"):
+        promote(Registry(local.mlflow), blocked, "unaudited", "2", "champion")
+    assert aliases(local, "unaudited") == {"champion": "1", "challenger": "2"}
+
+
+def test_the_commands_list_promote_and_roll_back(environment: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    name = ["--name", "listed"]
+    train_and_register(environment, name="listed")
+    train_and_register(environment, alias="challenger", name="listed")
+    assert registry_commands.promote(["2", "--reason", "better", *name]) == 0
+    assert registry_commands.promote(["9", *name]) == 1
+    assert registry_commands.models(name) == 0
+    printed = capsys.readouterr()
+    assert "champion: from version 1 to version 2" in printed.out
+    assert "there is no version 9 of listed" in printed.err
+    assert [line.split()[:3] for line in printed.out.splitlines()[-2:]] == [["2", "champion", "passed"], ["1", "-", "passed"]]
+    assert registry_commands.rollback(name) == 0
+    capsys.readouterr()
+    assert registry_commands.models(["--json", *name]) == 0
+    listed = {v["version"]: v for v in msgspec.json.decode(capsys.readouterr().out)}
+    assert listed["1"]["aliases"] == ["champion"]
+    assert (listed["1"]["training_table_version"], listed["1"]["training_rows"]) == (0, ROWS)
+    assert listed["1"]["training_data"] == listed["2"]["training_data"]
+    assert 0 < listed["1"]["metrics"]["test_average_precision"] <= 1
+
+
+def test_a_gateway_loads_from_a_published_copy_with_mlflow_down(
+    local: Settings, nowhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_and_register(local, name="published")
+    train_and_register(local, alias="shadow-a", name="published")
+    pull(local, "published")
+    url = f"file://{tmp_path}/store/models"
+    assert UrlStore(url).publish(local.models_path) == 2 * (len(PACKAGE_FILES) + 1) + 1
+    elsewhere = dataclasses.replace(nowhere, model_dir=str(tmp_path / "elsewhere"))
+    for variable, value in settings_env(elsewhere).items():
+        monkeypatch.setenv(variable, value)
+    assert registry_commands.pull(["--from", url, "--name", "published"]) == 0
+    assert read_manifest(elsewhere.models_path) == read_manifest(local.models_path)
+    serving = load_model(elsewhere.models_path, "champion")
+    assert serving is not None
+    assert serving.ref.version == "1"
+    assert load_model(elsewhere.models_path, "shadow-a") is not None
+
+
+def test_a_published_file_that_was_changed_is_refused(local: Settings, tmp_path: Path) -> None:
+    train_and_register(local, name="tampered")
+    pull(local, "tampered")
+    UrlStore(f"file://{tmp_path}/store").publish(local.models_path)
+    file = tmp_path / "store/tampered-1" / MODEL_FILE
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(PackageRefusedError, match=r"model\.onnx is corrupted"):
+        pull_models(tmp_path / "elsewhere", UrlStore(f"file://{tmp_path}/store"), "tampered")
+    with pytest.raises(RegistryRefusedError, match=r"there is no manifest\.json"):
+        pull_models(tmp_path / "elsewhere", UrlStore(f"file://{tmp_path}/nothing"), "tampered")
+    assert not (tmp_path / "elsewhere" / "manifest.json").exists()

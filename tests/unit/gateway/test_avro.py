@@ -14,9 +14,10 @@ from gateway.contracts.decision import Door, Outcome, Receipt
 from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.registry import SchemaRegistry, UnknownSchemaError
-from gateway.contracts.topics import TOPICS, TRANSACTIONS
+from gateway.contracts.topics import DECISIONS, TOPICS, TRANSACTIONS
 from gateway.contracts.transaction import RefusedError, Transaction, encode_json
 from gateway.contracts.wire import frame
+from gateway.records import Record, of_today
 from tests.unit.gateway.factories import NOW_MS, make_transaction
 
 pytestmark = pytest.mark.anyio
@@ -56,6 +57,9 @@ def make_receipt(t: Transaction, **changes: object) -> Receipt:
         features_us=2**33,
         model_us=0,
         policy_us=127,
+        routed_by="only",
+        policy_decision="approve",
+        propensity=1.0,
     )
     return msgspec.structs.replace(receipt, **changes)
 
@@ -64,6 +68,23 @@ def by_fastavro(topic: str, record: object) -> bytes:
     out = io.BytesIO()
     fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(TOPICS[topic].schema_text)), msgspec.to_builtins(record))
     return out.getvalue()
+
+
+def test_receipts_of_before_exploration_are_read_and_delivered_with_what_was_true_then() -> None:
+    schema = json.loads(TOPICS[DECISIONS].schema_text)
+    before = fastavro.parse_schema(schema | {"fields": schema["fields"][:-3]})
+    receipt = msgspec.to_builtins(make_receipt(FULL))
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, before, receipt)
+    old = out.getvalue()
+    # From the topic, by the schema that it was written with.
+    read = fastavro.schemaless_reader(io.BytesIO(old), before, fastavro.parse_schema(schema))
+    assert read == receipt | {"routed_by": "only", "policy_decision": "", "propensity": 1.0}
+    # From the local log, whose records are framed when they are sent: by today's schema.
+    [record] = msgspec.msgpack.decode(msgspec.msgpack.encode([(DECISIONS, b"card-1", old, [])]), type=list[Record])
+    sent = of_today(record)
+    assert msgspec.to_builtins(receipt_of(sent.payload)) == read
+    assert of_today(sent) == sent
 
 
 @pytest.mark.parametrize("t", [make_transaction(), FULL, make_transaction(device_id="d" * 64)])

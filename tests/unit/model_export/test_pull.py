@@ -18,6 +18,7 @@ from gateway.contracts.model_meta import (
     METADATA_FILE,
     MODEL_FILE,
     PACKAGE_FILES,
+    REFERENCE_FILE,
     ModelMetadata,
     is_route,
     read_manifest,
@@ -25,10 +26,18 @@ from gateway.contracts.model_meta import (
 )
 from gateway.errors import ModelRefusedError
 from gateway.model import load_model
+from model_export.admission import Admission, report_bytes
+from model_export.checks import Check
 from model_export.errors import ModelExportError, PackageRefusedError, RegistryRefusedError, RegistryUnavailableError
 from model_export.package import INCOMING_PREFIX, RegisteredModel
 from model_export.pull import LOCK_FILE, PullRunningError, pull_models
 from tests.factories_model import make_model_dir
+
+PASSED_REPORT = Admission(verdict="passed", checked_at_ms=1, champion=None, checks=[], slices=[])
+
+
+def digests(package: Path, *files: str) -> dict[str, str]:
+    return {file: sha256_file(package / file) for file in files}
 
 
 class DirectorySource:
@@ -46,7 +55,10 @@ class DirectorySource:
         entry = made.routes["champion"]
         kept = self._root / f"kept-{version}"
         shutil.copytree(self._root / entry.directory, kept, dirs_exist_ok=True)
-        model = RegisteredModel(name=entry.name, version=version, source=str(kept), sha256=dict(entry.files))
+        (kept / ADMISSION_FILE).write_bytes(report_bytes(PASSED_REPORT))
+        model = RegisteredModel(
+            name=entry.name, version=version, source=str(kept), sha256=dict(entry.files) | digests(kept, ADMISSION_FILE)
+        )
         self.aliases |= dict.fromkeys(aliases, model)
         return kept
 
@@ -91,7 +103,7 @@ def test_champion_arrives_whole(source: DirectorySource, models: Path) -> None:
     pulled = pull_models(models, source)
     assert (pulled.fetched, pulled.changed) == (["1"], True)
     entry = read_manifest(models).routes["champion"]
-    assert entry.files == {file: sha256_file(kept / file) for file in PACKAGE_FILES}
+    assert entry.files == digests(kept, *PACKAGE_FILES, ADMISSION_FILE)
     assert all(sha256_file(models / entry.directory / file) == digest for file, digest in entry.files.items())
     assert directories(models) == ["fraudgate-1"]
 
@@ -125,19 +137,39 @@ def test_every_shadow_comes_along_and_other_aliases_do_not(source: DirectorySour
 
 def test_extras_travel_with_the_model_and_a_damaged_one_is_refused(source: DirectorySource, models: Path) -> None:
     kept = source.add("1", "champion")
-    (kept / ADMISSION_FILE).write_bytes(b"{}")
-    source.aliases["champion"].sha256[ADMISSION_FILE] = sha256_file(kept / ADMISSION_FILE)
+    (kept / REFERENCE_FILE).write_bytes(b"{}")
+    source.aliases["champion"].sha256.update(digests(kept, REFERENCE_FILE))
     pull_models(models, source)
     entry = read_manifest(models).routes["champion"]
-    assert set(entry.files) == {*PACKAGE_FILES, ADMISSION_FILE}
-    extra = models / entry.directory / ADMISSION_FILE
+    assert set(entry.files) == {*PACKAGE_FILES, ADMISSION_FILE, REFERENCE_FILE}
+    extra = models / entry.directory / REFERENCE_FILE
     assert extra.read_bytes() == b"{}"
     extra.write_bytes(b"[]")
-    with pytest.raises(ModelRefusedError, match=ADMISSION_FILE):
+    with pytest.raises(ModelRefusedError, match=REFERENCE_FILE):
         load_model(models, "champion")
-    (kept / ADMISSION_FILE).write_bytes(b"[]")
-    with pytest.raises(PackageRefusedError, match=r"admission\.json is corrupted"):
+    (kept / REFERENCE_FILE).write_bytes(b"[]")
+    with pytest.raises(PackageRefusedError, match=r"reference\.npz is corrupted"):
         pull_models(models, source)
+
+
+def test_a_version_whose_report_says_refused_does_not_come_whatever_alias_it_has(source: DirectorySource, models: Path) -> None:
+    kept = source.add("1", "champion")
+    failed = Check(name="quality", passed=False, found="worse")
+    refused = msgspec.structs.replace(PASSED_REPORT, verdict="refused", checks=[failed])
+    (kept / ADMISSION_FILE).write_bytes(report_bytes(refused))
+    source.aliases["champion"].sha256.update(digests(kept, ADMISSION_FILE))
+    with pytest.raises(PackageRefusedError, match="version 1 was refused admission: quality"):
+        pull_models(models, source)
+    assert not (models / MANIFEST_FILE).exists()
+
+
+def test_a_version_without_a_report_does_not_come(source: DirectorySource, models: Path) -> None:
+    kept = source.add("1", "champion")
+    (kept / ADMISSION_FILE).unlink()
+    del source.aliases["champion"].sha256[ADMISSION_FILE]
+    with pytest.raises(PackageRefusedError, match="no admission report"):
+        pull_models(models, source)
+    assert not (models / MANIFEST_FILE).exists()
 
 
 @pytest.mark.parametrize("name", ["../manifest.json", "/etc/passwd", ".hidden", "A" * 65])
