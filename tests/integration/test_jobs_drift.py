@@ -34,7 +34,7 @@ from tests.helpers import run_command, running_command
 from tests.integration.test_jobs import make_receipt
 from tests.unit.gateway.factories import make_transaction
 
-pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(360)]
+pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(600)]
 
 # Simulated time: a Monday noon three weeks after the training rows began.
 LIVE_MS = START_MS + 21 * 86_400_000 + 12 * 3_600_000
@@ -104,18 +104,18 @@ def streamed(stack: Stack, settings: Settings, tmp_path_factory: pytest.TempPath
     # A commit each few minutes of stream time, as when it runs beside the traffic.
     produce(own, run, range(12))
     with running_command(own, *queries, log_path=home / "jobs.log") as driver:
-        driver.wait_until(lambda: drift_rows(own), 120, "drift has its first windows")
+        driver.wait_until(lambda: drift_rows(own), 200, "drift has its first windows")
         produce(own, run, range(12, 18))
         driver.kill()
     with running_command(own, *queries, log_path=home / "jobs.log") as driver:
-        for first in range(18, MINUTES, 7):
-            produce(own, run, range(first, min(first + 7, MINUTES)))
+        for first in range(18, MINUTES, 14):
+            produce(own, run, range(first, min(first + 14, MINUTES)))
             # Through the last full minute of what was sent; the newest one is still open.
-            through = LIVE_MS + min(first + 6, MINUTES - 1) * STEP_MS
-            driver.wait_until(partial(reached, own, through), 120, "drift has read them")
+            through = LIVE_MS + min(first + 13, MINUTES - 1) * STEP_MS
+            driver.wait_until(partial(reached, own, through), 200, "drift has read them")
         said = metrics(own)
         driver.kill()
-    ended = run_command(own, *queries[:1], "--once", *queries[1:], timeout_s=120)
+    ended = run_command(own, *queries[:1], "--once", *queries[1:], timeout_s=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     yield own, said
 
