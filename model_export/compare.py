@@ -250,9 +250,9 @@ def _arms(receipts: Receipts) -> list[Arm]:
     return arms
 
 
-def share(k: int, n: int) -> Interval:
-    """k of n with its Clopper-Pearson interval."""
-    tail = (1 - CONFIDENCE) / 2
+def share(k: float, n: float, confidence: float = CONFIDENCE) -> Interval:
+    """k of n with its Clopper-Pearson interval; effective numbers need not be whole (Korn and Graubard, Survey Methodology 24, 1998)."""
+    tail = (1 - confidence) / 2
     low = float(beta.ppf(tail, k, n - k + 1)) if k else 0.0
     high = float(beta.isf(tail, k + 1, n - k)) if k < n else 1.0
     return Interval(value=k / n if n else None, low=low if n else None, high=high if n else None)

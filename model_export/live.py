@@ -46,8 +46,9 @@ class NoReceiptsError(ModelExportError):
 class Receipts:
     """(rows,) each, in order of event time; `features` (rows, features) float32.
 
-    `decision` and `policy_decision` are OUTCOME_CODE; `propensity` the chance of the decision given; `whole`: a model scored it with all
-    features; `score` the risk score; `card` numbers the cards. `left_out` counts receipts of other features or beyond RECEIPTS_MAX.
+    `decision` and `policy_decision` are OUTCOME_CODE; `propensity` the chance of the decision given; `score` the risk score; `card` numbers
+    the cards. `full`: it had all features; `whole`: and a model scored it. `left_out` counts receipts of other features or beyond
+    RECEIPTS_MAX.
     """
 
     transaction_id: pa.ChunkedArray
@@ -59,6 +60,7 @@ class Receipts:
     decision: Ints
     policy_decision: Ints
     propensity: Floats
+    full: Bools
     whole: Bools
     rule_hits: list[list[str]]
     model_version: npt.NDArray[np.object_]
@@ -103,6 +105,29 @@ def read_receipts(settings: Settings, from_ms: int | None = None, to_ms: int | N
     return _columns(rows, found - rows.num_rows)
 
 
+def read_payments(settings: Settings, from_ms: int, to_ms: int) -> tuple[pa.ChunkedArray, Ints, Ints]:
+    """(transaction_id, event_time_ms, card) of receipts with event times in [from_ms, to_ms), without all else."""
+    try:
+        rows = DeltaTable(_uri(settings, tables.DECISIONS)).to_pyarrow_dataset()
+        wanted = (pc.field("event_time_ms") >= from_ms) & (pc.field("event_time_ms") < to_ms)
+        held = rows.to_table(columns=["transaction_id", "event_time_ms", "card_id"], filter=wanted)
+    except (DeltaError, OSError, pa.ArrowException) as exc:
+        raise NoReceiptsError(f"the receipts at {_uri(settings, tables.DECISIONS)} can't be read: {exc}") from exc
+    return held["transaction_id"], held["event_time_ms"].to_numpy().astype(np.int64), codes(held["card_id"])
+
+
+def newest_receipt_ms(settings: Settings) -> int:
+    """The newest event time. Raises `NoReceiptsError`."""
+    uri = _uri(settings, tables.DECISIONS)
+    try:
+        held = DeltaTable(uri).to_pyarrow_dataset().to_table(columns=["event_time_ms"])
+    except TableNotFoundError as exc:
+        raise NoReceiptsError(f"there are no receipts at {uri}: fraudgate jobs writes them while payments are decided") from exc
+    if not held.num_rows:
+        raise NoReceiptsError(f"there are no receipts at {uri} yet")
+    return int(pc.max(held["event_time_ms"]).as_py())
+
+
 def _columns(rows: pa.Table, left_out: int) -> Receipts:
     flat = rows["features"].combine_chunks().flatten()
     degraded = rows["degraded"].to_pylist()
@@ -124,6 +149,7 @@ def _columns(rows: pa.Table, left_out: int) -> Receipts:
         decision=decision,
         policy_decision=_outcomes(optional("policy_decision", ""), decision),
         propensity=propensity,
+        full=full,
         whole=full & np.isfinite(probability),
         rule_hits=rows["rule_hits"].to_pylist(),
         model_version=_texts(rows["model_version"]),
@@ -136,31 +162,32 @@ def _columns(rows: pa.Table, left_out: int) -> Receipts:
 
 @dataclass(frozen=True)
 class Labels:
-    """Of given payments, (rows,): whether a label says anything, and whether the newest one says fraud.
+    """Of given payments, (rows,): whether a label says anything, whether the newest one says fraud, and when that was reported (0: never).
 
     `newest_ms` is the newest label of all payments, 0 without any.
     """
 
     known: Bools
     is_fraud: Bools
+    reported_ms: Ints
     newest_ms: int
 
 
 def read_labels(settings: Settings, transaction_id: pa.ChunkedArray, as_of_ms: int | None = None) -> Labels:
     """What was known by `as_of_ms` (default: all) of the payments with these ids."""
     n = len(transaction_id)
-    known, is_fraud = np.zeros(n, bool), np.zeros(n, bool)
+    known, is_fraud, reported_ms = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, np.int64)
     uri = _uri(settings, tables.LABELS)
     try:
         rows = DeltaTable(uri).to_pyarrow_table(columns=["transaction_id", "is_fraud", "reported_at_ms"])
     except TableNotFoundError:
-        return Labels(known, is_fraud, 0)
+        return Labels(known, is_fraud, reported_ms, 0)
     except (DeltaError, OSError, pa.ArrowException) as exc:
         raise NoReceiptsError(f"the labels at {uri} can't be read: {exc}") from exc
     if as_of_ms is not None:
         rows = rows.filter(pc.less_equal(rows["reported_at_ms"], as_of_ms))
     if not rows.num_rows:
-        return Labels(known, is_fraud, 0)
+        return Labels(known, is_fraud, reported_ms, 0)
     rows = rows.sort_by("reported_at_ms")
     newest_ms = int(rows["reported_at_ms"][-1].as_py())
     place = pc.fill_null(pc.index_in(rows["transaction_id"], transaction_id.combine_chunks()), -1).to_numpy().astype(np.int64)
@@ -168,7 +195,8 @@ def read_labels(settings: Settings, transaction_id: pa.ChunkedArray, as_of_ms: i
     # In the order in which they were reported, so that the newest is what stays.
     known[place[place >= 0]] = True
     is_fraud[place[place >= 0]] = fraud[place >= 0]
-    return Labels(known, is_fraud, newest_ms)
+    reported_ms[place[place >= 0]] = rows["reported_at_ms"].to_numpy()[place >= 0]
+    return Labels(known, is_fraud, reported_ms, newest_ms)
 
 
 def codes(column: pa.ChunkedArray) -> Ints:

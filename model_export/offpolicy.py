@@ -111,7 +111,7 @@ def _estimate(logged: Logged, flagged: Bools, cell: Ints, weight: Floats) -> Wor
         if own.sum() > 0:
             # To the number of payments of the cell, seen or not.
             scaled[inside] *= rows[c] / own.sum()
-        k, n = _effective(own, logged.is_fraud[inside], logged.card[inside])
+        k, n = effective_labels(own, logged.is_fraud[inside], logged.card[inside])
         rate[c] = k / n if n else np.nan
         rates[:, c] = rng.beta(k + 0.5, n - k + 0.5, DRAWS)
     if np.isnan(rate).any():
@@ -156,7 +156,7 @@ def _estimate(logged: Logged, flagged: Bools, cell: Ints, weight: Floats) -> Wor
     )
 
 
-def _effective(weight: Floats, is_fraud: Bools, card: Ints) -> tuple[float, float]:
+def effective_labels(weight: Floats, is_fraud: Bools, card: Ints) -> tuple[float, float]:
     """(frauds, labels) that independent labels of equal weight would have to be, to say as much; (0, 0) without labels."""
     total = weight.sum()
     if total <= 0:

@@ -70,6 +70,9 @@ def make_receipts(
             "decision": ["decline" if v > 0.5 else "approve" for v in p],
             "degraded": pa.array([[degraded] if degraded else []] * rows, pa.list_(pa.string())),
             "model_digest": [digest] * rows,
+            "model_version": ["1"] * rows,
+            "route": [Route.CHAMPION.value] * rows,
+            "rule_hits": pa.array([[]] * rows, pa.list_(pa.string())),
         }
     )
 
