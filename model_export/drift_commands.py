@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from gateway.contracts.decision import Outcome
 from gateway.contracts.instants import instant_ms
+from gateway.contracts.reference import DECISION, SCORE_BAND, SCORE_BANDS
 from gateway.contracts.settings import load_settings
 from model_export import pages
 from model_export.drift_report import DriftReport, LabelDay, MeasureDrift, report
@@ -126,10 +127,18 @@ def _histograms(measures: list[MeasureDrift]) -> Figure:
         ax.bar(at - 0.2, m.expected, 0.4, color=GREY)
         ax.bar(at + 0.2, m.observed, 0.4, color=RED if m.alarm else BLUE)
         ax.set_title(f"{m.measure}  PSI {m.psi:.3f}", fontsize=8)
-        names = [f"{edge:.4g}" for edge in m.edges] + [">", "?"]
-        ax.set_xticks(at, names, fontsize=5, rotation=60)
+        ax.set_xticks(at, _bin_names(m), fontsize=5, rotation=60)
         ax.tick_params(axis="y", labelsize=6)
     return figure
+
+
+def _bin_names(m: MeasureDrift) -> list[str]:
+    """The upper end of each bin; "<" below all training rows, ">" above, "?" unknown."""
+    if m.measure == DECISION:
+        return [*(outcome.value for outcome in Outcome), "?"]
+    if m.measure == SCORE_BAND:
+        return [f"<{SCORE_BANDS[0]}", *(f"{band}+" for band in SCORE_BANDS), "?"]
+    return ["<", *(f"{edge:.3g}" for edge in m.edges[1:]), ">", "?"]
 
 
 def _hours(r: DriftReport) -> Figure:
