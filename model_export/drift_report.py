@@ -1,7 +1,7 @@
 """How far a day's payments are from the champion's training rows, and how the label rate moves as labels mature. For `fraudgate drift`.
 
 The same statistics as the stream's (gateway/contracts/drift.py), over a whole day of event time (UTC), computed from the receipts in Delta
-again: it needs neither the stream nor its table, whose alarms it lists where they are. A day of 20,000 receipts and 30 days of labels take some 4 s.
+again: it needs neither the stream nor its table, whose alarms it lists where they are. 20,000 receipts take some 4 s.
 """
 
 from __future__ import annotations
