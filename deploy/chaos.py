@@ -7,12 +7,13 @@ import asyncio
 import json
 import secrets
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import uvloop
 
+from deploy.chaos_shadows import shadow_complaints, shadow_turns, shadows_table
+from deploy.payments import payments
 from gateway.contracts.settings import Settings, load_settings
 from loadtest.offered import FAILED, NOT_SENT, Offered, offer, quantile
 
@@ -25,22 +26,6 @@ GOODPUT_LEAST = 0.9
 ACCEPTED_P99_MS_MOST = 100.0
 CAPACITY_CONNECTIONS = 64
 CONNECTIONS = 400
-CARDS = 20_000
-_BODY = (
-    '{"transaction_id":"%s-%d","event_time_ms":%d,"card_id":"card-%d","customer_id":"customer-%d","merchant_id":"m-%d",'
-    '"amount_minor":%d,"currency":"EUR","channel":"pos","mcc":"5411","country":"DE"}'
-)
-
-
-def payments(prefix: str) -> Callable[[int], tuple[str, bytes]]:
-    """The i-th payment, of one of CARDS cards: cheap to make, since the sender shares the machine."""
-
-    def payment(i: int) -> tuple[str, bytes]:
-        card = i * 7919 % CARDS
-        at_ms = time.time_ns() // 1_000_000
-        return f"{prefix}-{i}", (_BODY % (prefix, i, at_ms, card, card, i % 500, 100 + i % 9000)).encode()
-
-    return payment
 
 
 @dataclass(frozen=True)
@@ -132,11 +117,19 @@ def table(phases: Sequence[Phase]) -> str:
 def chaos(argv: list[str]) -> int:
     """`fraudgate chaos overload`. Exit status 1 when a promise wasn't kept."""
     parser = argparse.ArgumentParser(prog="fraudgate chaos", description="A fault on the gateway that runs here, and what it cost.")
-    parser.add_argument("name", choices=["overload"], help="overload: some times as many transactions as it can decide")
+    parser.add_argument(
+        "name",
+        choices=["overload", "shadows"],
+        help="overload: some times as many transactions as it can decide; shadows: three shadow models, by turns with none",
+    )
+    parser.add_argument("--rate", type=float, default=1000.0, help="shadows: payments a second (default 1000)")
+    parser.add_argument("--rounds", type=int, default=10, help="shadows: turns with and without (default 10)")
     parser.add_argument("--times", type=float, default=2.0, help="how many times its capacity is offered (default 2)")
     parser.add_argument("--seconds", type=float, default=15.0, help="for how long (default 15)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
+    if arguments.name == "shadows":
+        return _shadows(arguments.rate, arguments.seconds, arguments.rounds, as_json=arguments.json)
     phases = uvloop.run(overload(load_settings(), arguments.times, arguments.seconds))
     complaints = overload_complaints(phases)
     if arguments.json:
@@ -147,4 +140,17 @@ def chaos(argv: list[str]) -> int:
         print(f"the sender was up to {late_ms:.0f} ms late")
         for complaint in complaints:
             print(f"fraudgate chaos: {complaint}", file=sys.stderr)
+    return 1 if complaints else 0
+
+
+def _shadows(rate: float, seconds: float, rounds: int, *, as_json: bool) -> int:
+    try:
+        turns = uvloop.run(shadow_turns(load_settings(), rate, seconds, rounds))
+    except (OSError, TimeoutError) as exc:
+        print(f"fraudgate chaos: {exc}; start a gateway with a model first: fraudgate serve", file=sys.stderr)
+        return 1
+    complaints = shadow_complaints(turns)
+    print(json.dumps({"turns": [asdict(t) for t in turns], "complaints": complaints}) if as_json else shadows_table(turns))
+    for complaint in complaints:
+        print(f"fraudgate chaos: {complaint}", file=sys.stderr)
     return 1 if complaints else 0

@@ -87,6 +87,14 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("drift", "model_export.drift_commands", "drift", "a day's report: how far payments are from the training rows"),
         Command("demote", "model_export.registry_commands", "demote", "take a challenger or a shadow out"),
     ),
+    "Traffic": (
+        Command(
+            "route",
+            "gateway.route_commands",
+            "route",
+            "share live traffic with the challenger, explore declines, let back in what the guard took out",
+        ),
+    ),
     "Load": (
         Command(
             "simulate",

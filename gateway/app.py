@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -19,7 +20,8 @@ from gateway.batcher import Batcher
 from gateway.connections import Connections, Limits
 from gateway.contracts.decision import Answer
 from gateway.contracts.features import FINGERPRINT
-from gateway.contracts.registry import SchemaRegistry
+from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry
+from gateway.contracts.routing import Verdict, default_routing
 from gateway.contracts.settings import EXACTLY_ONCE, Settings
 from gateway.contracts.transaction import (
     AMOUNT_MINOR_MAX,
@@ -32,17 +34,23 @@ from gateway.contracts.transaction import (
     Transaction,
 )
 from gateway.errors import HTTP_ERRORS, REFUSAL_STATUS, Problem
+from gateway.explore import Explorer, LossCap
+from gateway.guard import Guard
 from gateway.http import SCORE_PATH, Receive, Scope, ScoreDoor, Send
 from gateway.kafka import KafkaDoor
 from gateway.kafka_link import Link
 from gateway.loop_watch import LoopWatch
 from gateway.metrics import Metrics
-from gateway.model import Model, ModelSlot
+from gateway.model import Live, Model, ModelSlot
 from gateway.policy import load_policy
 from gateway.publisher import Publisher
 from gateway.recent import RecentDecisions
+from gateway.records import guard_record
 from gateway.redis_cluster import link_to
 from gateway.scorer import Scorer
+from gateway.shadow import ShadowTopic
+from gateway.sharing import STALE_S, SharedCap, asker
+from gateway.slack import Slack
 from gateway.spool import Spool, open_orphan, open_own
 from gateway.store import Store
 from gateway.unobserved import Unobserved
@@ -56,6 +64,7 @@ CODE_VERSION = version("fraudgate")
 DRAIN_S = 10.0
 REDIS_WAIT_S = 1.0
 REDIS_POLL_S = 0.01
+SCHEMAS_RETRY_S = 2.0
 
 
 class Gateway:
@@ -71,13 +80,26 @@ class Gateway:
         self.metrics = Metrics()
         self.policy = load_policy(settings.policy_path)
         self.schemas = SchemaBook(SchemaRegistry(settings.registry, settings.schemas_path))
-        self.models = ModelSlot(settings.models_path, on_change=self._model_changed, on_refused=self.metrics.model_refused.inc)
+        self.models = ModelSlot(
+            settings.models_path,
+            on_change=self._model_changed,
+            on_refused=self.metrics.model_refused.inc,
+            routing=default_routing(settings),
+            on_live=self._live_changed,
+        )
         claim_ttl_ms = settings.idempotency_window_s * 1000
         # A connection for each door: a chunk from Kafka and a caller's batch don't wait for each other's replies. And one for what was
         # decided without Redis.
         self.links = [link_to(settings.redis, settings.feature_budget_ms / 1000) for _ in range(3)]
         *door_links, spare_link = self.links
         self.unobserved = Unobserved(Store(spare_link, claim_ttl_ms), self.metrics)
+        ask = asker(spare_link)
+        self.guard = Guard(self.models, settings.models_path, self.metrics, self.policy.digest, alert=self._tell_of_guard, ask=ask)
+        self.shadow_topic = ShadowTopic(settings.bootstrap, self.schemas, self.metrics)
+        self.slack = Slack(self.policy, self.metrics, self.shadow_topic.publish, self.guard)
+        cap = LossCap(time.monotonic, STALE_S)
+        self.shared_cap = SharedCap(cap, self.models, ask, self.metrics)
+        self.explorer = Explorer(cap, self.metrics, lambda: time.time_ns() // 1_000_000)
         # Both doors know what either decided lately.
         recent = RecentDecisions(settings.idempotency_window_s)
         self.scorers = [
@@ -90,6 +112,8 @@ class Gateway:
                 self.unobserved,
                 feature_budget_ms=settings.feature_budget_ms,
                 code_version=CODE_VERSION,
+                explorer=self.explorer,
+                slack=self.slack,
             )
             for link in door_links
         ]
@@ -186,7 +210,16 @@ class Gateway:
         await asyncio.to_thread(warm)
         await self._wait_for_redis()
         self.publisher.start()
-        forever = (self.models.watch(), self.unobserved.run(), self.connections.watch(), self.loop_watch.run())
+        self.slack.start()
+        forever = (
+            self.models.watch(),
+            self.unobserved.run(),
+            self.connections.watch(),
+            self.loop_watch.run(),
+            self.guard.run(),
+            self.shared_cap.run(),
+            self._know_schemas(),
+        )
         self._tasks = [asyncio.create_task(work) for work in forever]
         if self._consumes:
             self.consume()
@@ -230,6 +263,8 @@ class Gateway:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await asyncio.to_thread(self.slack.stop)
+        await asyncio.to_thread(self.shadow_topic.close)
         await self.publisher.stop(DRAIN_S)
         for link in self.links:
             await link.stop()
@@ -247,6 +282,21 @@ class Gateway:
         if self.kafka is not None and not self.kafka.connected:
             missing.append("kafka")
         return missing
+
+    async def _know_schemas(self) -> None:
+        """Learn the schemas' ids early: who publishes for nobody to wait can't wait for them either."""
+        while not self.schemas.complete:
+            try:
+                await self.schemas.resolve()
+            except RegistryUnavailableError:
+                await asyncio.sleep(SCHEMAS_RETRY_S)
+        log.info("gateway: knows its schemas")
+
+    def _live_changed(self, live: Live) -> None:
+        self.metrics.challenger_share.set(live.share)
+
+    def _tell_of_guard(self, verdict: Verdict) -> None:
+        self.publisher.send([guard_record(verdict)])
 
     def _model_changed(self, model: Model | None) -> None:
         self.metrics.model_info.clear()
@@ -284,6 +334,10 @@ def _make_api(gateway: Gateway) -> FastAPI:
             "code_version": CODE_VERSION,
         }
 
+    @api.get("/routing", summary="Which models share the traffic, how, and what may be explored")
+    async def routing() -> dict[str, Any]:
+        return _routing_status(gateway)
+
     @api.get("/metrics", summary="Metrics in Prometheus' exposition format", response_class=Response)
     async def metrics() -> Response:
         own = gateway.worker_metrics
@@ -299,6 +353,23 @@ def _make_api(gateway: Gateway) -> FastAPI:
 
     api.openapi = openapi  # type: ignore[method-assign]
     return api
+
+
+def _routing_status(gateway: Gateway) -> dict[str, Any]:
+    live = gateway.models.live
+
+    def told(model: Model | None) -> dict[str, str] | None:
+        return None if model is None else {"name": model.ref.name, "version": model.ref.version, "digest": model.digest}
+
+    return {
+        "champion": told(live.champion),
+        "challenger": told(live.standby),
+        "shadows": {m.ref.route: told(m) for m in live.shadows},
+        "routed_by": live.routed_by.value,
+        "challenger_share": live.share,
+        "routing": msgspec.to_builtins(live.routing),
+        "explored_today_minor": gateway.explorer.cap.spent_minor,
+    }
 
 
 def _describe_score(schema: dict[str, Any]) -> None:

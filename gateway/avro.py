@@ -12,14 +12,14 @@ import json
 import logging
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import fastavro
 import msgspec
 
-from gateway.contracts.decision import Receipt
+from gateway.contracts.decision import ModelRef, Receipt
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry, UnknownSchemaError
 from gateway.contracts.topics import ALERTS, QUARANTINE, TOPICS, TRANSACTIONS
@@ -167,6 +167,16 @@ def encode(topic: str, record: dict[str, Any]) -> bytes:
     out = io.BytesIO()
     fastavro.schemaless_writer(out, _parsed[topic], record)
     return out.getvalue()
+
+
+def encode_shadow_scores(
+    model: ModelRef, digest: str, ids: Sequence[str], times_ms: Sequence[int], probability: Sequence[float], now_ms: int
+) -> Iterator[bytes]:
+    """Records of schemas/shadow_score.avsc, one for each transaction. 2 us each."""
+    of_model = encode_text(model.name) + encode_text(model.version) + encode_text(digest)
+    now = _long(now_ms)
+    for transaction_id, t_ms, p in zip(ids, times_ms, probability, strict=True):
+        yield encode_text(transaction_id) + _long(t_ms) + of_model + _double(p) + now
 
 
 def encode_quarantined(record: dict[str, Any]) -> bytes:

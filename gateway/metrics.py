@@ -154,6 +154,51 @@ class Metrics:
         )
         self.model_refused = Counter("fraudgate_model_refused", "Models that failed a check and don't serve", registry=registry)
         self.model_info = Gauge("fraudgate_model_info", "The model that serves", ["name", "version", "digest"], registry=registry)
+        self.routed = Counter(
+            "fraudgate_routed", "Decisions with a model's score, by the route that scored them", ["route"], registry=registry
+        )
+        self.challenger_share = Gauge(
+            "fraudgate_challenger_share", "Part of the cards that the challenger gets, 0 to 1", registry=registry
+        )
+        self.challenger_failed = Counter(
+            "fraudgate_challenger_failed", "Batches in which the challenger failed and the champion scored all", registry=registry
+        )
+        self.guard_out = Gauge("fraudgate_guard_out", "1 while the guard keeps the challenger out", registry=registry)
+        self.guard_alarms = Counter(
+            "fraudgate_guard_alarms", "Times this process took the challenger out, by test", ["test"], registry=registry
+        )
+        self.guard_evidence = Gauge(
+            "fraudgate_guard_evidence",
+            "Evidence against the challenger, by test: 1 and more is an alarm; on a logarithmic scale from 0",
+            ["test"],
+            registry=registry,
+        )
+        self.guard_pairs = Counter(
+            "fraudgate_guard_pairs", "Payments that champion and challenger have both decided for the guard", registry=registry
+        )
+        self.slack_batches = Gauge(
+            "fraudgate_slack_batches", "Decided batches waiting to be scored by shadow models and for the guard", registry=registry
+        )
+        self.slack_dropped = Counter(
+            "fraudgate_slack_dropped", "Decisions given up there, the oldest, because too many were waiting", registry=registry
+        )
+        self.shadow_scored = Counter(
+            "fraudgate_shadow_scored", "Decisions that a shadow model scored too, by its route", ["route"], registry=registry
+        )
+        self.shadow_failed = Counter(
+            "fraudgate_shadow_failed", "Batches that a shadow model could not score, by its route", ["route"], registry=registry
+        )
+        self.shadow_unpublished = Counter(
+            "fraudgate_shadow_unpublished", "Scores of shadow models that Kafka didn't take", registry=registry
+        )
+        self.explored = Counter("fraudgate_explored", "Payments approved although the policy would decline them", registry=registry)
+        self.explored_minor = Counter("fraudgate_explored_minor", "Their amounts, minor units", registry=registry)
+        self.explore_capped = Counter(
+            "fraudgate_explore_capped", "Payments not explored because the day's loss cap had no room", registry=registry
+        )
+        self.explore_spent_minor = Gauge(
+            "fraudgate_explore_spent_minor", "Of the day's loss cap spent by all gateways, as far as known", registry=registry
+        )
         self.build_info = Gauge(
             "fraudgate_build_info", "What runs", ["version", "feature_fingerprint", "policy_digest"], registry=registry
         )

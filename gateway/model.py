@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from gateway.contracts.decision import ModelRef, Route
+from gateway.contracts.decision import ModelRef, Route, RoutedBy
 from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.model_meta import (
     GOLDEN_FILE,
@@ -29,12 +30,15 @@ from gateway.contracts.model_meta import (
     MODEL_FILE,
     OUTPUT_NAME,
     PACKAGE_FILES,
+    SHADOW_PREFIX,
+    Manifest,
     ModelEntry,
     ModelMetadata,
     is_file_name,
     read_manifest,
     sha256_file,
 )
+from gateway.contracts.routing import GUARD_FILE, ROUTING_FILE, Routing, RoutingError, read_guard, read_routing, route_salt
 from gateway.errors import ModelRefusedError
 
 log = logging.getLogger(__name__)
@@ -42,7 +46,9 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0
 WARM_ROWS = (1, 32, 256)
 MODEL_BYTES_MAX = 256 * 1024 * 1024
-_ORT_ERRORS = (ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf, ort_errors.NoModel)
+# More shadows than this are not loaded: each costs what the champion costs, in memory and CPU.
+SHADOWS_MAX = 8
+ORT_ERRORS = (ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf, ort_errors.NoModel)
 
 
 class Model:
@@ -67,21 +73,27 @@ def load_model(model_dir: Path, route: str) -> Model | None:
 
     Raises `ModelRefusedError`, with the failed check in its message.
     """
+    manifest = _manifest(model_dir)
+    entry = None if manifest is None else manifest.routes.get(route)
+    return None if entry is None else _checked(model_dir, entry, route)
+
+
+def _manifest(model_dir: Path) -> Manifest | None:
     try:
-        manifest = read_manifest(model_dir)
+        return read_manifest(model_dir)
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, msgspec.ValidationError, OSError) as exc:
         raise ModelRefusedError(f"{MANIFEST_FILE} can't be read: {exc}") from exc
-    entry = manifest.routes.get(route)
-    if entry is None:
-        return None
+
+
+def _checked(model_dir: Path, entry: ModelEntry, route: str) -> Model:
     folder = (model_dir / entry.directory).resolve()
     if not folder.is_relative_to(model_dir.resolve()):
         raise ModelRefusedError("the manifest names a directory outside of the model directory")
     try:
         return _load(folder, entry, route)
-    except (OSError, ValueError, KeyError, *_ORT_ERRORS) as exc:
+    except (OSError, ValueError, KeyError, *ORT_ERRORS) as exc:
         raise ModelRefusedError(f"{entry.name} {entry.version}: {exc}") from exc
 
 
@@ -129,48 +141,199 @@ def _load(folder: Path, entry: ModelEntry, route: str) -> Model:
     return model
 
 
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What serves, resolved when anything of it changes and read once a batch.
+
+    `challenger` is the one that gets the cards below `share` by the hash begun with `salt`; None when it gets none. `standby` is the
+    challenger that is loaded, whether or not it gets any.
+    """
+
+    champion: Model | None = None
+    challenger: Model | None = None
+    standby: Model | None = None
+    shadows: tuple[Model, ...] = ()
+    routing: Routing = Routing(challenger_share=0.0)
+    routed_by: RoutedBy = RoutedBy.ONLY
+    share: float = 0.0
+    salt: np.uint64 = np.uint64(0)
+
+
+Signature = tuple[int, int, int] | None
+
+
+def _signature(path: Path) -> Signature:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What the manifest named, by route; `refused` says why some of it isn't there."""
+
+    by_route: dict[str, Model]
+    refused: dict[str, str]
+
+
 class ModelSlot:
-    """Holds the serving model, which the scorer reads once a batch. `on_change` and `on_refused` feed the metrics."""
+    """Holds what serves. `on_change` is called with the champion when that is another, `on_live` with all when anything of it is, and
+    `on_refused` for each model, or file, that can't be used. `routing` is what holds where there is no routing.json.
+    """
 
     def __init__(
         self,
         model_dir: Path,
         on_change: Callable[[Model | None], None] = lambda _: None,
         on_refused: Callable[[], None] = lambda: None,
+        *,
+        routing: Routing | None = None,
+        on_live: Callable[[Live], None] = lambda _: None,
     ) -> None:
         self._dir = model_dir
         self._on_change = on_change
         self._on_refused = on_refused
-        self._seen: tuple[int, int, int] | None = None
-        self.model: Model | None = None
+        self._on_live = on_live
+        self._default = Routing() if routing is None else routing
+        self._routing = self._default
+        self._manifest_seen: Signature = None
+        self._routing_seen: Signature = None
+        self._guard_seen: Signature = None
+        self._entries: dict[str, ModelEntry] = {}
+        self._models: dict[str, Model] = {}
+        # Digests of challengers that are out; everything is when the guard's file can't be read.
+        self._out: frozenset[str] = frozenset()
+        self._all_out = False
+        self.live = Live()
+        # A challenger that failed while it served.
+        self.broken: Model | None = None
         self.refused: str | None = None
 
-    def _signature(self) -> tuple[int, int, int] | None:
-        try:
-            stat = (self._dir / MANIFEST_FILE).stat()
-        except OSError:
-            return None
-        return stat.st_mtime_ns, stat.st_ino, stat.st_size
+    @property
+    def model(self) -> Model | None:
+        """The champion."""
+        return self.live.champion
+
+    @model.setter
+    def model(self, model: Model | None) -> None:
+        self._models = {} if model is None else {Route.CHAMPION.value: model}
+        self._go_live()
 
     async def refresh(self) -> None:
-        """Load what the manifest names if it has changed. A refused model leaves the old one serving."""
-        signature = await asyncio.to_thread(self._signature)
-        if signature is None or signature == self._seen:
-            return
+        """Load what the manifest names if it has changed, and read the shares if they have.
+
+        A refused champion leaves the old one serving; a refused challenger leaves the champion with all traffic.
+        """
+        seen = await asyncio.to_thread(lambda: [_signature(self._dir / f) for f in (MANIFEST_FILE, ROUTING_FILE, GUARD_FILE)])
+        manifest, routing, guard = seen
+        changed = False
+        if manifest is not None and manifest != self._manifest_seen:
+            changed = await self._load()
+            self._manifest_seen = manifest
+        if routing != self._routing_seen:
+            await asyncio.to_thread(self._read_routing)
+            self._routing_seen, changed = routing, True
+        if guard != self._guard_seen:
+            await asyncio.to_thread(self._read_guard)
+            self._guard_seen, changed = guard, True
+        if changed:
+            self._go_live()
+
+    async def _load(self) -> bool:
+        """True when there is a manifest that can be read."""
         try:
-            model = await asyncio.to_thread(load_model, self._dir, Route.CHAMPION.value)
+            manifest = await asyncio.to_thread(_manifest, self._dir)
         except ModelRefusedError as exc:
-            log.error("model: refused, %s stays: %s", "none" if self.model is None else self.model.ref.version, exc)  # noqa: TRY400
+            log.error("model: refused, %s stays: %s", self._serving, exc)  # noqa: TRY400
             self.refused = str(exc)
-            self._seen = signature
             self._on_refused()
-            return
-        self._seen = signature
-        self.refused = None
-        if model is not None:
-            self.model = model
-            log.info("model: %s version %s serves", model.ref.name, model.ref.version)
-            self._on_change(model)
+            return False
+        if manifest is None:
+            return False
+        loaded = await asyncio.to_thread(self._load_all, manifest)
+        for route, why in loaded.refused.items():
+            log.error("model: %s refused, champion %s stays: %s", route, self._serving, why)
+            self._on_refused()
+        self.refused = "; ".join(loaded.refused.values()) or None
+        champion = loaded.by_route.get(Route.CHAMPION.value) or self.live.champion
+        self._models = loaded.by_route if champion is None else {**loaded.by_route, Route.CHAMPION.value: champion}
+        self._entries = {route: entry for route, entry in manifest.routes.items() if route in loaded.by_route}
+        return True
+
+    @property
+    def _serving(self) -> str:
+        return "none" if self.live.champion is None else self.live.champion.ref.version
+
+    def _load_all(self, manifest: Manifest) -> _Loaded:
+        loaded = _Loaded({}, {})
+        shadows = sorted(route for route in manifest.routes if route.startswith(SHADOW_PREFIX))
+        for route in (Route.CHAMPION.value, Route.CHALLENGER.value, *shadows):
+            entry = manifest.routes.get(route)
+            if entry is None:
+                continue
+            if route in shadows[SHADOWS_MAX:]:
+                loaded.refused[route] = f"{entry.name} {entry.version}: there are {SHADOWS_MAX} shadow models already"
+            elif self._entries.get(route) == entry:
+                loaded.by_route[route] = self._models[route]
+            else:
+                try:
+                    loaded.by_route[route] = _checked(self._dir, entry, route)
+                except ModelRefusedError as exc:
+                    loaded.refused[route] = str(exc)
+        return loaded
+
+    def _read_routing(self) -> None:
+        try:
+            self._routing = read_routing(self._dir) or self._default
+        except RoutingError as exc:
+            log.error("routing: the shares stay as they are: %s", exc)  # noqa: TRY400
+            self._on_refused()
+
+    def _read_guard(self) -> None:
+        try:
+            self._out, self._all_out = frozenset(read_guard(self._dir).out), False
+        except RoutingError as exc:
+            # Who is out isn't known: nobody but the champion is in.
+            log.error("routing: all traffic goes to the champion: %s", exc)  # noqa: TRY400
+            self._all_out = True
+            self._on_refused()
+
+    def failed(self, challenger: Model) -> None:
+        """It raised, or gave what is no number: it is out, and the guard will say so."""
+        self.broken = challenger
+        self.take_out(challenger.digest)
+
+    def take_out(self, digest: str) -> None:
+        """From the next batch on the champion has all traffic of the challenger with that file, until the guard's file is removed."""
+        self._out |= {digest}
+        self._go_live()
+
+    def is_out(self, digest: str) -> bool:
+        return self._all_out or digest in self._out
+
+    def _go_live(self) -> None:
+        before, champion = self.live, self._models.get(Route.CHAMPION.value)
+        standby = None if champion is None else self._models.get(Route.CHALLENGER.value)
+        out = standby is not None and self.is_out(standby.digest)
+        share = 0.0 if standby is None or out else self._routing.challenger_share
+        self.live = Live(
+            champion=champion,
+            challenger=standby if share > 0 else None,
+            standby=standby,
+            shadows=tuple(m for route, m in sorted(self._models.items()) if route.startswith(SHADOW_PREFIX)),
+            routing=self._routing,
+            routed_by=RoutedBy.ONLY if standby is None else RoutedBy.GUARD if out else RoutedBy.SHARE,
+            share=share,
+            salt=np.uint64(0 if standby is None else route_salt(standby.digest)),
+        )
+        if champion is not before.champion and champion is not None:
+            log.info("model: %s version %s serves", champion.ref.name, champion.ref.version)
+            self._on_change(champion)
+        if (standby, share) != (before.standby, before.share) and standby is not None:
+            log.info("model: challenger %s gets %.4g of the cards", standby.ref.version, share)
+        self._on_live(self.live)
 
     async def watch(self, poll_s: float = POLL_S) -> None:
         """Refreshes until cancelled."""

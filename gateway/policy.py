@@ -100,7 +100,8 @@ class Columns:
 @dataclass(frozen=True)
 class Decisions:
     """By row: the outcome and its place in SEVERITY, the reasons (most severe first), the ids of the rules that fired, and `floors`, the
-    scores from which challenge, review and decline begin, (rows, 3). Most rows have neither reasons nor hits, and share one empty list.
+    scores from which challenge, review and decline begin, (rows, 3). `ruled` is the most severe outcome of a rule that fired, 0 where none
+    did; None when none did anywhere. Most rows have neither reasons nor hits, and share one empty list.
     """
 
     outcome: list[Outcome]
@@ -108,6 +109,7 @@ class Decisions:
     reasons: list[list[Reason]]
     rule_hits: list[list[str]]
     floors: npt.NDArray[np.float64]
+    ruled: npt.NDArray[np.int64] | None = None
 
     def stand_in(self) -> npt.NDArray[np.int64]:
         """A score for a decision without one, (rows,): where its outcome begins."""
@@ -269,7 +271,8 @@ class Policy:
         base = (columns.score[:, None] >= thresholds).sum(axis=1)
         if not has_features:
             base = np.where(no_score, self._without_model[band], base)
-        severity = base.copy()
+        severity = base
+        ruled: npt.NDArray[np.int64] | None = None
         hits: list[tuple[Rule, npt.NDArray[np.intp]]] = []
         may_fire = np.ones(len(self._rules), bool)
         may_fire[self._screened] = (columns.matrix[:, self._screen_features] >= self._screen_values).any(axis=0)
@@ -282,7 +285,11 @@ class Policy:
                 fired = fired & check(columns)
             if fired.any():
                 hits.append((rule, np.flatnonzero(fired)))
-                np.maximum(severity, np.where(fired, SEVERITY[rule.outcome], 0), out=severity)
+                if ruled is None:
+                    ruled = np.zeros(rows, np.int64)
+                np.maximum(ruled, np.where(fired, SEVERITY[rule.outcome], 0), out=ruled)
+        if ruled is not None:
+            severity = np.maximum(base, ruled)
         found: dict[int, list[tuple[int, Reason]]] = {}
         rule_hits: list[list[str]] = [_NOTHING] * rows
         for row in np.flatnonzero(base > 0).tolist():
@@ -300,6 +307,7 @@ class Policy:
             reasons=reasons,
             rule_hits=rule_hits,
             floors=thresholds,
+            ruled=ruled,
         )
 
 

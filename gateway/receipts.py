@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.avro import encode_text, encode_text_or_null, encode_texts
-from gateway.contracts.decision import SEVERITY, Door, Outcome, RoutedBy
+from gateway.contracts.decision import SEVERITY, Door, ModelRef, Outcome, RoutedBy
 from gateway.contracts.features import FINGERPRINT
 from gateway.job import Job
+from gateway.kernels.raw import Bytes
 from gateway.kernels.receipts import receipts_bytes_max, write_receipts
 from gateway.model import Model
 from gateway.requests import Requests
@@ -69,12 +70,13 @@ class Decided:
 def encode_receipts(d: Decided) -> list[bytes]:
     """One record for each decision."""
     count = len(d.jobs)
+    assert len(d.model) == len(d.policy_severity) == len(d.propensity) == count, "the kernel doesn't check its indices"
     places: dict[tuple[tuple[str, ...], ...], int] = {}
     note = np.fromiter((places.setdefault(n, len(places)) for n in d.notes), np.int64, count)
     notes = [_note(*n) for n in places]
     note_edges = np.cumsum([0, *map(len, notes)])
     door = _DOORS[d.jobs[0].door]
-    models = [_NO_MODEL if m is None else _model(m.ref.name, m.ref.version, m.digest, m.ref.route) for m in d.models]
+    models, model_edges, longest = _models(tuple([None if m is None else (m.ref, m.digest) for m in d.models]))
     routed_by = _ROUTED[d.routed_by]
     versions = _versions(d.policy_digest, d.code_version)
     source = np.array([(-1, -1) if j.partition is None else (j.partition, j.offset) for j in d.jobs], np.int64)
@@ -83,7 +85,7 @@ def encode_receipts(d: Decided) -> list[bytes]:
     times_ms[:, 1] = d.decided_at_ms
     features = np.ascontiguousarray(d.matrix).view(np.uint8).reshape(-1)
     # The longest of each text, for every receipt.
-    fixed = len(door) + max(map(len, models)) + len(versions) + max(map(len, notes)) + 2 * max(map(len, _OUTCOMES)) + len(routed_by)
+    fixed = len(door) + longest + len(versions) + max(map(len, notes)) + 2 * max(map(len, _OUTCOMES)) + len(routed_by)
     longs = d.seq.shape[1] + d.label_changes.shape[1]
     out = np.empty(receipts_bytes_max(count, len(d.requests.buf), fixed, len(features), longs), np.uint8)
     ends = np.empty(count, np.int64)
@@ -104,8 +106,8 @@ def encode_receipts(d: Decided) -> list[bytes]:
         np.frombuffer(b"".join(notes), np.uint8),
         note_edges,
         note,
-        np.frombuffer(b"".join(models), np.uint8),
-        np.cumsum([0, *map(len, models)]),
+        models,
+        model_edges,
         d.model,
         features,
         d.seq,
@@ -130,9 +132,15 @@ def _note(reasons: tuple[str, ...], rule_hits: tuple[str, ...], degraded: tuple[
     return encode_texts(reasons) + encode_texts(rule_hits) + encode_texts(degraded)
 
 
-@lru_cache(maxsize=8)
-def _model(name: str, version: str, digest: str, route: str) -> bytes:
-    return b"".join(encode_text_or_null(text) for text in (name, version, digest, route)) + encode_text(FINGERPRINT)
+@lru_cache(maxsize=16)
+def _models(models: tuple[tuple[ModelRef, str] | None, ...]) -> tuple[Bytes, Int64s, int]:
+    """The texts of models and their digests, one after the other, the edges between them, and the length of the longest."""
+    texts = [_NO_MODEL if model is None else _model(*model) for model in models]
+    return np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)]), max(map(len, texts))
+
+
+def _model(ref: ModelRef, digest: str) -> bytes:
+    return b"".join(encode_text_or_null(text) for text in (ref.name, ref.version, digest, ref.route)) + encode_text(FINGERPRINT)
 
 
 @lru_cache(maxsize=8)

@@ -19,6 +19,7 @@ from aiokafka.partitioner import murmur2
 from gateway import avro
 from gateway.avro import SchemaBook
 from gateway.contracts.decision import Outcome
+from gateway.contracts.routing import Verdict
 from gateway.contracts.topics import ALERTS, DECISIONS, SCORED_BY_HTTP, SCORED_HEADER, TRANSACTIONS
 from gateway.contracts.wire import frame
 from gateway.job import Result
@@ -27,10 +28,14 @@ from gateway.job import Result
 BATCH_BYTES_MAX = 900_000
 # Largest single record: a quarantined message may be as large as the broker takes.
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
-# Counted up when fields are appended to decision.avsc, and what they are in a receipt that was written without them: its schema's
-# defaults for routed_by, policy_decision and propensity.
-RECEIPT_FORM = 1
-RECEIPT_DEFAULTS = avro.encode_text("only") + avro.encode_text("") + struct.pack("<d", 1.0)
+# Counted up when fields are appended to decision.avsc or alert.avsc. What they are in a record that was written without them are the
+# schemas' defaults: of routed_by, policy_decision and propensity; of kind and detail.
+RECEIPT_FORM, ALERT_FORM = 1, 1
+FORMS = {DECISIONS: RECEIPT_FORM, ALERTS: ALERT_FORM}
+DEFAULTS = {
+    DECISIONS: avro.encode_text("only") + avro.encode_text("") + struct.pack("<d", 1.0),
+    ALERTS: avro.encode_text("decision") + avro.encode_text(""),
+}
 _SCORED = [(SCORED_HEADER, SCORED_BY_HTTP)]
 
 
@@ -41,15 +46,16 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     key: bytes | None
     payload: bytes
     headers: list[tuple[str, bytes]] = []
-    # Which fields a receipt ends with: those of a local log of before `RECEIPT_FORM` lack the newest.
+    # Which fields a receipt or alert ends with: those of the local log of an earlier version lack the newest.
     form: int = 0
 
 
 def of_today(record: Record) -> Record:
     """A record from a local log, by whichever version of the gateway, as one that the schemas of this version describe."""
-    if record.topic != DECISIONS or record.form == RECEIPT_FORM:
+    form = FORMS.get(record.topic, record.form)
+    if record.form == form:
         return record
-    return msgspec.structs.replace(record, payload=record.payload + RECEIPT_DEFAULTS, form=RECEIPT_FORM)
+    return msgspec.structs.replace(record, payload=record.payload + DEFAULTS[record.topic], form=form)
 
 
 @lru_cache(maxsize=65_536)
@@ -85,6 +91,22 @@ async def send_all(producer: AIOKafkaProducer, records: Sequence[Record], schema
     return futures
 
 
+def guard_record(verdict: Verdict) -> Record:
+    """The alert that a challenger was taken out."""
+    alert = {
+        "transaction_id": "",
+        "card_id": "",
+        "merchant_id": "",
+        "decision": "",
+        "risk_score": 0,
+        "reasons": [f"GUARD_{verdict.test.upper()}"],
+        "decided_at_ms": verdict.at_ms,
+        "kind": "guard",
+        "detail": f"challenger {verdict.name} {verdict.version} is out: {verdict.detail}",
+    }
+    return Record(ALERTS, b"guard", avro.encode_alert(alert), form=ALERT_FORM)
+
+
 def decision_records(results: Sequence[Result]) -> list[Record]:
     """The receipts, and the alerts of those declined, of what was decided."""
     records = []
@@ -102,8 +124,10 @@ def decision_records(results: Sequence[Result]) -> list[Record]:
                 "risk_score": answer.risk_score,
                 "reasons": [r.code for r in answer.reasons],
                 "decided_at_ms": time.time_ns() // 1_000_000,
+                "kind": "decision",
+                "detail": "",
             }
-            records.append(Record(ALERTS, key, avro.encode_alert(alert)))
+            records.append(Record(ALERTS, key, avro.encode_alert(alert), form=ALERT_FORM))
     return records
 
 

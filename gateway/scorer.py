@@ -16,17 +16,22 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.decision import RISK_SCORE_MAX, Answer, Door, Outcome, ReasonText, RoutedBy
+from gateway.contracts.decision import RISK_SCORE_MAX, Answer, Door, Outcome, ReasonText, Route
 from gateway.contracts.features import ENTITIES, LABELLED
 from gateway.contracts.layout import CLAIM_BYTES, FINGERPRINT_BYTES
 from gateway.contracts.reasons import REASON_TEXT, Degraded, Reason
+from gateway.explore import Explorer
 from gateway.job import Job, Result, Verdict, requests_of
+from gateway.kernels.intake import CARD
+from gateway.kernels.points import points
 from gateway.metrics import Metrics
-from gateway.model import Model, ModelSlot
-from gateway.policy import Columns, Policy
+from gateway.model import ORT_ERRORS, Live, Model, ModelSlot
+from gateway.policy import OUTCOMES, Columns, Policy
 from gateway.receipts import Decided, encode_receipts
 from gateway.recent import RecentDecisions
 from gateway.requests import Requests
+from gateway.slack import Scored as ScoredBatch
+from gateway.slack import Slack
 from gateway.store import Observation, Store, request_only_matrix
 from gateway.unobserved import Unobserved
 
@@ -41,6 +46,9 @@ STREAM_FEATURE_BUDGET_MS = 500
 
 _answer_encoder = msgspec.msgpack.Encoder()
 _answer_decoder = msgspec.msgpack.Decoder(Answer)
+# What holds for every row where nothing is shared and nothing explored, for as many rows as a batch has.
+_READY_ROWS = 512
+_FIRST, _CERTAIN = np.zeros(_READY_ROWS, np.int64), np.ones(_READY_ROWS)
 _REASONS: dict[Reason, ReasonText] = {r: ReasonText(code=r.value, text=text) for r, text in REASON_TEXT.items()}
 
 
@@ -60,8 +68,21 @@ class _Timing:
         return [round((b - a) * 1e6) for a, b in zip(ends, ends[1:], strict=False)]
 
 
+@dataclass(slots=True)
+class _Scored:
+    """By row: `probability`, None where no model scored; the place in `models` of the one that did, as `model` (rows,).
+
+    `by_challenger` says the same as a mask where cards are shared with a challenger, else None.
+    """
+
+    probability: npt.NDArray[np.float64] | None
+    models: list[Model | None]
+    model: npt.NDArray[np.int64]
+    by_challenger: npt.NDArray[np.bool_] | None = None
+
+
 class Scorer:
-    """`now_ms` is the wall clock, `clock_s` the monotonic one."""
+    """`now_ms` is the wall clock, `clock_s` the monotonic one. `slack` takes what is to be scored by others after the answer."""
 
     def __init__(
         self,
@@ -74,6 +95,8 @@ class Scorer:
         *,
         feature_budget_ms: int,
         code_version: str,
+        explorer: Explorer | None = None,
+        slack: Slack | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -85,6 +108,10 @@ class Scorer:
         self._unobserved = unobserved
         self._feature_budget_s = feature_budget_ms / 1000
         self._code_version = code_version
+        self._explorer = explorer
+        self._routed_champion = metrics.routed.labels(Route.CHAMPION.value)
+        self._routed_challenger = metrics.routed.labels(Route.CHALLENGER.value)
+        self._slack = slack
         self._now_ms = now_ms
         self._clock_s = clock_s
         # transaction_ids that the HTTP door is deciding: the Kafka door leaves them to it.
@@ -165,8 +192,9 @@ class Scorer:
         matrix = request_only_matrix(requests) if observation is None else observation.matrix
         if len(rows) != len(jobs):
             matrix = matrix[rows]
-        model = self._models.model
-        probability = self._probability(model, matrix, fresh)
+        live = self._models.live
+        scored = self._scored(live, matrix, fresh, requests, rows)
+        probability = scored.probability
         timing.modelled_s = self._clock_s()
         columns = Columns(
             requests=requests,
@@ -175,6 +203,14 @@ class Scorer:
             score=np.full(len(fresh), np.nan) if probability is None else np.floor(probability * 1000 + 0.5),
         )
         decisions = self._policy.decide(columns, has_features=observation is not None)
+        severity, outcomes, reasons_of = decisions.severity, decisions.outcome, decisions.reasons
+        propensity = _CERTAIN[: len(fresh)] if len(fresh) <= _READY_ROWS else np.ones(len(fresh))
+        if live.routing.explore_share > 0 and probability is not None and self._explorer is not None:
+            severity, propensity = self._explorer.explore(live.routing, requests, rows, decisions)
+            if severity is not decisions.severity:
+                outcomes = [OUTCOMES[s] for s in severity.tolist()]
+                # An approved payment has no reasons, whatever the policy had.
+                reasons_of = [[] if s == 0 else found for s, found in zip(severity.tolist(), reasons_of, strict=True)]
         timing.decided_s = self._clock_s()
         degraded = self._degraded(rows, observation, probability is not None)
         # contracts.decision.risk_score, for a batch.
@@ -186,18 +222,18 @@ class Scorer:
                 rows=rows,
                 jobs=fresh,
                 decided_at_ms=self._now_ms(),
-                severity=decisions.severity,
+                severity=severity,
                 score=score,
                 probability=np.full(len(fresh), np.nan) if probability is None else probability,
                 notes=[
                     (tuple([r.value for r in reasons]), tuple(hits), tuple(kinds))
-                    for reasons, hits, kinds in zip(decisions.reasons, decisions.rule_hits, degraded, strict=True)
+                    for reasons, hits, kinds in zip(reasons_of, decisions.rule_hits, degraded, strict=True)
                 ],
-                models=[None if probability is None else model],
-                model=np.zeros(len(fresh), np.int64),
-                routed_by=RoutedBy.ONLY,
+                models=scored.models,
+                model=scored.model,
+                routed_by=self._models.live.routed_by,
                 policy_severity=decisions.severity,
-                propensity=np.ones(len(fresh)),
+                propensity=propensity,
                 matrix=matrix,
                 seq=np.full((len(fresh), len(ENTITIES)), -1) if observation is None else observation.seq[rows],
                 label_changes=np.full((len(fresh), len(LABELLED)), -1) if observation is None else observation.label_changes[rows],
@@ -208,20 +244,21 @@ class Scorer:
                 steps_us=timing.steps_us,
             )
         )
-        model_ref = None if probability is None or model is None else model.ref
+        refs = [None if m is None else m.ref for m in scored.models]
         unobserved = observation is None or not observation.written
         records: list[tuple[Job, bytes]] = []
-        for i, job, outcome, risk, p, reasons, hits, kinds, latency_ms, receipt in zip(
+        for i, job, outcome, risk, p, reasons, hits, kinds, latency_ms, receipt, model in zip(
             rows.tolist(),
             fresh,
-            decisions.outcome,
+            outcomes,
             score.tolist(),
             [None] * len(fresh) if probability is None else probability.tolist(),
-            decisions.reasons,
+            reasons_of,
             decisions.rule_hits,
             degraded,
             np.round((timing.decided_s - received_s) * 1000, 3).tolist(),
             receipts,
+            scored.model.tolist(),
             strict=True,
         ):
             answer = Answer(
@@ -231,7 +268,7 @@ class Scorer:
                 probability=p,
                 reasons=[_REASONS[r] for r in reasons],
                 rule_hits=hits,
-                model=model_ref,
+                model=refs[model],
                 degraded=kinds,
                 latency_ms=latency_ms,
             )
@@ -242,18 +279,57 @@ class Scorer:
             if unobserved:
                 self._unobserved.add(job, packed)
         self._store.record(records)
-        self._count(fresh, decisions.outcome, decisions.rule_hits, degraded, timing)
+        self._count(fresh, outcomes, decisions.rule_hits, degraded, timing)
+        if probability is not None:
+            self._routed(scored, len(fresh))
+            if self._slack is not None and (live.shadows or live.challenger is not None):
+                self._slack.add(ScoredBatch(live, requests, rows, matrix, probability, scored.by_challenger, decisions.severity))
 
-    def _probability(
-        self, model: Model | None, matrix: npt.NDArray[np.float32], jobs: Sequence[Job]
-    ) -> npt.NDArray[np.float64] | None:
-        """The model's probabilities, or None when there is no model or no time for it."""
-        if model is None:
-            return None
+    def _scored(
+        self,
+        live: Live,
+        matrix: npt.NDArray[np.float32],
+        jobs: Sequence[Job],
+        requests: Requests,
+        rows: npt.NDArray[np.int64],
+    ) -> _Scored:
+        """Probabilities of the models that the cards go to, at most two calls; none when there is no model or no time for it."""
+        nobody = _FIRST[: len(jobs)] if len(jobs) <= _READY_ROWS else np.zeros(len(jobs), np.int64)
+        champion, challenger = live.champion, live.challenger
+        if champion is None:
+            return _Scored(None, [None], nobody)
         deadlines = [job.deadline_s for job in jobs if job.deadline_s is not None]
         if deadlines and min(deadlines) - self._clock_s() < MODEL_BUDGET_MS / 1000:
-            return None
-        return model.probability(matrix)
+            return _Scored(None, [None], nobody)
+        if challenger is None:
+            return _Scored(champion.probability(matrix), [champion], nobody)
+        point = np.empty(len(rows))
+        points(requests.buf, requests.starts, requests.lengths, rows, CARD, live.salt, point)
+        chosen = point < live.share
+        if not chosen.any():
+            return _Scored(champion.probability(matrix), [champion], nobody, chosen)
+        try:
+            theirs = challenger.probability(matrix if chosen.all() else matrix[chosen])
+        except ORT_ERRORS as exc:
+            theirs = np.full(1, np.nan)
+            log.error("model: challenger %s failed: %s", challenger.ref.version, exc)  # noqa: TRY400
+        if np.isnan(theirs).any():
+            # What is no number would be approved. Its cards go to the champion, from now on.
+            self._metrics.challenger_failed.inc()
+            self._models.failed(challenger)
+            return _Scored(champion.probability(matrix), [champion], nobody)
+        if len(theirs) == len(rows):
+            return _Scored(theirs, [challenger], nobody, chosen)
+        probability = np.empty(len(rows))
+        probability[chosen] = theirs
+        probability[~chosen] = champion.probability(matrix[~chosen])
+        return _Scored(probability, [champion, challenger], chosen.astype(np.int64), chosen)
+
+    def _routed(self, scored: _Scored, rows: int) -> None:
+        challenged = 0 if scored.by_challenger is None else int(scored.by_challenger.sum())
+        if challenged:
+            self._routed_challenger.inc(challenged)
+        self._routed_champion.inc(rows - challenged)
 
     @staticmethod
     def _degraded(rows: npt.NDArray[np.int64], observation: Observation | None, scored: bool) -> list[list[str]]:

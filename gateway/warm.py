@@ -11,6 +11,8 @@ from gateway.bodies import read_bodies
 from gateway.contracts.decision import RoutedBy
 from gateway.contracts.transaction import Transaction, encode_json
 from gateway.job import http_job
+from gateway.kernels.intake import CARD
+from gateway.kernels.points import points
 from gateway.receipts import Decided, encode_receipts
 from gateway.redis_link import RedisLink
 from gateway.store import Store
@@ -39,6 +41,7 @@ def warm() -> None:
     assert requests is not None, "the kernels read it"
     job = http_job(t.transaction_id, t.card_id.encode(), payload, _T_MS, 0.0, None)
     found = Store(RedisLink("redis://127.0.0.1/0", 1.0), 1).rehearse([job], requests)
+    points(requests.buf, requests.starts, requests.lengths, np.zeros(1, np.int64), CARD, np.uint64(0), np.empty(1))
     encode_receipts(
         Decided(
             requests=requests,

@@ -24,7 +24,17 @@ ASK_TIMEOUT_S = 1.0
 ANSWER_BYTES_MAX = 16 * 1024 * 1024
 # The rest of the gauges are amounts, which add up.
 SMALLEST = frozenset({"fraudgate_redis_ready"})
-LARGEST = frozenset({"fraudgate_build_info", "fraudgate_model_info", "fraudgate_loop_lag_max_ms"})
+LARGEST = frozenset(
+    {
+        "fraudgate_build_info",
+        "fraudgate_model_info",
+        "fraudgate_loop_lag_max_ms",
+        "fraudgate_challenger_share",
+        "fraudgate_guard_out",
+        "fraudgate_guard_evidence",
+        "fraudgate_explore_spent_minor",
+    }
+)
 _GAUGE = "gauge"
 _CREATED = "_created"
 

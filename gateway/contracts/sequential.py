@@ -20,7 +20,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 # How much of the most that may be bet each bettor bets: the larger finds a large excess soon, the smaller a small one at last.
-STAKES: Floats = np.array([0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95])
+STAKES: Floats = np.array([0.05, 0.2, 0.5, 0.95])
 
 
 def log_mean(logs: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
@@ -35,20 +35,22 @@ def log_mean(logs: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float
     return top + math.log(float((shares * np.exp(values - top)).sum()))
 
 
-def paired_excess(both: npt.ArrayLike, first_only: npt.ArrayLike, second_only: npt.ArrayLike, ratio: float) -> Floats:
+def paired_excess(both: npt.ArrayLike, first_only: npt.ArrayLike, second_only: npt.ArrayLike, ratio: npt.ArrayLike) -> Floats:
     """Log evidence that the first of two does something more than `ratio` times as often as the second, each asked about every case.
 
-    Of the cases, `both` did it, `first_only`, `second_only`; arrays of equal shape give arrays. Null hypothesis: whatever came before,
+    Of the cases, `both` did it, `first_only`, `second_only`; arrays of equal shape (`ratio` may be one too) give arrays.
+    Null hypothesis: whatever came before,
     P(first does) <= ratio * P(second does). Betting against the mean of X = [first] - ratio * [second], which is then at most 0, with
     a mixture of stakes (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", JRSS B 86, 2024). Cases in
     which neither does it bear nothing, so they need not be counted.
     """
-    if not ratio >= 1:
+    at_most = np.asarray(ratio, np.float64)[..., None]
+    if not (at_most >= 1).all():
         raise ValueError("ratio must be at least 1")
     # Both doing it gives X = 1 - ratio, the second alone -ratio: wealth stays positive for stakes below 1/ratio.
-    stakes = STAKES / ratio
+    stakes = STAKES / at_most
     n_both, n_first, n_second = (np.asarray(n, np.float64)[..., None] for n in (both, first_only, second_only))
-    wealth = n_both * np.log1p(stakes * (1 - ratio)) + n_first * np.log1p(stakes) + n_second * np.log1p(-stakes * ratio)
+    wealth = n_both * np.log1p(stakes * (1 - at_most)) + n_first * np.log1p(stakes) + n_second * np.log1p(-STAKES)
     top = wealth.max(axis=-1, keepdims=True)
     out: Floats = (top + np.log(np.exp(wealth - top).mean(axis=-1, keepdims=True)))[..., 0]
     return out

@@ -98,6 +98,25 @@ class Settings:
     )
     policy_path: str = _setting("", "the policy file (YAML); empty: the one that ships with the gateway")
 
+    challenger_share_permille: int = _setting(
+        100,
+        "part of the cards that a challenger gets where the model directory has no routing.json (fraudgate route), per mille",
+        least=0,
+        most=1000,
+    )
+    explore_share_permille: int = _setting(
+        0,
+        "part of what the model's score alone declines that is approved to learn its label, likewise, per mille",
+        least=0,
+        most=1000,
+    )
+    explore_amount_max_minor: int = _setting(
+        0, "largest amount that is so explored, likewise, minor units", least=0, most=1_000_000_000_000
+    )
+    explore_loss_max_minor_per_day: int = _setting(
+        0, "most that is so approved in a UTC day, by all gateways together, likewise, minor units", least=0, most=1_000_000_000_000
+    )
+
     idempotency_window_s: int = _setting(600, "how long a retry gets the same answer, seconds", least=1, most=86_400)
     batch_rows_max: int = _setting(256, "most transactions in one micro-batch", least=1, most=512)
     batch_interval_ms: int = _setting(

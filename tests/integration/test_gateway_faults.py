@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.chaos import payments
+from deploy.payments import payments
 from deploy.stack import Stack
 from gateway.contracts.model_meta import MODEL_FILE
 from gateway.contracts.settings import Settings

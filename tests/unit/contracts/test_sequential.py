@@ -40,7 +40,7 @@ def test_pairs_with_a_doubled_rate_are_found_soon() -> None:
 
 def test_one_pair_is_counted_as_by_hand() -> None:
     assert paired_excess(0, 0, 0, 1.3) == pytest.approx(0)
-    stakes = np.array([0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95])
+    stakes = np.array([0.05, 0.2, 0.5, 0.95])
     assert paired_excess(0, 1, 0, 1.0) == pytest.approx(math.log(np.mean(1 + stakes)))
     assert paired_excess(0, 0, 1, 2.0) == pytest.approx(math.log(np.mean(1 - stakes)))
     assert paired_excess([0, 0], [1, 0], [0, 1], 2.0).shape == (2,)

@@ -180,22 +180,32 @@ def make_observation(rows: int, **features: float) -> Observation:
     )
 
 
-def write_model(model_dir: Path, version: str = "1", seed: int = 1, **changes: Any) -> Manifest:
-    """A small real XGBoost model of the amount, exported to ONNX with golden rows, and the manifest that names it champion.
+def write_model(
+    model_dir: Path,
+    version: str = "1",
+    seed: int = 1,
+    *,
+    above_minor: int = 10_000,
+    rows: int = 400,
+    trees: int = 10,
+    **changes: Any,
+) -> Manifest:
+    """A small real XGBoost model of the amount, exported to ONNX with golden rows, and the manifest that names it champion. Amounts above
+    `above_minor` are frauds.
 
     `changes` replace fields of its metadata, to make it one that must be refused.
     """
     rng = np.random.default_rng(seed)
-    rows = rng.lognormal(8, 2, (400, len(FEATURE_NAMES))).astype(np.float32)
-    rows[rng.random(rows.shape) < 0.2] = np.nan
-    frauds = np.nan_to_num(rows[:, FEATURE_INDEX["amount_minor"]]) > 10_000
-    classifier = xgboost.XGBClassifier(n_estimators=10, max_depth=3, n_jobs=1, random_state=seed)
-    classifier.fit(rows, frauds)
-    exported = convert_xgboost(classifier, initial_types=[(INPUT_NAME, FloatTensorType([None, rows.shape[1]]))])
+    features = rng.lognormal(8, 2, (rows, len(FEATURE_NAMES))).astype(np.float32)
+    features[rng.random(features.shape) < 0.2] = np.nan
+    frauds = np.nan_to_num(features[:, FEATURE_INDEX["amount_minor"]]) > above_minor
+    classifier = xgboost.XGBClassifier(n_estimators=trees, max_depth=3, n_jobs=1, random_state=seed)
+    classifier.fit(features, frauds)
+    exported = convert_xgboost(classifier, initial_types=[(INPUT_NAME, FloatTensorType([None, features.shape[1]]))])
     folder = model_dir / f"fraudgate-{version}"
     folder.mkdir(parents=True)
     (folder / MODEL_FILE).write_bytes(exported.SerializeToString())
-    np.savez(folder / GOLDEN_FILE, features=rows[:64], probability=classifier.predict_proba(rows[:64])[:, 1])
+    np.savez(folder / GOLDEN_FILE, features=features[:64], probability=classifier.predict_proba(features[:64])[:, 1])
     metadata = ModelMetadata(
         name="fraudgate",
         version=version,
@@ -205,7 +215,7 @@ def write_model(model_dir: Path, version: str = "1", seed: int = 1, **changes: A
         onnx_sha256=sha256_file(folder / MODEL_FILE),
         training_table="training_set",
         training_table_version=0,
-        training_rows=len(rows),
+        training_rows=rows,
         training_frauds=int(frauds.sum()),
         metrics={},
     )

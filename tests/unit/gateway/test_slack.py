@@ -1,0 +1,200 @@
+"""Shadow models and the guard's pairs: scored after the answers, in bounds, and without any part in them."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from gateway.contracts.model_meta import read_manifest, write_manifest
+from gateway.contracts.routing import Routing
+from gateway.guard import Guard
+from gateway.job import Job, requests_of
+from gateway.metrics import Metrics
+from gateway.model import Model, ModelSlot
+from gateway.policy import load_policy
+from gateway.recent import RecentDecisions
+from gateway.requests import Requests
+from gateway.scorer import Scorer
+from gateway.slack import Scored, Slack
+from gateway.unobserved import Unobserved
+from tests.helpers import until
+from tests.unit.gateway.factories import NOW_MS, StubStore, make_observation
+from tests.unit.gateway.test_routes import make_jobs
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def models(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "models"))
+
+
+def with_shadows(models: Path, count: int) -> None:
+    manifest = read_manifest(models)
+    routes = {"champion": manifest.routes["champion"]}
+    for i in range(count):
+        routes[f"shadow-{i}"] = manifest.routes["shadow" if i % 2 else "shadow-b"]
+    write_manifest(models, type(manifest)(routes=routes))
+
+
+def value_of(metrics: Metrics, name: str, **labels: str) -> float:
+    return metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+class Published:
+    def __init__(self) -> None:
+        self.scores: list[tuple[str, dict[str, float]]] = []
+
+    def __call__(self, model: Model, requests: Requests, rows: Any, probability: npt.NDArray[np.float64]) -> None:
+        ids = requests.texts("transaction_id", rows)
+        self.scores.append((model.ref.route, dict(zip(map(str, ids), probability.tolist(), strict=True))))
+
+
+async def decide(slot: ModelSlot, jobs: list[Job], slack: Slack | None) -> list[bytes]:
+    """The packed parts of answers and receipts that mustn't depend on anything but the models that answer."""
+    observation = make_observation(len(jobs))
+    observation.matrix[:, 0] = [job.transaction.amount_minor for job in jobs]
+    store: Any = StubStore(observation)
+    scorer = Scorer(
+        store,
+        slot,
+        load_policy(""),
+        Metrics(),
+        RecentDecisions(600, clock_s=lambda: 0.0),
+        Unobserved(store, Metrics()),
+        feature_budget_ms=40,
+        code_version="test",
+        slack=slack,
+        now_ms=lambda: NOW_MS,
+        clock_s=lambda: 0.0,
+    )
+    return [r.receipt or b"" for r in await scorer.decide(jobs)]
+
+
+async def test_answers_and_receipts_are_the_same_with_three_shadows_and_without(models: Path) -> None:
+    jobs, published, metrics = make_jobs(64), Published(), Metrics()
+    whole = read_manifest(models)
+    with_shadows(models, 0)
+    slot = ModelSlot(models)
+    await slot.refresh()
+    without = await decide(slot, jobs, None)
+    write_manifest(models, whole)
+    with_shadows(models, 3)
+    await slot.refresh()
+    slack = Slack(load_policy(""), metrics, published)
+    slack.start()
+    beside = await decide(slot, jobs, slack)
+    await until(lambda: len(published.scores) == 3, 30)
+    slack.stop()
+    assert beside == without
+    for route, scores in published.scores:
+        model = next(m for m in slot.live.shadows if m.ref.route == route)
+        matrix = make_observation(64).matrix
+        matrix[:, 0] = [job.transaction.amount_minor for job in jobs]
+        assert list(scores) == [job.transaction_id for job in jobs]
+        assert list(scores.values()) == model.probability(matrix).tolist()
+        assert value_of(metrics, "fraudgate_shadow_scored_total", route=route) == 64
+
+
+async def test_a_shadow_that_raises_costs_the_others_nothing_and_is_counted(models: Path) -> None:
+    with_shadows(models, 3)
+    slot = ModelSlot(models)
+    await slot.refresh()
+    broken = slot.live.shadows[0]
+
+    def fail(_: object) -> None:
+        raise RuntimeError("broken")
+
+    broken.probability = fail  # type: ignore[method-assign, assignment]
+    published, metrics = Published(), Metrics()
+    slack = Slack(load_policy(""), metrics, published)
+    slack.start()
+    first, second = make_jobs(8), make_jobs(16)[8:]
+    assert all(await decide(slot, first, slack))
+    assert all(await decide(slot, second, slack))
+    await until(lambda: len(published.scores) == 4, 30)
+    slack.stop()
+    assert {route for route, _ in published.scores} == {"shadow-1", "shadow-2"}
+    assert value_of(metrics, "fraudgate_shadow_failed_total", route="shadow-0") == 2
+
+
+async def test_a_slow_shadow_costs_the_oldest_batches_their_scores_and_no_answer_its_time(models: Path) -> None:
+    with_shadows(models, 1)
+    slot = ModelSlot(models)
+    await slot.refresh()
+    go, began = threading.Event(), threading.Event()
+
+    def slow(_: Model, __: Requests, ___: Any, ____: Any) -> None:
+        began.set()
+        go.wait(60)
+
+    metrics = Metrics()
+    slack = Slack(load_policy(""), metrics, slow, batches_max=3)
+    slack.start()
+    jobs = make_jobs(80)
+    assert all(await decide(slot, jobs[:8], slack))
+    await until(began.is_set, 30)
+    for i in range(1, 10):
+        # Answered while the shadow stands still.
+        assert all(await decide(slot, jobs[8 * i : 8 * i + 8], slack))
+    assert value_of(metrics, "fraudgate_slack_dropped_total") == 6 * 8
+    go.set()
+    await until(lambda: value_of(metrics, "fraudgate_slack_batches") == 0, 30)
+    slack.stop()
+    assert value_of(metrics, "fraudgate_shadow_scored_total", route="shadow-0") == 4 * 8
+
+
+async def test_a_bug_in_one_batch_leaves_the_thread_alive(models: Path) -> None:
+    with_shadows(models, 1)
+    slot = ModelSlot(models)
+    await slot.refresh()
+    calls: list[int] = []
+
+    def publish(_: Model, __: Requests, rows: Any, ___: Any) -> None:
+        calls.append(len(rows))
+        if len(calls) == 1:
+            raise KeyError("a bug")
+
+    slack = Slack(load_policy(""), Metrics(), publish)
+    slack.start()
+    jobs = make_jobs(8)
+    await decide(slot, jobs[:3], slack)
+    await decide(slot, jobs[3:], slack)
+    await until(lambda: calls == [3, 5], 30)
+    slack.stop()
+
+
+async def test_the_guard_sees_what_either_model_would_have_decided_whoever_answered(models: Path) -> None:
+    slot = ModelSlot(models, routing=Routing(challenger_share=0.5))
+    await slot.refresh()
+    live = slot.live
+    assert live.champion is not None
+    assert live.challenger is not None
+    seen: list[tuple[Any, ...]] = []
+
+    class Watching(Guard):
+        def sighted(self, *args: Any) -> None:
+            seen.append(args)
+
+    jobs = make_jobs(64)
+    slack = Slack(load_policy(""), Metrics(), Published(), Watching(slot, models, Metrics(), "p"))
+    added: list[Scored] = []
+    slack.add = added.append  # type: ignore[method-assign, assignment]
+    await decide(slot, jobs, slack)
+    slack.work(added[0])
+    [(_, _, rows, challenger, champion)] = seen
+    matrix = make_observation(64).matrix
+    matrix[:, 0] = [job.transaction.amount_minor for job in jobs]
+    by_alone: Callable[[Model], npt.NDArray[np.float64]] = lambda m: np.floor(m.probability(matrix) * 1000 + 0.5)  # noqa: E731
+    assert rows.tolist() == list(range(64))
+    assert challenger[1].tolist() == by_alone(live.challenger).tolist()
+    assert champion[1].tolist() == by_alone(live.champion).tolist()
+    assert requests_of(jobs).amount_minor.tolist() == [job.transaction.amount_minor for job in jobs]
+    assert 0 < int((champion[0] == 3).sum()) < 64
