@@ -76,6 +76,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "training set, XGBoost, ONNX, admission, MLflow registry, alias champion",
             spark=True,
         ),
+        Command(
+            "retrain", "deploy.retraining", "retrain", "a challenger from the newest matured labels, once or every so many hours"
+        ),
         Command("pull", "model_export.registry_commands", "pull", "bring the promoted models to the gateway's model directory"),
         Command("publish", "model_export.registry_commands", "publish", "copy the gateway's model directory to file:// or s3://"),
         Command("models", "model_export.registry_commands", "models", "versions, aliases, admission, metrics, training data"),

@@ -7,7 +7,9 @@ alias is only ever given to a version whose report says that every check passed.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,19 +21,28 @@ import onnxruntime
 import xgboost
 
 from gateway.contracts.features import FEATURE_INDEX
-from gateway.contracts.model_meta import ADMISSION_FILE, INPUT_NAME, METADATA_FILE, MODEL_FILE, OUTPUT_NAME, ModelMetadata
+from gateway.contracts.model_meta import (
+    ADMISSION_FILE,
+    GOLDEN_FILE,
+    INPUT_NAME,
+    METADATA_FILE,
+    MODEL_FILE,
+    OUTPUT_NAME,
+    ModelMetadata,
+)
 from model_export.admission_quality import (
     AP_LOSS_LOW_MAX,
     AP_LOSS_MAX,
     SliceFinding,
     ap_floor,
     average_precision,
+    is_worse,
     judge_slices,
     slices,
 )
 from model_export.checks import Check, check_export, open_session
 from model_export.dataset import Floats, TrainingSet
-from model_export.export import Export
+from model_export.export import Export, golden_bytes
 from model_export.policy_bands import Bands, risk_scores
 from model_export.training import PART_FRAUDS_MIN, TrainedModel, probabilities
 
@@ -45,16 +56,22 @@ FLIP_ROWS_MAX = 100_000
 LATENCY_MS_MAX = {1: 2.0, 64: 8.0, 256: 20.0}
 LATENCY_REPEATS = 50
 LATENCY_WARM_UP = 5
+# Slices that the message of a refusal names; the table has them all.
+SLICES_NAMED_MAX = 3
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
-    """The report. `champion` is the version that the candidate was compared with, None when there was none that could be."""
+    """The report. `champion` is the version that the candidate was compared with, None when there was none that could be.
+
+    `files` has the sha256 of each file that was judged, so that a report can't be taken for another model's.
+    """
 
     verdict: Literal["passed", "refused"]
     checked_at_ms: int
     champion: str | None
     checks: list[Check]
     slices: list[SliceFinding]
+    files: dict[str, str]
 
     @property
     def passed(self) -> bool:
@@ -106,7 +123,18 @@ def admit(
         champion=None if champion is None else champion.version,
         checks=checks,
         slices=found,
+        files=judged_files(exported),
     )
+
+
+def judged_files(exported: Export) -> dict[str, str]:
+    """sha256 in hex of each file of an export."""
+    contents = {
+        MODEL_FILE: exported.onnx_bytes,
+        GOLDEN_FILE: golden_bytes(exported.golden_features, exported.golden_probability),
+        **exported.extras,
+    }
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def with_report(exported: Export, admission: Admission) -> Export:
@@ -148,14 +176,16 @@ def check_flips(session: onnxruntime.InferenceSession, booster: xgboost.Booster,
     )
 
 
-def check_latency(session: onnxruntime.InferenceSession, sample: Floats, rows: int) -> Check:
+def check_latency(
+    session: onnxruntime.InferenceSession, sample: Floats, rows: int, clock_s: Callable[[], float] = time.perf_counter
+) -> Check:
     """The median of repeated calls with a batch of `rows`, against its ceiling."""
     batch = sample[np.arange(rows) % len(sample)]
     took_ms = np.empty(LATENCY_REPEATS)
     for i in range(-LATENCY_WARM_UP, LATENCY_REPEATS):
-        started = time.perf_counter()
+        started = clock_s()
         session.run([OUTPUT_NAME], {INPUT_NAME: batch})
-        took_ms[max(i, 0)] = (time.perf_counter() - started) * 1000
+        took_ms[max(i, 0)] = (clock_s() - started) * 1000
     median, ceiling = float(np.median(took_ms)), LATENCY_MS_MAX[rows]
     return Check(
         name=f"latency at batch {rows}",
@@ -190,13 +220,13 @@ def _check_quality(
     else:
         quality = Check(
             name="quality",
-            passed=interval.value >= -AP_LOSS_MAX and interval.low >= -AP_LOSS_LOW_MAX,
+            passed=not is_worse(interval),
             found=f"average precision {interval.value:+.4f} ({interval.low:+.4f} to {interval.high:+.4f}) against champion version "
-            f"{champion.version}, allowed {-AP_LOSS_MAX:+g} (from {-AP_LOSS_LOW_MAX:+g}), {on}",
+            f"{champion.version}, allowed {-AP_LOSS_MAX:+g} and from {-AP_LOSS_LOW_MAX:+g}, {on}",
         )
     country = None if data.country is None else data.country[part]
     found = judge_slices(list(slices(features, country, is_fraud, bands)), is_fraud, candidate, before)
-    return [quality, _check_slices(found, champion is not None)], found
+    return [quality, _check_slices(found)], found
 
 
 def _rows_to_compare(data: TrainingSet, model: TrainedModel, champion: Champion | None) -> tuple[slice, str]:
@@ -213,28 +243,35 @@ def _rows_to_compare(data: TrainingSet, model: TrainedModel, champion: Champion 
     return fresh, ", the newest, which the champion wasn't grown on"
 
 
-def _check_slices(found: list[SliceFinding], against_champion: bool) -> Check:
-    refused = [f for f in found if not f.passed]
+def _check_slices(found: list[SliceFinding]) -> Check:
     if not found:
         return Check(name="slices", passed=True, found="none has enough frauds to be judged")
-    what = "the champion's" if against_champion else "overall"
-    named = refused or found[:1]
-    text = "; ".join(f"{f.name} recall {f.recall:.3f}, {what} {f.reference:.3f}, {f.frauds} frauds" for f in named)
+    refused = [f for f in found if not f.passed]
+    named = (refused or found)[: SLICES_NAMED_MAX if refused else 1]
+    text = "; ".join(_told(f) for f in named) + (f"; and {len(refused) - len(named)} more" if len(refused) > len(named) else "")
     return Check(
         name="slices",
         passed=not refused,
-        found=f"{len(refused)} of {len(found)} fall below their floor, {'' if refused else 'the weakest: '}{text}",
+        found=f"{len(refused)} of {len(found)} fall below their floor{': ' if refused else ', the weakest: '}{text}",
     )
+
+
+def _told(f: SliceFinding) -> str:
+    against = f", the champion's {f.champion:.3f}" if f.champion is not None else ""
+    return f"{f.name} recall {f.recall:.3f}{against}, AUC {_number(f.auc)}, {f.frauds} frauds"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def report(admission: Admission) -> str:
     """The report as tables for a terminal."""
     lines = [f"  {'ok' if check.passed else 'FAILED':<7}{check.name:<29}{check.found}" for check in admission.checks]
     if admission.slices:
-        reference = "champion" if admission.champion is not None else "overall"
-        lines += ["", f"  {'slice':<32}{'rows':>8}{'frauds':>8}{'recall':>8}{reference:>10}{'p':>8}"]
+        lines += ["", f"  {'slice':<32}{'rows':>8}{'frauds':>8}{'recall':>8}{'champion':>10}{'AUC':>8}{'p':>9}"]
         lines += [
-            f"  {f.name:<32}{f.rows:>8}{f.frauds:>8}{f.recall:>8.3f}{f.reference:>10.3f}{f.p_value:>8.2g}"
+            f"  {f.name:<32}{f.rows:>8}{f.frauds:>8}{f.recall:>8.3f}{_number(f.champion):>10}{_number(f.auc):>8}{f.p_value:>9.2g}"
             f"{'' if f.passed else '  FAILED'}"
             for f in admission.slices
         ]

@@ -16,7 +16,7 @@ from gateway.contracts.settings import Settings, load_settings
 from model_export.admission import Admission, Champion, admit, read_champion
 from model_export.admission import report as admission_report
 from model_export.dataset import read_training_set
-from model_export.errors import ModelExportError, OtherFeaturesError, PromotionRefusedError
+from model_export.errors import ModelExportError, NothingNewError, OtherFeaturesError, PromotionRefusedError
 from model_export.export import export
 from model_export.metrics import REPORT_THRESHOLDS
 from model_export.package import RegisteredModel, verify_package
@@ -28,6 +28,7 @@ from model_export.registry import Registry
 from model_export.signing import read_signing_key
 from model_export.training import TrainedModel, probabilities
 from model_export.training import train as train_model
+from model_export.versions import data_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,13 @@ def train_and_register(
     say: Callable[[str], None] = lambda _: None,
     *,
     action: str = TRAIN,
+    known_data: frozenset[str] = frozenset(),
 ) -> Outcome:
     """Trains on the training set's `version` (None: the newest), asks for admission, registers, and points `alias` at what passed.
 
     A version that is refused is registered too, so that it can be looked at, and gets no alias. `say` hears what begins. The registry
-    is asked first, so that nobody waits for a training whose result can't be kept. Raises a `ModelExportError`; then nothing is
-    promoted.
+    is asked first, so that nobody waits for a training whose result can't be kept. Raises a `ModelExportError`, `NothingNewError` when
+    the rows are those of a digest in `known_data`; then nothing is promoted.
     """
     registry = Registry(settings.mlflow)
     registry.check()
@@ -71,6 +73,10 @@ def train_and_register(
     signing_key = read_signing_key(settings.model_signing_key_path)
     watch = _Watch()
     data = read_training_set(settings.tables, version)
+    if known_data and data_digest(data) in known_data:
+        raise NothingNewError(
+            f"a model of exactly the {data.rows} rows of version {data.version} of {data.table} is registered already"
+        )
     champion, no_champion = _champion(registry, name)
     watch.lap("read")
     say(f"training on {data.rows} rows by {data.features.shape[1]} features, {data.frauds} of them frauds")

@@ -6,6 +6,7 @@ Called by `fraudgate train`; reading 100,000 rows takes well under a second.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +68,9 @@ def read_training_set(tables: str, version: int | None = None) -> TrainingSet:
     try:
         table = DeltaTable(uri, version=version)
         found = table.version()
-        commit = table.history(1)[0]
+        # delta-rs numbers the history rightly only of a table that is opened at its newest version. Of a commit long gone nothing is said.
+        history = DeltaTable(uri).history()
+        commit: dict[str, Any] = next((c for c in history if c.get("version") == found), {})
         written_for = str(commit.get("userMetadata", ""))
         rows = table.to_pyarrow_table()
     except TableNotFoundError as exc:

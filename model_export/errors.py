@@ -44,3 +44,7 @@ class PolicyUnreadableError(ModelExportError):
 
 class KeyUnreadableError(ModelExportError):
     """A key that signatures are made or checked with can't be read."""
+
+
+class NothingNewError(ModelExportError):
+    """A model of exactly these rows is registered already."""

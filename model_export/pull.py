@@ -19,7 +19,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from gateway.contracts.decision import Route
-from gateway.contracts.model_meta import ADMISSION_FILE, REGISTERED_NAME, ModelEntry
+from gateway.contracts.model_meta import ADMISSION_FILE, MODEL_FILE, REGISTERED_NAME, ModelEntry
 from model_export.admission import read_report
 from model_export.errors import ModelExportError, PackageRefusedError, RegistryRefusedError
 from model_export.package import INCOMING_PREFIX, RegisteredModel, installed, place, publish, verify_package
@@ -127,6 +127,8 @@ def _verified(package: Path, model: RegisteredModel, public_key: Ed25519PublicKe
     if not admission.passed:
         failed = ", ".join(check.name for check in admission.failed())
         raise PackageRefusedError(f"{where} was refused admission: {failed}")
+    if MODEL_FILE not in admission.files or any(entry.files.get(file) != digest for file, digest in admission.files.items()):
+        raise PackageRefusedError(f"{where}: its admission report is of other files")
     if public_key is not None:
         verify_signature(entry, public_key)
     return entry

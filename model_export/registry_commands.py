@@ -19,6 +19,8 @@ from model_export.signing import read_public_key
 from model_export.url_store import UrlStore
 from model_export.versions import ModelVersion
 
+ROUTE_WIDTH_MIN = 11
+
 
 def pull(argv: list[str]) -> int:
     """`fraudgate pull`: the models of the aliases champion, challenger and shadow... into the gateway's model directory.
@@ -44,9 +46,10 @@ def pull(argv: list[str]) -> int:
         pulled = pull_models(settings.models_path, source, options.name, key)
     except (ModelExportError, OSError) as exc:
         return _fail("pull", exc)
+    width = max(ROUTE_WIDTH_MIN, *(len(route) + 1 for route in pulled.routes))
     for route, entry in sorted(pulled.routes.items()):
         note = "downloaded" if entry.version in pulled.fetched else "there already"
-        print(f"{route:<11}{entry.name} version {entry.version}  {note}  {settings.models_path / entry.directory}")
+        print(f"{route:<{width}}{entry.name} version {entry.version}  {note}  {settings.models_path / entry.directory}")
     print("the manifest has changed" if pulled.changed else "the manifest was right already")
     return 0
 

@@ -25,7 +25,6 @@ from gateway.contracts.model_meta import (
     METADATA_FILE,
     MODEL_FILE,
     OUTPUT_NAME,
-    PACKAGE_FILES,
     ModelMetadata,
     read_manifest,
     sha256_file,
@@ -35,13 +34,12 @@ from gateway.model import load_model
 from model_export import commands, registry_commands
 from model_export.admission import read_report
 from model_export.commands import Outcome, train_and_register
-from model_export.errors import PackageRefusedError, PromotionRefusedError, RegistryRefusedError, RegistryUnavailableError
+from model_export.errors import PackageRefusedError, PromotionRefusedError, RegistryUnavailableError
 from model_export.export import Export, export, to_onnx
 from model_export.promotion import demote, promote, rollback
 from model_export.pull import pull_models
 from model_export.registry import Registry
 from model_export.training import train
-from model_export.url_store import UrlStore
 from tests.factories_model import make_rows, make_training_set, write_training_set
 from tests.helpers import HOST, free_ports, run_command
 
@@ -358,35 +356,3 @@ def test_the_commands_list_promote_and_roll_back(environment: Settings, capsys: 
     assert (listed["1"]["training_table_version"], listed["1"]["training_rows"]) == (0, ROWS)
     assert listed["1"]["training_data"] == listed["2"]["training_data"]
     assert 0 < listed["1"]["metrics"]["test_average_precision"] <= 1
-
-
-def test_a_gateway_loads_from_a_published_copy_with_mlflow_down(
-    local: Settings, nowhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train_and_register(local, name="published")
-    train_and_register(local, alias="shadow-a", name="published")
-    pull(local, "published")
-    url = f"file://{tmp_path}/store/models"
-    assert UrlStore(url).publish(local.models_path) == 2 * (len(PACKAGE_FILES) + 1) + 1
-    elsewhere = dataclasses.replace(nowhere, model_dir=str(tmp_path / "elsewhere"))
-    for variable, value in settings_env(elsewhere).items():
-        monkeypatch.setenv(variable, value)
-    assert registry_commands.pull(["--from", url, "--name", "published"]) == 0
-    assert read_manifest(elsewhere.models_path) == read_manifest(local.models_path)
-    serving = load_model(elsewhere.models_path, "champion")
-    assert serving is not None
-    assert serving.ref.version == "1"
-    assert load_model(elsewhere.models_path, "shadow-a") is not None
-
-
-def test_a_published_file_that_was_changed_is_refused(local: Settings, tmp_path: Path) -> None:
-    train_and_register(local, name="tampered")
-    pull(local, "tampered")
-    UrlStore(f"file://{tmp_path}/store").publish(local.models_path)
-    file = tmp_path / "store/tampered-1" / MODEL_FILE
-    file.write_bytes(file.read_bytes() + b"x")
-    with pytest.raises(PackageRefusedError, match=r"model\.onnx is corrupted"):
-        pull_models(tmp_path / "elsewhere", UrlStore(f"file://{tmp_path}/store"), "tampered")
-    with pytest.raises(RegistryRefusedError, match=r"there is no manifest\.json"):
-        pull_models(tmp_path / "elsewhere", UrlStore(f"file://{tmp_path}/nothing"), "tampered")
-    assert not (tmp_path / "elsewhere" / "manifest.json").exists()

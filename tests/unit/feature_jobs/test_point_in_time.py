@@ -12,6 +12,7 @@ from deltalake import DeltaTable, write_deltalake
 from msgspec import structs
 
 from feature_jobs.backfill import OtherFeaturesError, backfill
+from feature_jobs.matured import newly_matured
 from feature_jobs.training_set import NoHistoryError, write_training_set
 from gateway.contracts import tables
 from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
@@ -89,6 +90,46 @@ def test_a_version_says_what_it_was_made_from_and_stays_as_it_was(local: Setting
     note = DeltaTable(uri(local, tables.TRAINING_SET)).history(1)[0]
     assert note["userMetadata"] == f"fraudgate.feature_fingerprint={FINGERPRINT}"
     assert note[f"fraudgate.{tables.SILVER}_version"] == "1"
+    assert (note["fraudgate.as_of_ms"], note["fraudgate.end_ms"]) == (str(second.as_of_ms), str(second.to_ms))
+
+
+def test_each_row_has_the_country_of_its_payment_beside_the_features(local: Settings) -> None:
+    stream = in_order(make_stream(7, 200, 1_800_000, 0))
+    write(local, stream)
+    write_training_set(local, label_delay_days=0)
+    rows = read(local, tables.TRAINING_SET)
+    assert {i: row["country"] for i, row in rows.items()} == {
+        t.transaction_id: t.country for t in stream if t.transaction_id in rows
+    }
+    assert len({row["country"] for row in rows.values()}) == 3
+
+
+def test_labels_have_newly_matured_that_the_last_training_set_did_not_know(local: Settings) -> None:
+    stream = stream_of(30)
+    t0 = stream[0].event_time_ms
+    labels = [
+        ("t000", True, t0 + 5 * DAY_MS),
+        ("t004", True, t0 + 11 * DAY_MS),
+        ("t020", False, t0 + 12 * DAY_MS),
+        ("t020", True, t0 + 13 * DAY_MS),
+        ("t050", True, t0 + 26 * DAY_MS),
+        ("nobody", True, t0 + 6 * DAY_MS),
+    ]
+    write(local, stream, labels)
+    now = newly_matured(local)
+    newest = stream[-1].event_time_ms
+    # t050 is too young; the payment of "nobody" is unknown; a corrected label counts once.
+    assert (now.payments, now.as_of_ms, now.until_ms) == (3, newest, newest - 7 * DAY_MS)
+    # A training set of payments before day 3 as of day 10 knew t000; t004's label came later, t020 is a later payment.
+    assert newly_matured(local, since_as_of_ms=t0 + 10 * DAY_MS, since_until_ms=t0 + 3 * DAY_MS).payments == 2
+    assert newly_matured(local, since_as_of_ms=now.as_of_ms, since_until_ms=now.until_ms).payments == 0
+
+
+def test_nothing_matures_without_labels_and_without_payments_it_is_said(local: Settings) -> None:
+    with pytest.raises(NoHistoryError, match="silver holds no transactions"):
+        newly_matured(local)
+    write_deltalake(uri(local, tables.SILVER), silver_of(stream_of(30)))
+    assert newly_matured(local).payments == 0
 
 
 def test_a_backfill_equals_what_the_gateway_would_have_seen(local: Settings) -> None:

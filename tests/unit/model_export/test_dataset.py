@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from deltalake import CommitProperties, write_deltalake
 
-from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES
-from model_export.dataset import FRAUDS_MIN, ROWS_MIN, read_training_set, training_set_of
+from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT
+from model_export.dataset import FINGERPRINT_PREFIX, FRAUDS_MIN, ROWS_MIN, read_training_set, training_set_of
 from model_export.errors import TrainingSetError
-from tests.factories_model import START_MS, make_features, make_labels, make_rows, write_training_set
+from model_export.versions import data_digest
+from tests.factories_model import START_MS, make_features, make_labels, make_rows, make_training_set, write_training_set
 
 
 def refusal(rows: pa.Table) -> str:
@@ -114,3 +117,31 @@ def test_labels_may_be_integers_and_features_doubles() -> None:
     integers = with_column(rows, "is_fraud", rows["is_fraud"].cast(pa.int32()))
     doubles = with_column(integers, FEATURE_NAMES[0], rows[FEATURE_NAMES[0]].cast(pa.float64()))
     assert training_set_of(doubles, "t", 0).frauds == training_set_of(rows, "t", 0).frauds
+
+
+def test_countries_follow_their_rows_and_older_tables_do_without() -> None:
+    rows = make_rows(600)
+    # The last digit of each payment's id, so that a row of another payment is seen.
+    named = rows.append_column(
+        "country", pa.array([None if i.endswith("0") else f"C{i[-1]}" for i in rows["transaction_id"].to_pylist()])
+    )
+    found = training_set_of(named, "t", 0).country
+    assert found is not None
+    assert found.tolist()[:11] == ["", *(f"C{i}" for i in range(1, 10)), ""]
+    assert training_set_of(rows, "t", 0).country is None
+
+
+def test_what_the_commit_says_the_table_was_made_from_is_kept(tmp_path: Path) -> None:
+    uri = write_training_set(tmp_path, rows=600)
+    said = {"userMetadata": FINGERPRINT_PREFIX + FINGERPRINT, "fraudgate.as_of_ms": "17", "fraudgate.labels_version": "3"}
+    write_deltalake(uri, make_rows(600), mode="overwrite", commit_properties=CommitProperties(custom_metadata=said))
+    assert read_training_set(str(tmp_path)).made_from == {"fraudgate.as_of_ms": "17", "fraudgate.labels_version": "3"}
+    assert read_training_set(str(tmp_path), 0).made_from == {}
+
+
+def test_equal_rows_have_an_equal_digest_and_a_changed_label_another() -> None:
+    data = make_training_set(600)
+    assert data_digest(data) == data_digest(dataclasses.replace(data, version=9, table="elsewhere"))
+    changed = data.is_fraud.copy()
+    changed[0] = not changed[0]
+    assert data_digest(data) != data_digest(dataclasses.replace(data, is_fraud=changed))

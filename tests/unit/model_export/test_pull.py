@@ -33,11 +33,15 @@ from model_export.package import INCOMING_PREFIX, RegisteredModel
 from model_export.pull import LOCK_FILE, PullRunningError, pull_models
 from tests.factories_model import make_model_dir
 
-PASSED_REPORT = Admission(verdict="passed", checked_at_ms=1, champion=None, checks=[], slices=[])
+PASSED_REPORT = Admission(verdict="passed", checked_at_ms=1, champion=None, checks=[], slices=[], files={})
 
 
 def digests(package: Path, *files: str) -> dict[str, str]:
     return {file: sha256_file(package / file) for file in files}
+
+
+def report_of(package: Path) -> Admission:
+    return msgspec.structs.replace(PASSED_REPORT, files=digests(package, MODEL_FILE, GOLDEN_FILE))
 
 
 class DirectorySource:
@@ -55,7 +59,7 @@ class DirectorySource:
         entry = made.routes["champion"]
         kept = self._root / f"kept-{version}"
         shutil.copytree(self._root / entry.directory, kept, dirs_exist_ok=True)
-        (kept / ADMISSION_FILE).write_bytes(report_bytes(PASSED_REPORT))
+        (kept / ADMISSION_FILE).write_bytes(report_bytes(report_of(kept)))
         model = RegisteredModel(
             name=entry.name, version=version, source=str(kept), sha256=dict(entry.files) | digests(kept, ADMISSION_FILE)
         )
@@ -160,6 +164,16 @@ def test_a_version_whose_report_says_refused_does_not_come_whatever_alias_it_has
     source.aliases["champion"].sha256.update(digests(kept, ADMISSION_FILE))
     with pytest.raises(PackageRefusedError, match="version 1 was refused admission: quality"):
         pull_models(models, source)
+    assert not (models / MANIFEST_FILE).exists()
+
+
+def test_a_version_with_the_report_of_another_model_does_not_come(source: DirectorySource, models: Path) -> None:
+    kept, other = source.add("1", "champion"), source.add("2", seed=2)
+    for report in (report_of(other), PASSED_REPORT):
+        (kept / ADMISSION_FILE).write_bytes(report_bytes(report))
+        source.aliases["champion"].sha256.update(digests(kept, ADMISSION_FILE))
+        with pytest.raises(PackageRefusedError, match="admission report is of other files"):
+            pull_models(models, source)
     assert not (models / MANIFEST_FILE).exists()
 
 
