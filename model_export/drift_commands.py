@@ -148,7 +148,7 @@ def _hours(r: DriftReport) -> Figure:
     for outcome in Outcome:
         if outcome is not Outcome.APPROVE:
             rates.plot(at, [h.outcomes[outcome.value] for h in r.hours if h.receipts], label=outcome.value, marker=".")
-    rates.legend(fontsize=7)
+    rates.legend(fontsize=7, loc="upper right")
     rates.set_ylabel("share")
     scored = [(h.hour, h.mean_score) for h in r.hours if h.mean_score is not None]
     scores.plot([h for h, _ in scored], [s for _, s in scored], marker=".", color=BLUE)
