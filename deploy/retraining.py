@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltalake.exceptions import DeltaError
+
 from feature_jobs.matured import Matured, newly_matured
 from feature_jobs.training_set import DAY_MS, LABEL_DELAY_DAYS, NoHistoryError, write_training_set
 from gateway.contracts.decision import Route
@@ -168,7 +170,7 @@ def retrain(argv: list[str]) -> int:
 def _told(settings: Settings, plan: Plan) -> int:
     try:
         made = attempt(settings, plan, lambda line: print(f"{line} ...", flush=True))
-    except (ModelExportError, NoHistoryError, RetrainRunningError, OSError) as exc:
+    except (ModelExportError, NoHistoryError, RetrainRunningError, DeltaError, OSError) as exc:
         print(f"fraudgate retrain: {exc}", file=sys.stderr, flush=True)
         return 1
     print(made.said, flush=True)

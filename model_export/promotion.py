@@ -53,8 +53,9 @@ def promote(
 ) -> list[Moved]:
     """Points `alias` at an admitted version. A challenger that becomes champion is challenger no more, so two moves are possible.
 
-    Nothing moves when it points there already. There is no way past the admission. Raises `PromotionRefusedError`, or what the
-    registry raises; OSError when the audit file can't be written. Then no alias has moved.
+    Nothing moves when it points there already. There is no way past the admission. Raises `PromotionRefusedError`, or OSError when the
+    audit file can't be written; then no alias has moved. Raises what the registry raises; when it went away between the move and its
+    tag, the audit file alone has the entry.
     """
     _check_words(alias, reason)
     _check_admitted(registry, name, version)

@@ -53,6 +53,8 @@ PLOTS_PATH = "plots"
 SHA256_TAG = "fraudgate.sha256."
 SIGNATURE_TAG = "fraudgate.signature"
 ADMISSION_TAG = "fraudgate.admission"
+# The version that the candidate was compared with.
+AGAINST_TAG = "fraudgate.admission_against"
 AUDIT_TAG = "fraudgate.audit."
 # Tags of a version that tell what it was made of, beside the run's parameters.
 CODE_VERSION_TAG = "fraudgate.code_version"
@@ -147,6 +149,8 @@ class Registry:
                 with contextlib.suppress(MlflowException, requests.RequestException):
                     self._client.set_terminated(run_id, "FAILED")
                 raise
+            if admission.champion is not None:
+                self._client.set_model_version_tag(name, registered.version, AGAINST_TAG, admission.champion)
             self._client.set_model_version_tag(name, registered.version, ADMISSION_TAG, admission.verdict)
         return registered
 
@@ -229,6 +233,7 @@ class Registry:
             version=version,
             aliases=sorted(alias for alias, of in aliases.items() if of == version),
             admission=tags.get(ADMISSION_TAG),
+            against=tags.get(AGAINST_TAG),
             created_at_ms=int(found.creation_timestamp),
             training_table=tags.get(TRAINING_TABLE_TAG),
             training_table_version=number(TRAINING_TABLE_VERSION_TAG),

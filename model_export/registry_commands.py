@@ -139,7 +139,9 @@ def demote(argv: list[str]) -> int:
 
 
 def versions_table(versions: list[ModelVersion]) -> str:
-    rows: list[tuple[str, ...]] = [("version", "aliases", "admission", "AP", "AUC", "training set", "rows", "created", "code")]
+    rows: list[tuple[str, ...]] = [
+        ("version", "aliases", "admission", "against", "AP", "AUC", "training set", "rows", "created", "code")
+    ]
     for v in versions:
         table_version = "-" if v.training_table_version is None else str(v.training_table_version)
         rows.append(
@@ -147,6 +149,7 @@ def versions_table(versions: list[ModelVersion]) -> str:
                 v.version,
                 ", ".join(v.aliases) or "-",
                 v.admission or "missing",
+                v.against or "-",
                 *(f"{v.metrics[m]:.4f}" if m in v.metrics else "-" for m in ("test_average_precision", "test_auc")),
                 table_version,
                 "-" if v.training_rows is None else str(v.training_rows),

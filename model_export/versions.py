@@ -19,7 +19,8 @@ GIT_TIMEOUT_S = 5
 class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     """One version of a registered model. What older versions don't say is None.
 
-    `admission` is "passed" or "refused"; None when the registration did not come to its end. `training_data` is a digest of the rows
+    `admission` is "passed" or "refused"; None when the registration did not come to its end. `against` is the version that was champion
+    then and that it was compared with, None when there was none. `training_data` is a digest of the rows
     that it was made of; `training_as_of_ms` and `training_until_ms` say until when labels and payments were looked at.
     """
 
@@ -27,6 +28,7 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     aliases: list[str]
     admission: str | None
+    against: str | None
     created_at_ms: int
     training_table: str | None = None
     training_table_version: int | None = None

@@ -351,7 +351,10 @@ def test_the_commands_list_promote_and_roll_back(environment: Settings, capsys: 
     printed = capsys.readouterr()
     assert "champion: from version 1 to version 2" in printed.out
     assert "there is no version 9 of listed" in printed.err
-    assert [line.split()[:3] for line in printed.out.splitlines()[-2:]] == [["2", "champion", "passed"], ["1", "-", "passed"]]
+    assert [line.split()[:4] for line in printed.out.splitlines()[-2:]] == [
+        ["2", "champion", "passed", "1"],
+        ["1", "-", "passed", "-"],
+    ]
     assert registry_commands.rollback(name) == 0
     capsys.readouterr()
     assert registry_commands.models(["--json", *name]) == 0

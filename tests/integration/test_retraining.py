@@ -25,7 +25,7 @@ from gateway.contracts.windows import DAY_MS
 from model_export.registry import Registry
 from tests.agreement.test_offline_engine_equals_a_recount import in_order, silver_of
 from tests.entities import make_stream
-from tests.helpers import run_command
+from tests.helpers import run_command, running_command
 
 pytestmark = pytest.mark.integration
 
@@ -130,6 +130,17 @@ def test_the_command_trains_once_and_says_what_it_did(local: Settings) -> None:
     again = run_command(local, "retrain", "--name", "by-command", timeout_s=120)
     assert (again.returncode, again.stderr) == (0, "")
     assert "0 newly matured labels" in again.stdout
+
+
+def test_a_machine_without_a_scheduler_keeps_it_running_until_it_is_told_to_stop(local: Settings, tmp_path: Path) -> None:
+    write(local, days=40)
+    log = tmp_path / "retrain.log"
+    # A tenth of a second: the second attempt has nothing to do and says so.
+    every = ("--every-hours", str(0.1 / 3600))
+    with running_command(local, "retrain", "--name", "kept-running", "--labels-min", "50", *every, log_path=log) as command:
+        command.wait_until(lambda: "0 newly matured labels" in log.read_text(), 120, "the second attempt")
+        assert command.stop(), "it didn't leave on SIGTERM"
+    assert aliases(local, "kept-running") == {"challenger": "1"}
 
 
 def test_the_command_says_in_one_line_what_is_missing(
