@@ -96,7 +96,9 @@ class Gateway:
         ask = asker(spare_link)
         self.guard = Guard(self.models, settings.models_path, self.metrics, self.policy.digest, alert=self._tell_of_guard, ask=ask)
         self.shadow_topic = ShadowTopic(settings.bootstrap, self.schemas, self.metrics)
-        self.slack = Slack(self.policy, self.metrics, self.shadow_topic.publish, self.guard)
+        self.slack = Slack(
+            self.policy, self.metrics, self.shadow_topic.publish, self.guard, idle=lambda: self.batcher.in_flight == 0
+        )
         cap = LossCap(time.monotonic, STALE_S)
         self.shared_cap = SharedCap(cap, self.models, ask, self.metrics)
         self.explorer = Explorer(cap, self.metrics, lambda: time.time_ns() // 1_000_000)

@@ -5,7 +5,7 @@ guard sees pairs: what either would have decided, by the same policy on the same
 has no part in it; a pair needs no second payment to be compared with, so a thousand payments tell as much as many thousands of two
 separate groups. A card counts once a day for each thing that is looked at: its payments are not independent of each other.
 
-The counts are shared with other processes and gateways through Redis once a second; without Redis each goes by its own. The tests
+The counts are shared with other processes and gateways through Redis as they come; without Redis each goes by its own. The tests
 (contracts.sequential) hold at any time, and their false alarms add up to at most ALPHA over the whole life of a challenger.
 """
 
@@ -68,8 +68,10 @@ CARDS_MAX = 200_000
 # Sightings that wait for Redis, the oldest are given up; and how many go in one call.
 SIGHTINGS_MAX, CALL_MAX = 20_000, 1000
 CALL_TIMEOUT_S = 0.5
-TICK_S = 1.0
-KEEP_S = 30 * 86_400
+# At 2,000 payments a second a challenger must not get 2,000 more while nobody looks.
+TICK_S = 0.25
+# Counts are kept over the life of a challenger, the cards of a day a little longer than that.
+KEEP_S, KEEP_CARDS_S = 30 * 86_400, 2 * 86_400
 DAY_MS = 86_400_000
 DECLINE = SEVERITY[Outcome.DECLINE]
 BOTH, CHALLENGER_ONLY, CHAMPION_ONLY = range(3)
@@ -279,13 +281,13 @@ class Guard:
         return self._pair
 
     async def run(self) -> None:
-        """Shares, judges and acts once a second, until cancelled."""
+        """Shares, judges and acts every TICK_S, until cancelled."""
         while True:
             await asyncio.sleep(TICK_S)
             await self.tick()
 
     async def tick(self) -> None:
-        """One second's work."""
+        """What is done each time."""
         live = self._slot.live
         self._metrics.challenger_share.set(live.share)
         is_out = live.standby is not None and self._slot.is_out(live.standby.digest)
@@ -381,7 +383,7 @@ class Guard:
             arguments: list[str] = []
             for s in some:
                 arguments += [f"{s.thing}:{s.card}", f"{s.thing}:{s.how}", str(s.how), s.merchant]
-            limits = (str(CARDS_MAX), str(MERCHANTS_MAX), str(KEEP_S))
+            limits = (str(CARDS_MAX), str(MERCHANTS_MAX), str(KEEP_CARDS_S), str(KEEP_S))
             command = ("EVAL", _SCRIPT, "2", cards, counts, *limits, *arguments)
             try:
                 if not pair.listed:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from gateway.contracts.routing import (
     Verdict,
     clear_guard,
     default_routing,
+    guard_cards_key,
     guard_counts_key,
     read_guard,
     read_routing,
@@ -32,6 +34,7 @@ from gateway.redis_link import RedisReplyError, RedisUnavailableError
 from gateway.sharing import Ask, asker
 
 ASK_TIMEOUT_S = 2.0
+DAY_NS = 86_400 * 1_000_000_000
 OPTIONS = {
     "challenger_share": (float, "part of the cards that go to the challenger, 0 to 1"),
     "explore_share": (
@@ -109,9 +112,10 @@ async def _forget(settings: Settings) -> None:
 
 async def _delete(ask: Ask) -> None:
     pairs = await ask(GUARD_PAIRS_KEY, ("SMEMBERS", GUARD_PAIRS_KEY), ASK_TIMEOUT_S)
-    for pair in pairs:
-        key = guard_counts_key(bytes(pair).decode())
-        await ask(key, ("DEL", key), ASK_TIMEOUT_S)
+    today = time.time_ns() // DAY_NS
+    for pair in (bytes(found).decode() for found in pairs):
+        for key in (guard_counts_key(pair), guard_cards_key(pair, today), guard_cards_key(pair, today - 1)):
+            await ask(key, ("DEL", key), ASK_TIMEOUT_S)
     await ask(GUARD_PAIRS_KEY, ("DEL", GUARD_PAIRS_KEY), ASK_TIMEOUT_S)
 
 

@@ -1,6 +1,8 @@
 """What is scored after the answers: by shadow models, and by the other of champion and challenger for the guard.
 
-One thread a process, of the lowest priority, behind a bounded queue: when it can't keep up the oldest batches are given up and counted.
+One thread a process behind two bounded queues: when it can't keep up the oldest batches are given up and counted. Shadows wait for a
+moment in which nobody waits for an answer; the guard doesn't, because it is there to be quick. The thread has the event loop's priority:
+with a lower one it would keep the interpreter's lock, and everybody, while other processes run.
 Nothing here can change an answer: the thread writes to nothing that the scorers read, and observes nothing in Redis.
 """
 
@@ -8,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 BATCHES_MAX = 256
 # How long the thread waits once there is something, so that what just came is answered first.
 PAUSE_S = 0.01
-NICE = 19
+# How often a shadow's turn looks for an idle moment, and how long at most: on a gateway that is never idle shadows score a sample.
+LOOK_S, LOOK_MOST_S = 0.002, 0.05
 STOP_S = 5.0
 
 Int64s = npt.NDArray[np.int64]
@@ -53,17 +55,26 @@ class Scored:
 
 
 class Slack:
-    """`add` is called on the event loop, `publish` and `guard` in the thread."""
+    """`add` is called on the event loop, `publish` and `guard` in the thread. `idle` tells that no answer is being waited for."""
 
     def __init__(
-        self, policy: Policy, metrics: Metrics, publish: Publish, guard: Guard | None = None, batches_max: int = BATCHES_MAX
+        self,
+        policy: Policy,
+        metrics: Metrics,
+        publish: Publish,
+        guard: Guard | None = None,
+        *,
+        idle: Callable[[], bool] = lambda: True,
+        batches_max: int = BATCHES_MAX,
     ) -> None:
         self._policy = policy
         self._metrics = metrics
         self._publish = publish
         self._guard = guard
+        self._idle = idle
         self._batches_max = batches_max
-        self._queue: deque[Scored] = deque()
+        self._pairs: deque[Scored] = deque()
+        self._shadows: deque[Scored] = deque()
         self._some = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -83,42 +94,56 @@ class Slack:
 
     def add(self, batch: Scored) -> None:
         """Never waits."""
-        if len(self._queue) >= self._batches_max:
-            with contextlib.suppress(IndexError):
-                self._metrics.slack_dropped.inc(len(self._queue.popleft().rows))
-        self._queue.append(batch)
+        if self._guard is not None and batch.by_challenger is not None:
+            self._queue(self._pairs, batch)
+        if batch.live.shadows:
+            self._queue(self._shadows, batch)
         self._some.set()
 
+    def _queue(self, queue: deque[Scored], batch: Scored) -> None:
+        if len(queue) >= self._batches_max:
+            with contextlib.suppress(IndexError):
+                self._metrics.slack_dropped.inc(len(queue.popleft().rows))
+        queue.append(batch)
+
     def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            # On Linux a thread has a priority of its own.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while not self._stopping:
             self._some.wait()
             self._some.clear()
             time.sleep(PAUSE_S)
-            while self._queue and not self._stopping:
-                self._metrics.slack_batches.set(len(self._queue))
-                try:
-                    batch = self._queue.popleft()
-                except IndexError:
-                    break
-                try:
-                    self.work(batch)
-                except Exception:
-                    # A bug here must not end the guard for good.
-                    log.exception("slack: a batch of %d failed", len(batch.rows))
-            self._metrics.slack_batches.set(len(self._queue))
+            looked_s = 0.0
+            while (self._pairs or self._shadows) and not self._stopping:
+                self._metrics.slack_batches.set(len(self._pairs) + len(self._shadows))
+                if not self._pairs and looked_s < LOOK_MOST_S and not self._idle():
+                    time.sleep(LOOK_S)
+                    looked_s += LOOK_S
+                    continue
+                if self._pairs:
+                    self._do(self.pair, self._pairs)
+                else:
+                    looked_s = 0.0
+                    self._do(self.shadow, self._shadows)
+            self._metrics.slack_batches.set(len(self._pairs) + len(self._shadows))
 
-    def work(self, batch: Scored) -> None:
-        """All that is to be done for one batch."""
-        for shadow in batch.live.shadows:
-            probability = self._scored(shadow, batch.matrix)
+    def _do(self, work: Callable[[Scored], None], queue: deque[Scored]) -> None:
+        try:
+            batch = queue.popleft()
+        except IndexError:
+            # It was dropped meanwhile.
+            return
+        try:
+            work(batch)
+        except Exception:
+            # A bug here must not end the guard for good.
+            log.exception("slack: a batch of %d failed", len(batch.rows))
+
+    def shadow(self, batch: Scored) -> None:
+        """Every shadow model's scores of a batch."""
+        for model in batch.live.shadows:
+            probability = self._scored(model, batch.matrix)
             if probability is not None:
-                self._metrics.shadow_scored.labels(shadow.ref.route).inc(len(probability))
-                self._publish(shadow, batch.requests, batch.rows, probability)
-        if self._guard is not None and batch.by_challenger is not None and batch.live.challenger is not None:
-            self._pair(batch, batch.by_challenger, self._guard)
+                self._metrics.shadow_scored.labels(model.ref.route).inc(len(probability))
+                self._publish(model, batch.requests, batch.rows, probability)
 
     def _scored(self, model: Model, matrix: npt.NDArray[np.float32]) -> Floats | None:
         """None when the model fails."""
@@ -131,9 +156,11 @@ class Slack:
                 log.error("slack: %s %s failed: %s", model.ref.route, model.ref.version, exc)  # noqa: TRY400
             return None
 
-    def _pair(self, batch: Scored, chosen: npt.NDArray[np.bool_], guard: Guard) -> None:
-        """Let the other of the two models decide each row too."""
-        live = batch.live
+    def pair(self, batch: Scored) -> None:
+        """Let the other of the two models decide each row too, and show both decisions to the guard."""
+        live, chosen, guard = batch.live, batch.by_challenger, self._guard
+        assert guard is not None
+        assert chosen is not None
         assert live.champion is not None
         assert live.challenger is not None
         other = np.empty(len(chosen))

@@ -19,6 +19,7 @@ MERCHANTS = 50
 WEIGHTS, MEANS, SPREADS = (0.975, 0.018, 0.007), (-6.5, -1.5, 2.5), (1.2, 1.5, 1.0)
 
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 def draw_log_odds(rng: np.random.Generator, n: int) -> Floats:
@@ -47,7 +48,7 @@ class World:
         champion, challenger = self.draw(np.random.default_rng(0), n)
         return float(champion[0].mean()), float(challenger[0].mean())
 
-    def draw(self, rng: np.random.Generator, n: int) -> tuple[tuple[npt.NDArray[np.bool_], Floats], ...]:
+    def draw(self, rng: np.random.Generator, n: int) -> tuple[tuple[Bools, Floats], ...]:
         """Declined and score, (n,), of champion and challenger."""
         base = draw_log_odds(rng, n)
         ours, theirs = (score_of(base + shift + rng.normal(0, 1, n) * self.noise) for shift in (0.0, self.shift))
@@ -56,7 +57,6 @@ class World:
 
 def run(world: World, rng: np.random.Generator, events: int, look: int = LOOK) -> int | None:
     """After how many payments the guard is alarmed, None when it never is."""
-    evidence = Evidence()
     (declined, ours), (they_declined, theirs) = world.draw(rng, events)
     merchant = np.minimum((rng.pareto(1.0, events) * 3).astype(int), MERCHANTS - 1)
     cuts = np.array(CUTS)
@@ -64,6 +64,12 @@ def run(world: World, rng: np.random.Generator, events: int, look: int = LOOK) -
         np.column_stack([declined, ours[:, None] >= cuts]),
         np.column_stack([they_declined, theirs[:, None] >= cuts]),
     )
+    return first_alarm(challenger, champion, look, merchant)
+
+
+def first_alarm(challenger: Bools, champion: Bools, look: int = LOOK, merchant: npt.NDArray[np.int64] | None = None) -> int | None:
+    """The same of what either did, (payments, things) each, and the payments' merchants."""
+    evidence, events = Evidence(), len(champion)
     how = np.where(challenger & champion, BOTH, np.where(challenger, CHALLENGER_ONLY, CHAMPION_ONLY))
     either = challenger | champion
     row, thing = np.nonzero(either)
@@ -73,9 +79,9 @@ def run(world: World, rng: np.random.Generator, events: int, look: int = LOOK) -
         if not counts.any():
             continue
         evidence.counts += counts
-        part = slice(i * look, (i + 1) * look)
-        for place in np.flatnonzero(either[part, 0]).tolist():
-            evidence.add_merchant(f"m{merchant[i * look + place]}", int(how[i * look + place, 0]))
+        if merchant is not None:
+            for place in (i * look + np.flatnonzero(either[i * look : (i + 1) * look, 0])).tolist():
+                evidence.add_merchant(f"m{merchant[place]}", int(how[place, 0]))
         if evidence.alarm() is not None:
             return min((i + 1) * look, events)
     return None

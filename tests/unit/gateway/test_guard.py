@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -17,13 +18,14 @@ from gateway.contracts.audit import read_audit
 from gateway.contracts.decision import RoutedBy
 from gateway.contracts.routing import Routing, Verdict, clear_guard, read_guard
 from gateway.contracts.topics import TOPICS
-from gateway.guard import ALPHA, MERCHANTS_MAX, THINGS, Evidence, Guard
+from gateway.guard import ALPHA, CUTS, MERCHANTS_MAX, THINGS, Evidence, Guard
 from gateway.job import requests_of
 from gateway.metrics import Metrics
-from gateway.model import ModelSlot
+from gateway.model import ModelSlot, load_model
 from gateway.records import guard_record
 from gateway.redis_link import RedisUnavailableError
-from tests.guard_power import World, doubling_shift, found_at
+from tests.factories_model import make_features, make_model_dir
+from tests.guard_power import World, doubling_shift, first_alarm, found_at
 from tests.unit.gateway.factories import NOW_MS, make_job, make_transaction
 
 pytestmark = pytest.mark.anyio
@@ -52,6 +54,19 @@ def test_two_equal_models_trip_it_in_under_one_percent_of_runs() -> None:
     # Equal in quality, each with an opinion of its own: the hard case. 2,000 runs of 20,000 payments.
     runs = found_at(World(800, noise=1.0), 2000, 20_000, 11, look=500)
     assert sum(n is not None for n in runs) / len(runs) < ALPHA < 0.01
+
+
+def test_models_trained_apart_from_equal_data_do_not_trip_it(tmp_path: Path) -> None:
+    features, models = make_features(20_000, seed=99), []
+    for seed in (1, 2, 3):
+        make_model_dir(tmp_path, version=str(seed), seed=seed, rows=10_000, trees=80)
+        model = load_model(tmp_path, "champion")
+        assert model is not None
+        models.append(model)
+    scores = [np.floor(m.probability(features) * 1000 + 0.5) for m in models]
+    for ours, theirs in itertools.permutations(scores, 2):
+        champion, challenger = ((s[:, None] >= np.array([880, *CUTS])) for s in (ours, theirs))
+        assert first_alarm(challenger, champion, look=500) is None
 
 
 def test_a_challenger_that_declines_nearly_nothing_is_out_too() -> None:
@@ -105,7 +120,7 @@ class Redis:
             self.counts[command[2].encode()] = command[3]
             return 1
         assert command[0] == "EVAL"
-        for member, what, how, merchant in zip(*(command[8 + i :: 4] for i in range(4)), strict=True):
+        for member, what, how, merchant in zip(*(command[9 + i :: 4] for i in range(4)), strict=True):
             if member not in self.members:
                 self.members.add(member)
                 for name in [what, *([f"m:{how}:{merchant}"] if merchant else [])]:

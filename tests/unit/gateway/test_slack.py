@@ -188,7 +188,7 @@ async def test_the_guard_sees_what_either_model_would_have_decided_whoever_answe
     added: list[Scored] = []
     slack.add = added.append  # type: ignore[method-assign, assignment]
     await decide(slot, jobs, slack)
-    slack.work(added[0])
+    slack.pair(added[0])
     [(_, _, rows, challenger, champion)] = seen
     matrix = make_observation(64).matrix
     matrix[:, 0] = [job.transaction.amount_minor for job in jobs]
@@ -198,3 +198,29 @@ async def test_the_guard_sees_what_either_model_would_have_decided_whoever_answe
     assert champion[1].tolist() == by_alone(live.champion).tolist()
     assert requests_of(jobs).amount_minor.tolist() == [job.transaction.amount_minor for job in jobs]
     assert 0 < int((champion[0] == 3).sum()) < 64
+
+
+async def test_shadows_wait_for_an_idle_moment_and_the_guards_pairs_do_not(models: Path) -> None:
+    slot = ModelSlot(models, routing=Routing(challenger_share=0.5))
+    await slot.refresh()
+    paired, published, busy = threading.Event(), Published(), threading.Event()
+    busy.set()
+    looked: list[bool] = []
+
+    class Watching(Guard):
+        def sighted(self, *_: Any) -> None:
+            paired.set()
+
+    def idle() -> bool:
+        looked.append(paired.is_set())
+        return not busy.is_set()
+
+    metrics = Metrics()
+    slack = Slack(load_policy(""), metrics, published, Watching(slot, models, metrics, "p"), idle=idle)
+    slack.start()
+    await decide(slot, make_jobs(8), slack)
+    await until(lambda: len(published.scores) == 2, 30)
+    slack.stop()
+    # It looked for a moment after the guard had its pairs, and went on without one in the end.
+    assert len(looked) > 5
+    assert all(looked)
