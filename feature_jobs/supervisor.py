@@ -135,8 +135,7 @@ class Supervisor:
                     continue
                 self._note_progress(runner)
                 break
-        while self._drift is not None and not self.stop.is_set() and self._drift.follow():
-            pass
+        self._follow_drift_through()
 
     def _look_after(self, runner: Runner) -> None:
         query = runner.query
@@ -243,6 +242,15 @@ class Supervisor:
         self._metrics.up.labels(drift.QUERY).set(1)
         # A backlog is read without pauses, a part at a time.
         self._drift_at = now if read == COMMITS_A_LOOK else now + DRIFT_S
+
+    def _follow_drift_through(self) -> None:
+        """All receipts that are there. What can't be read or written now is made up for by the next start."""
+        try:
+            while self._drift is not None and not self.stop.is_set() and self._drift.follow():
+                pass
+        except READ_ERRORS as exc:
+            self._metrics.restarts.labels(drift.QUERY).inc()
+            log.error("drift: the receipts that are left wait for the next start: %s", exc)  # noqa: TRY400
 
     def _drain(self) -> None:
         """Let running batches end, within `DRAIN_S_MAX`, then stop the queries."""

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
+from pyarrow.dataset import Dataset
 
 from gateway.contracts import tables
 from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT
@@ -83,17 +84,12 @@ def read_receipts(settings: Settings, from_ms: int | None = None, to_ms: int | N
     try:
         held = DeltaTable(uri).to_pyarrow_dataset()
         columns = [*REQUIRED, *(name for name in OPTIONAL if name in held.schema.names)]
-        wanted = None
-        for bound, compare in ((from_ms, pc.greater_equal), (to_ms, pc.less)):
-            if bound is not None:
-                part = compare(pc.field("event_time_ms"), bound)
-                wanted = part if wanted is None else wanted & part
-        rows = held.to_table(columns=columns, filter=wanted)
+        from_ms, found = _newest(held, from_ms, to_ms)
+        rows = held.to_table(columns=columns, filter=_between(from_ms, to_ms))
     except TableNotFoundError as exc:
         raise NoReceiptsError(f"there are no receipts at {uri}: fraudgate jobs writes them while payments are decided") from exc
     except (DeltaError, OSError, pa.ArrowException) as exc:
         raise NoReceiptsError(f"the receipts at {uri} can't be read: {exc}") from exc
-    found = rows.num_rows
     width = pc.list_value_length(rows["features"])
     rows = rows.filter(pc.and_(pc.equal(rows["feature_fingerprint"], FINGERPRINT), pc.equal(width, len(FEATURE_NAMES))))
     rows = rows.sort_by([("event_time_ms", "ascending"), ("transaction_id", "ascending")])
@@ -105,12 +101,29 @@ def read_receipts(settings: Settings, from_ms: int | None = None, to_ms: int | N
     return _columns(rows, found - rows.num_rows)
 
 
+def _between(from_ms: int | None, to_ms: int | None) -> pc.Expression:
+    """Event times in [from_ms, to_ms)."""
+    wanted = pc.field("event_time_ms").is_valid()
+    if from_ms is not None:
+        wanted &= pc.field("event_time_ms") >= from_ms
+    if to_ms is not None:
+        wanted &= pc.field("event_time_ms") < to_ms
+    return wanted
+
+
+def _newest(held: Dataset, from_ms: int | None, to_ms: int | None) -> tuple[int | None, int]:
+    """(from when on, of how many) so that not much more than RECEIPTS_MAX are read: times first, which are small."""
+    t_ms = held.to_table(columns=["event_time_ms"], filter=_between(from_ms, to_ms))["event_time_ms"].to_numpy()
+    if len(t_ms) > RECEIPTS_MAX:
+        from_ms = int(np.partition(t_ms, len(t_ms) - RECEIPTS_MAX)[len(t_ms) - RECEIPTS_MAX])
+    return from_ms, len(t_ms)
+
+
 def read_payments(settings: Settings, from_ms: int, to_ms: int) -> tuple[pa.ChunkedArray, Ints, Ints]:
     """(transaction_id, event_time_ms, card) of receipts with event times in [from_ms, to_ms), without all else."""
     try:
         rows = DeltaTable(_uri(settings, tables.DECISIONS)).to_pyarrow_dataset()
-        wanted = (pc.field("event_time_ms") >= from_ms) & (pc.field("event_time_ms") < to_ms)
-        held = rows.to_table(columns=["transaction_id", "event_time_ms", "card_id"], filter=wanted)
+        held = rows.to_table(columns=["transaction_id", "event_time_ms", "card_id"], filter=_between(from_ms, to_ms))
     except (DeltaError, OSError, pa.ArrowException) as exc:
         raise NoReceiptsError(f"the receipts at {_uri(settings, tables.DECISIONS)} can't be read: {exc}") from exc
     return held["transaction_id"], held["event_time_ms"].to_numpy().astype(np.int64), codes(held["card_id"])

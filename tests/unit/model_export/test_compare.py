@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gateway.contracts.settings import Settings
+from model_export import live
 from model_export.compare import Comparison, NoModelError, compare, share
 from model_export.compare_commands import as_html, as_text, compare_command
 from model_export.errors import PackageRefusedError
@@ -165,3 +166,13 @@ def test_a_share_has_an_interval_that_knows_small_numbers() -> None:
 def test_the_page_says_what_the_text_says(found: Comparison) -> None:
     assert "frauds let through" in as_html(found)
     assert as_html(found).count("<svg") == 2
+
+
+def test_of_more_receipts_than_fit_the_newest_are_read_and_the_others_counted(
+    settings_with_models: Settings, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "RECEIPTS_MAX", 1_000)
+    newest = live.read_receipts(settings_with_models)
+    assert (len(newest), newest.left_out) == (1_000, len(written.is_fraud) - 1_000)
+    assert newest.event_time_ms[-1] == written.event_time_ms.max()
+    assert newest.event_time_ms[0] == np.sort(written.event_time_ms)[-1_000]
