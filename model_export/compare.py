@@ -228,7 +228,7 @@ def _shift(receipts: Receipts, scores: list[Ints], digests: tuple[str, str]) -> 
     counts = [histogram(bins_of(edges, bins, s[:, None])) for s in (one, other)]
     differences = [
         np.abs(receipts.score - s)[receipts.whole & (receipts.model_digest == digest)]
-        for s, digest in zip(scores, digests, strict=True)
+        for digest, s in dict(zip(digests, scores, strict=True)).items()
     ]
     logged = np.concatenate(differences)
     return ScoreShift(

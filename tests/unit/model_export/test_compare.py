@@ -88,6 +88,7 @@ def test_two_equal_models_differ_in_nothing_and_nothing_is_decided(tmp_path: Pat
     write_receipts(settings, 5_000, alias="shadow-twin")
     same = compare(settings, alias="shadow-twin")
     assert (same.decisions_differ, same.shift.ks) == (0, 0)
+    assert same.shift.recomputed == same.receipts
     assert same.shift.psi == pytest.approx(0, abs=1e-3)
     assert (same.verdict.verdict, same.verdict.labels_needed) == (OPEN, None)
     assert "lean to neither side" in as_text(same)
