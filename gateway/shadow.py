@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
@@ -34,10 +35,10 @@ class ShadowTopic:
         self._metrics = metrics
         self._producer: Producer | None = None
 
-    def publish(self, model: Model, requests: Requests, rows: Int64s, probability: Floats) -> None:
-        """Hand over a record a row, keyed by card. Never waits for Kafka."""
+    def publish(self, payments: Sequence[tuple[Requests, Int64s]], scores: Sequence[tuple[Model, Floats]]) -> None:
+        """Hand over a record a payment and model, keyed by card. Never waits for Kafka."""
         if not self._schemas.complete:
-            self._metrics.shadow_unpublished.inc(len(rows))
+            self._metrics.shadow_unpublished.inc(sum(len(probability) for _, probability in scores))
             return
         if self._producer is None:
             self._producer = Producer(
@@ -52,26 +53,26 @@ class ShadowTopic:
                 }
             )
         producer, schema_id = self._producer, self._schemas.id_of(SHADOW_SCORES)
-        ids, cards = requests.texts("transaction_id", rows), requests.texts("card_id", rows)
-        records = encode_shadow_scores(
-            model.ref,
-            model.digest,
-            [text or "" for text in ids],
-            requests.t_ms[rows].tolist(),
-            probability.tolist(),
-            time.time_ns() // 1_000_000,
-        )
-        failed = 0
-        for i, (card, record) in enumerate(zip(cards, records, strict=True)):
-            try:
-                producer.produce(SHADOW_SCORES, frame(schema_id, record), card, on_delivery=self._delivered)
-            except (BufferError, KafkaException):
-                failed += 1
-            if i % TURN_ROWS == TURN_ROWS - 1:
-                time.sleep(0)
+        ids: list[str] = []
+        cards: list[str | None] = []
+        times_ms: list[int] = []
+        for requests, rows in payments:
+            ids += [text or "" for text in requests.texts("transaction_id", rows)]
+            cards += requests.texts("card_id", rows)
+            times_ms += requests.t_ms[rows].tolist()
+        now_ms, failed = time.time_ns() // 1_000_000, 0
+        for model, probability in scores:
+            records = encode_shadow_scores(model.ref, model.digest, ids, times_ms, probability.tolist(), now_ms)
+            for i, (card, record) in enumerate(zip(cards, records, strict=True)):
+                try:
+                    producer.produce(SHADOW_SCORES, frame(schema_id, record), card, on_delivery=self._delivered)
+                except (BufferError, KafkaException):
+                    failed += 1
+                if i % TURN_ROWS == TURN_ROWS - 1:
+                    time.sleep(0)
+            producer.poll(0)
         if failed:
             self._metrics.shadow_unpublished.inc(failed)
-        producer.poll(0)
 
     def _delivered(self, error: KafkaError | None, _: Message) -> None:
         if error is not None:

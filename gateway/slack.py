@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,16 +29,18 @@ log = logging.getLogger(__name__)
 
 # At 64 rows a batch, 16,000 decisions and some 6 MB.
 BATCHES_MAX = 256
-# How long the thread waits once there is something, so that what just came is answered first.
-PAUSE_S = 0.01
+# How long the thread waits once there is something: what just came is answered first, and more comes that shares the fixed costs.
+PAUSE_S = 0.05
+# So many rows of several batches go through a shadow model at once.
+SHADOW_ROWS = 256
 # How often a shadow's turn looks for an idle moment, and how long at most: on a gateway that is never idle shadows score a sample.
 LOOK_S, LOOK_MOST_S = 0.002, 0.05
 STOP_S = 5.0
 
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-# Takes a shadow model's scores of some rows, in the thread.
-Publish = Callable[[Model, Requests, Int64s, Floats], None]
+# Takes what some shadow models made of the same payments, in the thread: the payments, batch by batch, and each model's scores of all.
+Publish = Callable[[Sequence[tuple[Requests, Int64s]], Sequence[tuple[Model, Floats]]], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -119,31 +121,48 @@ class Slack:
                     looked_s += LOOK_S
                     continue
                 if self._pairs:
-                    self._do(self.pair, self._pairs)
+                    self._do(self.pair, self._taken(self._pairs, 1))
                 else:
                     looked_s = 0.0
-                    self._do(self.shadow, self._shadows)
+                    self._do(self.shadow, self._taken(self._shadows, SHADOW_ROWS))
             self._metrics.slack_batches.set(len(self._pairs) + len(self._shadows))
 
-    def _do(self, work: Callable[[Scored], None], queue: deque[Scored]) -> None:
-        try:
-            batch = queue.popleft()
-        except IndexError:
-            # It was dropped meanwhile.
+    @staticmethod
+    def _taken(queue: deque[Scored], rows: int) -> list[Scored]:
+        """The oldest batches with the same models, until there are so many rows; none when they were dropped meanwhile."""
+        taken: list[Scored] = []
+        with contextlib.suppress(IndexError):
+            while rows > 0 and (not taken or queue[0].live is taken[0].live):
+                taken.append(queue.popleft())
+                rows -= len(taken[-1].rows)
+        return taken
+
+    @staticmethod
+    def _do(work: Callable[[list[Scored]], None], batches: list[Scored]) -> None:
+        if not batches:
             return
         try:
-            work(batch)
+            work(batches)
         except Exception:
             # A bug here must not end the guard for good.
-            log.exception("slack: a batch of %d failed", len(batch.rows))
+            log.exception("slack: %d decisions failed", sum(len(batch.rows) for batch in batches))
 
-    def shadow(self, batch: Scored) -> None:
-        """Every shadow model's scores of a batch."""
-        for model in batch.live.shadows:
-            probability = self._scored(model, batch.matrix)
+    def shadow(self, batches: list[Scored]) -> None:
+        """Every shadow model's scores of batches that came with the same models."""
+        matrix = batches[0].matrix if len(batches) == 1 else np.concatenate([batch.matrix for batch in batches])
+        scores: list[tuple[Model, Floats]] = []
+        for model in batches[0].live.shadows:
+            probability = self._scored(model, matrix)
             if probability is not None:
                 self._metrics.shadow_scored.labels(model.ref.route).inc(len(probability))
-                self._publish(model, batch.requests, batch.rows, probability)
+                scores.append((model, probability))
+        if scores:
+            self._publish([(batch.requests, batch.rows) for batch in batches], scores)
+
+    def pair(self, batches: list[Scored]) -> None:
+        """Let the other of the two models decide each row too, and show both decisions to the guard."""
+        for batch in batches:
+            self._pair(batch)
 
     def _scored(self, model: Model, matrix: npt.NDArray[np.float32]) -> Floats | None:
         """None when the model fails."""
@@ -156,8 +175,7 @@ class Slack:
                 log.error("slack: %s %s failed: %s", model.ref.route, model.ref.version, exc)  # noqa: TRY400
             return None
 
-    def pair(self, batch: Scored) -> None:
-        """Let the other of the two models decide each row too, and show both decisions to the guard."""
+    def _pair(self, batch: Scored) -> None:
         live, chosen, guard = batch.live, batch.by_challenger, self._guard
         assert guard is not None
         assert chosen is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,17 @@ def value_of(metrics: Metrics, name: str, **labels: str) -> float:
     return metrics.registry.get_sample_value(name, labels) or 0.0
 
 
+Payments = Sequence[tuple[Requests, Any]]
+Scores = Sequence[tuple[Model, npt.NDArray[np.float64]]]
+
+
 class Published:
     def __init__(self) -> None:
         self.scores: list[tuple[str, dict[str, float]]] = []
 
-    def __call__(self, model: Model, requests: Requests, rows: Any, probability: npt.NDArray[np.float64]) -> None:
-        ids = requests.texts("transaction_id", rows)
-        self.scores.append((model.ref.route, dict(zip(map(str, ids), probability.tolist(), strict=True))))
+    def __call__(self, payments: Payments, scores: Scores) -> None:
+        ids = [str(name) for requests, rows in payments for name in requests.texts("transaction_id", rows)]
+        self.scores += [(model.ref.route, dict(zip(ids, probability.tolist(), strict=True))) for model, probability in scores]
 
 
 async def decide(slot: ModelSlot, jobs: list[Job], slack: Slack | None) -> list[bytes]:
@@ -119,10 +123,10 @@ async def test_a_shadow_that_raises_costs_the_others_nothing_and_is_counted(mode
     first, second = make_jobs(8), make_jobs(16)[8:]
     assert all(await decide(slot, first, slack))
     assert all(await decide(slot, second, slack))
-    await until(lambda: len(published.scores) == 4, 30)
+    await until(lambda: sum(len(scores) for _, scores in published.scores) == 2 * 16, 30)
     slack.stop()
     assert {route for route, _ in published.scores} == {"shadow-1", "shadow-2"}
-    assert value_of(metrics, "fraudgate_shadow_failed_total", route="shadow-0") == 2
+    assert value_of(metrics, "fraudgate_shadow_failed_total", route="shadow-0") >= 1
 
 
 async def test_a_slow_shadow_costs_the_oldest_batches_their_scores_and_no_answer_its_time(models: Path) -> None:
@@ -131,7 +135,7 @@ async def test_a_slow_shadow_costs_the_oldest_batches_their_scores_and_no_answer
     await slot.refresh()
     go, began = threading.Event(), threading.Event()
 
-    def slow(_: Model, __: Requests, ___: Any, ____: Any) -> None:
+    def slow(_: Payments, __: Scores) -> None:
         began.set()
         go.wait(60)
 
@@ -157,8 +161,8 @@ async def test_a_bug_in_one_batch_leaves_the_thread_alive(models: Path) -> None:
     await slot.refresh()
     calls: list[int] = []
 
-    def publish(_: Model, __: Requests, rows: Any, ___: Any) -> None:
-        calls.append(len(rows))
+    def publish(payments: Payments, _: Scores) -> None:
+        calls.append(sum(len(rows) for _, rows in payments))
         if len(calls) == 1:
             raise KeyError("a bug")
 
@@ -166,6 +170,7 @@ async def test_a_bug_in_one_batch_leaves_the_thread_alive(models: Path) -> None:
     slack.start()
     jobs = make_jobs(8)
     await decide(slot, jobs[:3], slack)
+    await until(lambda: calls == [3], 30)
     await decide(slot, jobs[3:], slack)
     await until(lambda: calls == [3, 5], 30)
     slack.stop()
@@ -188,7 +193,7 @@ async def test_the_guard_sees_what_either_model_would_have_decided_whoever_answe
     added: list[Scored] = []
     slack.add = added.append  # type: ignore[method-assign, assignment]
     await decide(slot, jobs, slack)
-    slack.pair(added[0])
+    slack.pair(added)
     [(_, _, rows, challenger, champion)] = seen
     matrix = make_observation(64).matrix
     matrix[:, 0] = [job.transaction.amount_minor for job in jobs]
