@@ -45,7 +45,7 @@ def _calibration(is_fraud: npt.NDArray[np.bool_], probability: npt.NDArray[np.fl
     figure, axes = _figure("mean probability", "share of frauds")
     axes.plot([0, 1], [0, 1], linestyle=":", color="grey")
     axes.plot(mean, share, marker="o")
-    axes.set_title(f"calibration in {len(share)} groups of equal size")
+    axes.set_title(f"calibration, {len(share)} groups by score; dotted: perfect")
     return figure
 
 
