@@ -96,6 +96,10 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("models", "model_export.registry_commands", "models", "versions, aliases, admission, metrics, training data"),
         Command("promote", "model_export.registry_commands", "promote", "make an admitted version champion, challenger or shadow"),
         Command("rollback", "model_export.registry_commands", "rollback", "make the former champion champion again"),
+        Command(
+            "compare", "model_export.compare_commands", "compare_command", "champion against challenger on live receipts and labels"
+        ),
+        Command("drift", "model_export.drift_commands", "drift", "a day's report: how far payments are from the training rows"),
         Command("demote", "model_export.registry_commands", "demote", "take a challenger or a shadow out"),
     ),
     "Traffic": (

@@ -51,6 +51,20 @@ class Metrics:
         self.state_memory = Gauge(
             "fraudgate_jobs_state_memory_bytes", "Memory of the store that holds them, bytes", ["query"], registry=r
         )
+        self.drift_psi = Gauge(
+            "fraudgate_jobs_drift_psi", "PSI against the training rows in the newest window, by measure", ["measure"], registry=r
+        )
+        self.drift_ks = Gauge(
+            "fraudgate_jobs_drift_ks", "KS statistic against the training rows in the newest window", ["measure"], registry=r
+        )
+        self.drift_alarm = Gauge("fraudgate_jobs_drift_alarm", "1 while the measure is an alarm", ["measure"], registry=r)
+        self.drift_alarms = Counter("fraudgate_jobs_drift_alarms", "Alarms that began", ["measure"], registry=r)
+        self.drift_windows = Counter("fraudgate_jobs_drift_windows", "Windows that were compared", registry=r)
+        self.drift_late = Counter("fraudgate_jobs_drift_late", "Receipts too late for their windows", registry=r)
+        self.drift_stream_time = Gauge("fraudgate_jobs_drift_stream_time_seconds", "Event time that drift has come to", registry=r)
+        self.drift_reference = Gauge(
+            "fraudgate_jobs_drift_reference", "1 while the champion has training rows to compare with", registry=r
+        )
 
     def batch(self, query: str, seconds: float) -> None:
         self.batch_seconds.labels(query).observe(seconds)

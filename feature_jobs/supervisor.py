@@ -1,4 +1,4 @@
-"""One driver process, four queries: starts them, restarts what fails, stops them gracefully, and reports their progress."""
+"""One driver process, four queries and drift: starts them, restarts what fails, stops them gracefully, and reports their progress."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from pyspark.sql import SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 from pyspark.sql.streaming.readwriter import DataStreamWriter
 
-from feature_jobs import bronze, gold, labels, lake, silver
+from feature_jobs import bronze, drift, gold, labels, lake, silver
+from feature_jobs.drift import COMMITS_A_LOOK, Drift
 from feature_jobs.labels import Labels
 from feature_jobs.metrics import Metrics
 from feature_jobs.schemas import SchemaBook, schema_book
 from feature_jobs.silver import CheckpointLostError, SchemasChangedError, Silver
+from feature_jobs.tail import READ_ERRORS
 from gateway.contracts.registry import RegistryUnavailableError
 from gateway.contracts.settings import Settings
 
 log = logging.getLogger(__name__)
 
-QUERIES = (bronze.QUERY, silver.QUERY, gold.QUERY, labels.QUERY)
+# Drift is no Spark query: it follows the table that silver writes.
+QUERIES = (bronze.QUERY, silver.QUERY, gold.QUERY, labels.QUERY, drift.QUERY)
 LOOK_S = 0.25
 BACKOFF_S_MIN = 1.0
 BACKOFF_S_MAX = 30.0
@@ -35,6 +38,7 @@ FAILURES_MAX = 20
 DRAIN_S_MAX = 20.0
 PROGRESS_REFRESH_S = 2.0
 RESTORE_S = 5.0
+DRIFT_S = 5.0
 
 
 class GaveUpError(RuntimeError):
@@ -67,6 +71,8 @@ class Supervisor:
         self._labels: Labels | None = None
         self._refreshed_at = 0.0
         self._restored_at = 0.0
+        self._drift = Drift(settings, metrics) if drift.QUERY in queries else None
+        self._drift_at = 0.0
         self.stop = threading.Event()
         makers = {
             bronze.QUERY: self._make_bronze,
@@ -80,7 +86,7 @@ class Supervisor:
             gold.QUERY: settings.gold_trigger_ms,
             labels.QUERY: settings.labels_trigger_ms,
         }
-        self._runners = [Runner(name, makers[name], triggers[name]) for name in QUERIES if name in queries]
+        self._runners = [Runner(name, makers[name], triggers[name]) for name in QUERIES if name in queries and name in makers]
         lake.create_tables(spark, settings)
 
     def _make_bronze(self) -> DataStreamWriter:
@@ -107,6 +113,7 @@ class Supervisor:
                     self._look_after(runner)
                 self._refresh_progress()
                 self._restore_labels()
+                self._follow_drift()
         finally:
             self._drain()
 
@@ -128,6 +135,7 @@ class Supervisor:
                     continue
                 self._note_progress(runner)
                 break
+        self._follow_drift_through()
 
     def _look_after(self, runner: Runner) -> None:
         query = runner.query
@@ -217,6 +225,32 @@ class Supervisor:
         if self._labels is not None and now - self._restored_at >= RESTORE_S:
             self._restored_at = now
             self._labels.restore()
+
+    def _follow_drift(self) -> None:
+        """Receipts that have come since the last look. What can't be read or written now is tried again: nothing else waits for it."""
+        now = time.monotonic()
+        if self._drift is None or now < self._drift_at:
+            return
+        try:
+            read = self._drift.follow()
+        except READ_ERRORS as exc:
+            self._metrics.restarts.labels(drift.QUERY).inc()
+            self._metrics.up.labels(drift.QUERY).set(0)
+            self._drift_at = now + BACKOFF_S_MAX
+            log.warning("drift: next try in %.0f s: %s", BACKOFF_S_MAX, exc)
+            return
+        self._metrics.up.labels(drift.QUERY).set(1)
+        # A backlog is read without pauses, a part at a time.
+        self._drift_at = now if read == COMMITS_A_LOOK else now + DRIFT_S
+
+    def _follow_drift_through(self) -> None:
+        """All receipts that are there. What can't be read or written now is made up for by the next start."""
+        try:
+            while self._drift is not None and not self.stop.is_set() and self._drift.follow():
+                pass
+        except READ_ERRORS as exc:
+            self._metrics.restarts.labels(drift.QUERY).inc()
+            log.error("drift: the receipts that are left wait for the next start: %s", exc)  # noqa: TRY400
 
     def _drain(self) -> None:
         """Let running batches end, within `DRAIN_S_MAX`, then stop the queries."""

@@ -23,6 +23,7 @@ from model_export.package import RegisteredModel, verify_package
 from model_export.plots import plots
 from model_export.policy_bands import read_bands
 from model_export.promotion import TRAIN, promote
+from model_export.reference import with_reference
 from model_export.registry import Registry
 from model_export.signing import read_signing_key
 from model_export.training import TrainedModel, probabilities
@@ -82,7 +83,7 @@ def train_and_register(
     model = train_model(data)
     watch.lap("train")
     say(f"exporting {model.trees} trees to ONNX and comparing them with XGBoost")
-    exported = export(model.booster, data.features)
+    exported = with_reference(export(model.booster, data.features), data, model, bands)
     watch.lap("export")
     admission = admit(exported, model, data, bands, champion, no_champion)
     watch.lap("admission")

@@ -28,10 +28,14 @@ GOLD_DECISIONS = "gold_decisions"
 FEATURES = "features"
 # transaction_id, event_time_ms, one float column a feature, is_fraud, country (text, no feature: models are judged by it).
 TRAINING_SET = "training_set"
+# window_end_ms, window_ms, measure (a feature, or risk_score, score_band, decision), rows, psi, ks, threshold (null: can't alarm), alarm,
+# model_version (of the champion whose training rows were compared with), decisions_version (of the table decisions): one row a measure
+# and ten minutes of event time, and one for each alarm where it begins.
+DRIFT = "drift"
 
 TABLES: tuple[str, ...] = (
     *(BRONZE, SILVER, QUARANTINE, DECISIONS, LABELS, LABEL_CHANGES),
-    *(GOLD_ENTITY_HOUR, GOLD_DECISIONS, FEATURES, TRAINING_SET),
+    *(GOLD_ENTITY_HOUR, GOLD_DECISIONS, FEATURES, TRAINING_SET, DRIFT),
 )
 
 

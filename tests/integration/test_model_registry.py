@@ -26,10 +26,12 @@ from gateway.contracts.model_meta import (
     METADATA_FILE,
     MODEL_FILE,
     OUTPUT_NAME,
+    REFERENCE_FILE,
     ModelMetadata,
     read_manifest,
     sha256_file,
 )
+from gateway.contracts.reference import decode
 from gateway.contracts.settings import Settings, settings_env
 from gateway.model import load_model
 from model_export import commands, registry_commands
@@ -90,6 +92,8 @@ def test_a_training_set_becomes_a_model_that_computes_its_golden_rows(local: Set
     assert (metadata.name, metadata.version, metadata.feature_fingerprint) == ("whole-way", "1", FINGERPRINT)
     assert (metadata.training_table_version, metadata.training_rows) == (0, outcome.model.training_rows)
     assert metadata.metrics["test_auc"] == outcome.model.metrics["test_auc"]
+    # What drift is told from came along.
+    assert decode((directory / REFERENCE_FILE).read_bytes()).rows == outcome.rows
     serving = load_model(local.models_path, "champion")
     assert serving is not None
     assert serving.digest == outcome.registered.sha256[MODEL_FILE]
