@@ -7,7 +7,7 @@ import pytest
 
 from gateway.contracts import reference as contract
 from gateway.contracts.features import FEATURE_NAMES
-from gateway.contracts.model_meta import REFERENCE_FILE
+from gateway.contracts.model_meta import EXPLANATION_FILE, REFERENCE_FILE
 from gateway.contracts.reference import DECISION, MEASURE_INDEX, RISK_SCORE, SCORE_BAND, Reference
 from model_export.dataset import TrainingSet
 from model_export.export import export
@@ -31,7 +31,7 @@ def model(data: TrainingSet) -> TrainedModel:
 @pytest.fixture(scope="module")
 def carried(data: TrainingSet, model: TrainedModel) -> Reference:
     exported = with_reference(export(model.booster, data.features), data, model, read_bands(""))
-    assert list(exported.extras) == [REFERENCE_FILE]
+    assert set(exported.extras) == {EXPLANATION_FILE, REFERENCE_FILE}
     return contract.decode(exported.extras[REFERENCE_FILE])
 
 
