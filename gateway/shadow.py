@@ -20,10 +20,10 @@ from gateway.requests import Requests
 from gateway.slack import Floats, Int64s
 
 QUEUED_MAX = 100_000
-LINGER_MS = 200
+LINGER_MS = 500
 FLUSH_S = 2.0
-# After so many records the thread lets the event loop run: it must not hold the interpreter for longer.
-TURN_ROWS = 16
+# After so many records the thread lets others run: it must not hold the interpreter, or the core, for longer.
+TURN_ROWS, TURN_S = 16, 0.0002
 
 
 class ShadowTopic:
@@ -69,7 +69,7 @@ class ShadowTopic:
                 except (BufferError, KafkaException):
                     failed += 1
                 if i % TURN_ROWS == TURN_ROWS - 1:
-                    time.sleep(0)
+                    time.sleep(TURN_S)
             producer.poll(0)
         if failed:
             self._metrics.shadow_unpublished.inc(failed)

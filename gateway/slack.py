@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 # At 64 rows a batch, 16,000 decisions and some 6 MB.
 BATCHES_MAX = 256
 # How long the thread waits once there is something: what just came is answered first, and more comes that shares the fixed costs.
-PAUSE_S = 0.05
-# So many rows of several batches go through a shadow model at once.
-SHADOW_ROWS = 256
-# How often a shadow's turn looks for an idle moment, and how long at most: on a gateway that is never idle shadows score a sample.
+PAUSE_S = 0.1
+# So many rows of several batches go through a shadow model at once: a third of a millisecond.
+SHADOW_ROWS = 64
+# How often each shadow model looks for an idle moment, and how long at most: on a gateway that is never idle shadows score a sample.
 LOOK_S, LOOK_MOST_S = 0.002, 0.05
 STOP_S = 5.0
 
@@ -113,19 +113,20 @@ class Slack:
             self._some.wait()
             self._some.clear()
             time.sleep(PAUSE_S)
-            looked_s = 0.0
             while (self._pairs or self._shadows) and not self._stopping:
                 self._metrics.slack_batches.set(len(self._pairs) + len(self._shadows))
-                if not self._pairs and looked_s < LOOK_MOST_S and not self._idle():
-                    time.sleep(LOOK_S)
-                    looked_s += LOOK_S
-                    continue
                 if self._pairs:
                     self._do(self.pair, self._taken(self._pairs, 1))
                 else:
-                    looked_s = 0.0
                     self._do(self.shadow, self._taken(self._shadows, SHADOW_ROWS))
             self._metrics.slack_batches.set(len(self._pairs) + len(self._shadows))
+
+    def _wait_for_a_moment(self) -> None:
+        """Until nobody waits for an answer, or the guard has something to do, or for LOOK_MOST_S."""
+        for _ in range(round(LOOK_MOST_S / LOOK_S)):
+            if self._idle() or self._pairs or self._stopping:
+                return
+            time.sleep(LOOK_S)
 
     @staticmethod
     def _taken(queue: deque[Scored], rows: int) -> list[Scored]:
@@ -152,11 +153,13 @@ class Slack:
         matrix = batches[0].matrix if len(batches) == 1 else np.concatenate([batch.matrix for batch in batches])
         scores: list[tuple[Model, Floats]] = []
         for model in batches[0].live.shadows:
+            self._wait_for_a_moment()
             probability = self._scored(model, matrix)
             if probability is not None:
                 self._metrics.shadow_scored.labels(model.ref.route).inc(len(probability))
                 scores.append((model, probability))
         if scores:
+            self._wait_for_a_moment()
             self._publish([(batch.requests, batch.rows) for batch in batches], scores)
 
     def pair(self, batches: list[Scored]) -> None:
