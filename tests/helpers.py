@@ -117,9 +117,17 @@ class RunningCommand:
 
     def wait_until(self, condition: Callable[[], object], timeout_s: float, what: str) -> None:
         """Like `wait_until`, and fails at once, with the end of its log, when the command ends before that."""
+        held = False
+
+        def ended() -> bool:
+            # What held once may not hold for the next of several workers: it isn't asked again.
+            nonlocal held
+            held = bool(condition())
+            return held or not self.alive
+
         try:
-            wait_until(lambda: condition() or not self.alive, timeout_s, what)
-            assert condition(), f"the command ended before: {what}"
+            wait_until(ended, timeout_s, what)
+            assert held, f"the command ended before: {what}"
         except AssertionError as exc:
             raise AssertionError(f"{exc}\nthe end of its log:\n{processes.log_tail(self.log_path, 40)}") from exc
 
