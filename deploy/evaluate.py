@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from deploy.public_data import PublicData, read_public
 from feature_jobs.handbook import handbook_features
@@ -23,6 +24,7 @@ from feature_jobs.training_set import codes_of, features_between
 from gateway.contracts.decision import RISK_SCORE_MAX
 from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.instants import instant_ms
+from loadtest.adapters import ADAPTERS
 from loadtest.events import LoadError
 from model_export.benchmark import DAY_MS, WEEK_DAYS, Payments, Ranking, date_of
 from model_export.cost import BandThresholds, CostModel, cost_of, thresholds
@@ -35,6 +37,7 @@ TEST_FROM = "2018-08-08"
 TRAIN_DAYS = (7, 28)
 WEEKS = 4
 HANDBOOK = "handbook"
+HANDBOOK_COLUMNS = next(a.columns for a in ADAPTERS if a.name == HANDBOOK)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def evaluate(argv: list[str]) -> int:
         description="Train and test on a public data set by the published split and metrics, with the pipeline's own features.",
     )
     parser.add_argument(
-        "--data", type=Path, action="append", required=True, metavar="FILE", help="a Parquet file; several in order of time"
+        "--data", type=Path, action="append", required=True, metavar="FILE", help="a Parquet file, or a folder of such"
     )
     parser.add_argument(
         "--test-from",
@@ -100,7 +103,7 @@ def evaluate(argv: list[str]) -> int:
         print(f"{line} ...", file=sys.stderr, flush=True)
 
     try:
-        report, best = run(options.data, options.test_from, options.train_days, options.weeks, say)
+        report, best = run(files_of(options.data), options.test_from, options.train_days, options.weeks, say)
     except (LoadError, ValueError) as exc:
         print(f"fraudgate evaluate: {exc}", file=sys.stderr)
         return 1
@@ -154,6 +157,20 @@ def run(
         money=money,
     )
     return report, evaluation_plots(fraud, named.probability, None if money is None else money.bands)
+
+
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """The files, and those of the handbook's transactions in each folder, by name. Raises `LoadError` when there are none."""
+    files = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = [p for p in sorted(path.glob("*.parquet")) if set(pq.read_schema(p).names).issuperset(HANDBOOK_COLUMNS)]
+        if not inside:
+            raise LoadError(f"{path} holds no file of the {HANDBOOK}'s transactions")
+        files += inside
+    return files
 
 
 def features_of(data: PublicData) -> npt.NDArray[np.float32]:

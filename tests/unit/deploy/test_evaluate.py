@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deploy.evaluate import evaluate, features_of
+from deploy.evaluate import evaluate, features_of, files_of
 from deploy.public_data import read_public
 from gateway.contracts.features import FEATURE_INDEX, FEATURES, LABEL_AGGREGATES
 from loadtest.events import LoadError
@@ -76,6 +76,15 @@ def test_a_file_in_two_parts_gives_what_the_whole_gives(tmp_path: Path) -> None:
     assert parts.silver.equals(whole.silver)
     assert parts.labels.equals(whole.labels)
     assert np.array_equal(parts.is_fraud, whole.is_fraud)
+
+
+def test_of_a_folder_the_files_with_the_handbooks_transactions_are_read(tmp_path: Path) -> None:
+    file = write(tmp_path / "payments.parquet", make_rows())
+    pq.write_table(pa.table({"TRANSACTION_ID": [1]}), tmp_path / "features.parquet")
+    assert files_of([tmp_path]) == [file]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LoadError, match="holds no file of the handbook's transactions"):
+        files_of([tmp_path / "empty"])
 
 
 def test_the_same_payment_in_two_files_is_refused(tmp_path: Path) -> None:
