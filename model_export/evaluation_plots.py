@@ -33,7 +33,7 @@ def _costs(bands: Sequence[BandThresholds]) -> bytes:
     axes.set_ylim(0, 1.5)
     axes.set_xlabel("declined from this risk score on (dotted: chosen, with reviews below it)")
     axes.set_ylabel("cost, of approving all")
-    axes.legend()
+    axes.legend(loc="upper right")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -55,7 +55,7 @@ def _histogram(is_fraud: npt.NDArray[np.bool_], probability: npt.NDArray[np.floa
     for label, rows in (("genuine", ~is_fraud), ("fraud", is_fraud)):
         axes.hist(probability[rows] * RISK_SCORE_MAX, bins=edges, label=f"{label} ({int(rows.sum())})", alpha=0.6)
     axes.set_yscale("log")
-    axes.legend()
+    axes.legend(loc="upper right")
     axes.set_title("scores")
     return figure
 

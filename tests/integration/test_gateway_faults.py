@@ -154,7 +154,7 @@ def test_a_corrupt_model_is_refused_and_without_any_the_rules_decide(served: Ser
     write_model(Path(own.model_dir), version="bad", seed=2)
     [second] = [p for p in Path(own.model_dir).rglob(MODEL_FILE) if p != model_path]
     second.write_bytes(bytes(bad))
-    served.command.wait_until(lambda: "model: refused" in served.command.log(), 10, "the model is refused")
+    served.command.wait_until(lambda: "model: champion refused" in served.command.log(), 10, "the model is refused")
     status, answer = post(own, make_transaction(name("refused")))
     assert (status, answer["model"]["version"]) == (200, "1")
     own = dataclasses.replace(own, gateway_port=free_ports(1)[0], instance_id=name("bare"))

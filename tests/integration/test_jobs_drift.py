@@ -30,7 +30,7 @@ from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, LIBRDKAFKA_PARTITIONER
 from gateway.contracts.wire import frame
 from tests.factories_drift import AMOUNT, START_MS, make_quiet, make_trained, place_champion
-from tests.helpers import run_command, running_command
+from tests.helpers import local_settings, run_command, running_command
 from tests.integration.test_jobs import make_receipt
 from tests.unit.gateway.factories import make_transaction
 
@@ -84,6 +84,22 @@ def drift_rows(settings: Settings) -> list[dict[str, Any]]:
         return []
     rows: list[dict[str, Any]] = held.to_pylist()
     return rows
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One of its own: receipts of other tests, of today, would end the windows of these."""
+    running = Stack(local_settings(tmp_path_factory.mktemp("drift-home")))
+    try:
+        running.up()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def settings(stack: Stack) -> Settings:
+    return stack.settings
 
 
 @pytest.fixture(scope="module")

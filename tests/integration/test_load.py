@@ -215,7 +215,7 @@ class Decider:
         # Risk by amount: declined from 100.00, challenged from 50.00.
         outcome = "decline" if t.amount_minor >= 10_000 else "challenge" if t.amount_minor >= 5_000 else "approve"
         names = {f["name"]: f["type"] for f in json.loads(TOPICS[DECISIONS].schema_text)["fields"]}
-        blank: dict[str, Any] = {"string": "", "int": 0, "long": 0}
+        blank: dict[str, Any] = {"string": "", "int": 0, "long": 0, "double": 1.0}
         record: dict[str, Any] = {
             name: None if isinstance(kind, list) else [] if isinstance(kind, dict) else blank[kind] for name, kind in names.items()
         }

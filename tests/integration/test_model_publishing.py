@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from deploy.services import http_ok
 from deploy.stack import Stack
-from gateway.contracts.model_meta import MODEL_FILE, PACKAGE_FILES, read_manifest
+from gateway.contracts.model_meta import ADMISSION_FILE, EXPLANATION_FILE, MODEL_FILE, PACKAGE_FILES, REFERENCE_FILE, read_manifest
 from gateway.contracts.settings import Settings, settings_env
 from gateway.model import load_model
 from model_export import registry_commands
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.integration
 ROWS = 1500
 BUCKET = "models"
 READY_WITHIN_S = 60
+EXTRAS = (ADMISSION_FILE, EXPLANATION_FILE, REFERENCE_FILE)
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_a_gateway_starts_and_scores_from_a_published_copy_with_mlflow_down(
 ) -> None:
     trained(local, "published", "shadow-a")
     url = f"file://{tmp_path}/store/models"
-    assert UrlStore(url).publish(local.models_path) == 2 * (len(PACKAGE_FILES) + 1) + 1
+    assert UrlStore(url).publish(local.models_path) == 2 * (len(PACKAGE_FILES) + len(EXTRAS)) + 1
     assert registry_commands.pull(["--from", url, "--name", "published"]) == 0
     assert read_manifest(elsewhere.models_path) == read_manifest(local.models_path)
     assert load_model(elsewhere.models_path, "shadow-a") is not None

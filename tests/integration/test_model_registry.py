@@ -141,9 +141,13 @@ def test_training_again_makes_the_next_version_and_moves_the_alias(local: Settin
 def test_pulling_twice_changes_no_file(local: Settings) -> None:
     train_and_register(local, name="twice")
     pull(local, "twice")
-    before = {p: p.stat() for p in local.models_path.rglob("*") if p.is_file()}
+
+    def files() -> dict[Path, tuple[int, int, int]]:
+        return {p: (s.st_ino, s.st_mtime_ns, s.st_size) for p in local.models_path.rglob("*") if p.is_file() for s in [p.stat()]}
+
+    before = files()
     assert pull(local, "twice") == []
-    assert {p: p.stat() for p in local.models_path.rglob("*") if p.is_file()} == before
+    assert files() == before
 
 
 def test_an_artifact_corrupted_in_the_registry_is_refused_and_the_old_model_stays(local: Settings) -> None:
