@@ -19,12 +19,10 @@ Each goes through the whole admission, as `fraudgate train` asks for it: the ver
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
-import onnx
 import pytest
 import xgboost
 
@@ -32,36 +30,10 @@ from gateway.contracts.features import FEATURE_NAMES
 from gateway.contracts.model_meta import PROP_FEATURES
 from model_export.admission import admit
 from model_export.dataset import TrainingSet
-from model_export.export import Export, export, to_onnx
+from model_export.export import Export, to_onnx
 from model_export.policy_bands import read_bands
-from model_export.training import TrainedModel, default_params, train
-from tests.factories_model import make_training_set
-
-
-@pytest.fixture(scope="module")
-def data() -> TrainingSet:
-    return make_training_set(3000)
-
-
-@pytest.fixture(scope="module")
-def model(data: TrainingSet) -> TrainedModel:
-    return train(data, threads=1, rounds_max=40)
-
-
-@pytest.fixture(scope="module")
-def exported(model: TrainedModel, data: TrainingSet) -> Export:
-    return export(model.booster, data.features)
-
-
-@contextmanager
-def edited(exported: Export) -> Iterator[tuple[onnx.ModelProto, Callable[[], Export]]]:
-    """The ONNX file to edit, and a function that gives the export with the edits."""
-    proto = onnx.load_from_string(exported.onnx_bytes)
-    yield proto, lambda: dataclasses.replace(exported, onnx_bytes=proto.SerializeToString())
-
-
-def attribute(proto: onnx.ModelProto, name: str) -> onnx.AttributeProto:
-    return next(a for a in proto.graph.node[0].attribute if a.name == name)
+from model_export.training import TrainedModel, default_params
+from tests.unit.model_export.exports import attribute, edited
 
 
 def refused_by(bad: Export, model: TrainedModel, data: TrainingSet) -> set[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -16,37 +14,11 @@ from gateway.contracts.model_meta import GOLDEN_TOLERANCE, PROP_FINGERPRINT
 from model_export.checks import Check, check_export, refuse_failed
 from model_export.dataset import TrainingSet
 from model_export.errors import ExportRefusedError
-from model_export.export import GOLDEN_ROWS, Export, export, to_onnx
-from model_export.training import TrainedModel, train
-from tests.factories_model import make_training_set
+from model_export.export import GOLDEN_ROWS, Export, to_onnx
+from model_export.training import TrainedModel
+from tests.unit.model_export.exports import attribute, edited
 
 COMPARISONS = ["training rows", "missing values", "infinities, zeros, extremes", "values at each split", "golden rows"]
-
-
-@pytest.fixture(scope="module")
-def data() -> TrainingSet:
-    return make_training_set(3000)
-
-
-@pytest.fixture(scope="module")
-def model(data: TrainingSet) -> TrainedModel:
-    return train(data, threads=1, rounds_max=40)
-
-
-@pytest.fixture(scope="module")
-def exported(model: TrainedModel, data: TrainingSet) -> Export:
-    return export(model.booster, data.features)
-
-
-@contextmanager
-def edited(exported: Export) -> Iterator[tuple[onnx.ModelProto, Callable[[], Export]]]:
-    """The ONNX file to edit, and a function that gives the export with the edits."""
-    proto = onnx.load_from_string(exported.onnx_bytes)
-    yield proto, lambda: dataclasses.replace(exported, onnx_bytes=proto.SerializeToString())
-
-
-def attribute(proto: onnx.ModelProto, name: str) -> onnx.AttributeProto:
-    return next(a for a in proto.graph.node[0].attribute if a.name == name)
 
 
 def failed(checks: list[Check]) -> set[str]:
