@@ -8,9 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
-from confluent_kafka import Producer
+from confluent_kafka import KafkaError, Message, Producer
 
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, LIBRDKAFKA_PARTITIONER, TRANSACTIONS
@@ -62,6 +63,8 @@ class Flow:
 
     def __init__(self, settings: Settings, rate: int) -> None:
         self.sent: list[str] = []
+        self.delivered: set[str] = set()
+        self.errors: list[str] = []
         self._rate = rate
         self._prefix = name("flow")
         self._ended = threading.Event()
@@ -76,6 +79,7 @@ class Flow:
                 "enable.idempotence": True,
                 "linger.ms": 5,
                 "log_level": 0,
+                "error_cb": lambda error: self.errors.append(str(error)),
             }
         )
         began_s = time.monotonic()
@@ -83,10 +87,20 @@ class Flow:
             while len(self.sent) < (time.monotonic() - began_s) * self._rate:
                 i = len(self.sent)
                 t = make_transaction(f"{self._prefix}-{i}", card_id=f"card-{self._prefix}-{i % CARDS}")
-                producer.produce(TRANSACTIONS, encode_json(t), t.card_id)
+                producer.produce(TRANSACTIONS, encode_json(t), t.card_id, on_delivery=partial(self._told, t.transaction_id))
                 self.sent.append(t.transaction_id)
             producer.poll(0)
         self._left = producer.flush(60)
+
+    def _told(self, transaction_id: str, error: KafkaError | None, _: Message) -> None:
+        if error is None:
+            self.delivered.add(transaction_id)
+        else:
+            self.errors.append(str(error))
+
+    def state(self) -> str:
+        """What the broker has acknowledged, for whoever asks where a payment went."""
+        return f"{len(self.sent)} sent, {len(self.delivered)} acknowledged, errors: {self.errors[-5:]}"
 
     def end(self) -> set[str]:
         """Every transaction that was sent, once the broker has them all."""

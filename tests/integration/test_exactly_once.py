@@ -174,7 +174,10 @@ def test_the_broker_killed_and_restarted(stack: Stack, tail: Receipts, settings:
                 tail.read_some(RATE * 3)
                 stack.kill("kafka")
                 stack.start(["kafka"])
-                took_s = tail.wait_decided(set(flow.sent), 90)
+                try:
+                    took_s = tail.wait_decided(set(flow.sent), 90)
+                finally:
+                    print(f"\nthe flow: {flow.state()}", flush=True)
                 print(f"\ndecided all that was due {took_s:.1f} s after the broker was back", flush=True)
             sent = flow.end()
             assert_each_decided_once(tail, sent, "the broker killed three times")

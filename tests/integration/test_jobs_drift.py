@@ -34,7 +34,7 @@ from tests.helpers import local_settings, run_command, running_command
 from tests.integration.test_jobs import make_receipt
 from tests.unit.gateway.factories import make_transaction
 
-pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Simulated time: a Monday noon three weeks after the training rows began.
 LIVE_MS = START_MS + 21 * 86_400_000 + 12 * 3_600_000

@@ -50,6 +50,7 @@ def test_one_that_doubles_declines_of_one_percent_and_more_without_another_sign_
     assert within(World(400, extra=before / (1 - before)), 2000) >= 0.95
 
 
+@pytest.mark.slow
 def test_two_equal_models_trip_it_in_under_one_percent_of_runs() -> None:
     # Equal in quality, each with an opinion of its own: the hard case. 2,000 runs of 20,000 payments.
     runs = found_at(World(800, noise=1.0), 2000, 20_000, 11, look=500)

@@ -24,6 +24,7 @@ def covers(interval: Interval, truth: float) -> bool:
     return interval.low <= truth <= interval.high
 
 
+@pytest.mark.slow
 def test_naive_estimates_miss_the_truth_and_corrected_ones_cover_it(capsys: pytest.CaptureFixture[str]) -> None:
     """Five simulated worlds, eight draws of the exploration in each; what the champion declines, which differs, has no label."""
     held: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
