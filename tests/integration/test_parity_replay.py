@@ -32,7 +32,9 @@ REPLAYS = (
 )
 # What is killed once so many decisions have been made.
 KILLS = (("jobs", 40_000), ("gateway", 90_000), ("jobs", 150_000), ("gateway", 220_000))
-ROWS_MIN = 300_000
+SENT_MIN = 300_000
+# Those flagged stale are left out: a fifth to a quarter, more the further Spark lags on a loaded machine.
+COMPARED_MIN = 200_000
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def test_no_feature_differs_over_two_months_of_payments_with_two_kills_each(stac
     done.set()
     killer.join()
     assert failures == []
-    assert sent > ROWS_MIN
+    assert sent > SENT_MIN
     wait_until(
         lambda: rows_of(settings, tables.DECISIONS) == rows_of(settings, tables.SILVER) == sent, 600, "all receipts in Delta"
     )
@@ -112,6 +114,6 @@ def test_no_feature_differs_over_two_months_of_payments_with_two_kills_each(stac
     parity = json.loads(ended.stdout)
     assert parity["examples"] == []
     assert (ended.returncode, parity["different"]) == (0, 0)
-    assert parity["rows"] >= ROWS_MIN
+    assert parity["rows"] >= COMPARED_MIN
     assert parity["compared"] == parity["rows"] * len(FEATURES)
     assert DeltaTable(tables.table_uri(settings.tables, tables.LABEL_CHANGES)).to_pyarrow_table().num_rows > 1_000
