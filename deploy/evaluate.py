@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +45,8 @@ class Row:
 
     model: str
     week: Ranking
-    mean: Ranking | None
-    spread: Ranking | None
+    mean: Ranking
+    spread: Ranking
     weeks: list[str]
     recipe: str
 
@@ -116,7 +115,11 @@ def evaluate(argv: list[str]) -> int:
 
 
 def run(
-    paths: Sequence[Path], test_from_ms: int | None, train_days: Sequence[int], weeks: int, say: Any = lambda _: None
+    paths: Sequence[Path],
+    test_from_ms: int | None,
+    train_days: Sequence[int],
+    weeks: int,
+    say: Callable[[str], object] = lambda _: None,
 ) -> tuple[Report, dict[str, bytes]]:
     """The report, and the plots of the last model by file name. Raises `LoadError` and ValueError."""
     say("reading")
@@ -247,8 +250,8 @@ def as_json(report: Report) -> str:
     models = {
         row.model: asdict(row.week)
         | {
-            "mean": row.mean and asdict(row.mean),
-            "spread": row.spread and asdict(row.spread),
+            "mean": asdict(row.mean),
+            "spread": asdict(row.spread),
             "weeks": row.weeks,
             "recipe": row.recipe,
         }
@@ -282,7 +285,6 @@ def as_text(report: Report) -> str:
             lines.append(f"{name:<48}{r.auc:>9.3f}{r.ap:>9.3f}{r.cp100:>9.3f}")
     for row in report.rows:
         w, m, s = row.week, row.mean, row.spread
-        assert m is not None and s is not None
         lines.append(
             f"{row.model:<48}{w.auc:>9.4f}{w.ap:>9.4f}{w.cp100:>9.4f}   "
             f"{m.auc:.4f} ({s.auc:.4f}) {m.ap:.4f} ({s.ap:.4f}) {m.cp100:.4f} ({s.cp100:.4f})"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import secrets
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, Message, Producer, TopicPartition
@@ -18,6 +20,7 @@ from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, LIBRDKAFKA_PARTITIONER, TRANSACTIONS
 from gateway.contracts.transaction import Transaction, encode_json
 from gateway.contracts.wire import unframe
+from tests.helpers import free_ports
 from tests.unit.gateway import factories
 
 TIMEOUT_S = 60.0
@@ -35,6 +38,20 @@ def make_transaction(transaction_id: str, event_time_ms: int | None = None, **ch
 def name(prefix: str) -> str:
     """A new one each time, with too few digits to be taken for a card number."""
     return f"{prefix}-{secrets.token_hex(4)}"
+
+
+def gateway_of_its_own(settings: Settings, folder: Path, instance: str) -> Settings:
+    """With home, models and port of a test's own. Wide budgets: what is tested is what is answered, on machines however busy."""
+    [port] = free_ports(1)
+    return dataclasses.replace(
+        settings,
+        home=str(folder / "home"),
+        gateway_port=port,
+        model_dir=str(folder / "models"),
+        instance_id=name(instance),
+        feature_budget_ms=2000,
+        decision_budget_ms=9000,
+    )
 
 
 def request(settings: Settings, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import io
 import json
 import random
@@ -33,8 +32,17 @@ from gateway.contracts.transaction import encode_json
 from gateway.contracts.wire import unframe
 from gateway.model import load_model
 from loadtest.offered import Offered, offer
-from tests.helpers import RunningCommand, free_ports, run_command, running_command, wait_until
-from tests.integration.gateway_helpers import Decisions, Tail, make_transaction, name, post, ready_without, request
+from tests.helpers import RunningCommand, run_command, running_command, wait_until
+from tests.integration.gateway_helpers import (
+    Decisions,
+    Tail,
+    gateway_of_its_own,
+    make_transaction,
+    name,
+    post,
+    ready_without,
+    request,
+)
 from tests.unit.gateway.factories import write_model
 
 pytestmark = pytest.mark.integration
@@ -57,17 +65,7 @@ def own(stack: Stack, settings: Settings, tmp_path: Path) -> Settings:
     assert stack.pid("kafka")
     create_topics(settings)
     register_schemas(settings)
-    [port] = free_ports(1)
-    # Wide budgets: what is tested here is what is answered, on machines however busy.
-    return dataclasses.replace(
-        settings,
-        home=str(tmp_path / "home"),
-        gateway_port=port,
-        model_dir=str(tmp_path / "models"),
-        instance_id=name("routes"),
-        feature_budget_ms=2000,
-        decision_budget_ms=9000,
-    )
+    return gateway_of_its_own(settings, tmp_path, "routes")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 import time
@@ -17,8 +16,8 @@ from deploy.stack import Stack
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import encode_json
 from loadtest.offered import FAILED, NOT_SENT, Offered, offer, quantile
-from tests.helpers import RunningCommand, free_ports, running_command
-from tests.integration.gateway_helpers import Decisions, make_transaction, name, post, produce, ready_without
+from tests.helpers import RunningCommand, running_command
+from tests.integration.gateway_helpers import Decisions, gateway_of_its_own, make_transaction, name, post, produce, ready_without
 from tests.unit.gateway.factories import write_model
 
 pytestmark = pytest.mark.integration
@@ -31,17 +30,7 @@ CONNECTIONS = 400
 def own(stack: Stack, settings: Settings, tmp_path: Path) -> Settings:
     assert stack.pid("kafka")
     write_model(tmp_path / "models")
-    [port] = free_ports(1)
-    # Wide budgets: what is tested here is what is answered, on machines however busy.
-    return dataclasses.replace(
-        settings,
-        home=str(tmp_path / "home"),
-        gateway_port=port,
-        model_dir=str(tmp_path / "models"),
-        instance_id=name("workers"),
-        feature_budget_ms=2000,
-        decision_budget_ms=9000,
-    )
+    return gateway_of_its_own(settings, tmp_path, "workers")
 
 
 @pytest.fixture

@@ -63,6 +63,21 @@ def test_the_table_stands_beside_the_published_figures_and_the_plots_are_written
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "out").iterdir())
 
 
+def test_the_text_has_a_line_for_each_model_and_the_published_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "payments.parquet", make_rows())
+    assert (
+        evaluate([f"--data={file}", "--test-from=2018-05-11", "--train-days", "7", "--weeks=1", f"--out={tmp_path / 'out'}"]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[3:7]] == [
+        "published: XGBoost, one week of training",
+        "published: best in the book, four weeks' mean",
+        "the book's 15 features, XGBoost as published",
+        "fraudgate, 7 days of training",
+    ]
+    assert any(line.startswith("calibration on that week: mean probability 0.") for line in lines)
+
+
 def test_a_file_in_two_parts_gives_what_the_whole_gives(tmp_path: Path) -> None:
     rows = make_rows()
     whole = read_public([write(tmp_path / "whole.parquet", rows)])
