@@ -36,7 +36,10 @@ RECEIPT_DDL = (
 )
 # Of a receipt's transaction only what gold needs to count a decline for its entities.
 RECEIPT_ENTITIES_DDL = "event_time_ms bigint, card_id string, customer_id string, merchant_id string, device_id string, ip string"
-LABEL_DDL = "transaction_id string, card_id string, is_fraud boolean, source string, state string, reported_at_ms bigint"
+LABEL_DDL = (
+    "transaction_id string, card_id string, is_fraud boolean, source string, state string, reported_at_ms bigint, "
+    "amount_minor bigint, effective_at_ms bigint"
+)
 
 DDL: dict[str, str] = {
     tables.BRONZE: (

@@ -30,6 +30,7 @@ INTEGER_FIELDS = ("event_time_ms", "amount_minor")
 COORDINATES = ("latitude", "longitude")
 JSON_OPTIONS = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false", "mode": "PERMISSIVE"}
 LABEL_FIELDS = tuple(part.split()[0] for part in LABEL_DDL.split(", "))
+LABEL_OPTIONAL_FIELDS = frozenset({"amount_minor", "effective_at_ms"})
 RECEIPT_FIELDS = tuple(part.split()[0] for part in RECEIPT_DDL.split(", "))
 RECEIPT_ENTITY_FIELDS = tuple(part.split()[0] for part in RECEIPT_ENTITIES_DDL.split(", "))
 
@@ -235,7 +236,8 @@ def _sql_type(field: str) -> str:
 
 
 def _label_is_right(label: Column) -> Column:
-    complete = reduce(lambda so_far, name: so_far & label[name].isNotNull(), LABEL_FIELDS, F.lit(True))
+    required = (name for name in LABEL_FIELDS if name not in LABEL_OPTIONAL_FIELDS)
+    complete = reduce(lambda so_far, name: so_far & label[name].isNotNull(), required, F.lit(True))
     return (
         complete
         & label["source"].isin("chargeback", "refund", "analyst")

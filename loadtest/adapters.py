@@ -236,4 +236,5 @@ def _label(t: Transaction) -> Label:
         source="chargeback",
         state="confirmed",
         reported_at_ms=t.event_time_ms + FRAUD_LABEL_DELAY_MS,
+        amount_minor=t.amount_minor,
     )

@@ -19,15 +19,16 @@ from pyspark.sql.types import StructType
 
 from feature_jobs import lake
 from feature_jobs.lake import DDL
-from feature_jobs.parse import parse, receipt_columns
+from feature_jobs.parse import LABEL_FIELDS, parse, receipt_columns
 from feature_jobs.session import build_session
 from gateway.avro import encode_receipt
 from gateway.contracts import tables
 from gateway.contracts.decision import Outcome, Receipt
+from gateway.contracts.label import Label
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, LABELS, TOPICS, TRANSACTIONS
 from gateway.contracts.wire import frame
-from tests.integration.test_jobs import make_receipt
+from tests.integration.test_jobs import make_label, make_receipt
 from tests.unit.gateway.factories import make_transaction
 
 pytestmark = [
@@ -92,3 +93,40 @@ def test_old_and_new_receipts_of_one_topic_land_in_a_table_of_before(
     found = {row["transaction_id"]: row for row in spark.read.format("delta").load(uri).collect()}
     assert [found["old"][name] for name in NEW_FIELDS] == ["only", "decline", 1.0]
     assert [found["new"][name] for name in NEW_FIELDS] == ["share", "decline", 0.02]
+
+
+def test_old_and_new_labels_of_one_topic_land_in_a_table_of_before(spark: SparkSession, settings: Settings, tmp_path: Path) -> None:
+    own = dataclasses.replace(settings, tables_uri=str(tmp_path))
+    uri = tables.table_uri(own.tables, tables.LABELS)
+    added = ("amount_minor", "effective_at_ms")
+    today = StructType.fromDDL(DDL[tables.LABELS])
+    assert isinstance(today, StructType)
+    before = StructType([f for f in today.fields if f.name not in added])
+    DeltaTable.createIfNotExists(spark).location(uri).addColumns(before).execute()
+    lake.create_tables(spark, own)
+
+    old = make_label(make_transaction("old"), True, 5)
+    new = msgspec.structs.replace(make_label(make_transaction("new"), True, 6), amount_minor=250, effective_at_ms=7)
+    schema = json.loads(TOPICS[LABELS].schema_text)
+    old_text = json.dumps(schema | {"fields": [f for f in schema["fields"] if f["name"] not in added]})
+    values = [_label_value(OLD_ID, old_text, old), _label_value(NEW_ID, TOPICS[LABELS].schema_text, new)]
+    values.append(msgspec.json.encode(msgspec.structs.replace(new, transaction_id="json", amount_minor=None)))
+    at = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    bronze = [(LABELS, 0, i, None, value, None, at, at, 0) for i, value in enumerate(values)]
+    schemas = {
+        TRANSACTIONS: {10: TOPICS[TRANSACTIONS].schema_text},
+        DECISIONS: {11: TOPICS[DECISIONS].schema_text},
+        LABELS: {OLD_ID: old_text, NEW_ID: TOPICS[LABELS].schema_text},
+    }
+    parsed = parse(spark.createDataFrame(bronze, DDL[tables.BRONZE]).coalesce(1), schemas).persist()
+    source = [F.col("partition"), F.col("offset"), F.col("kafka_timestamp"), F.lit(0).cast("bigint").alias("batch_id")]
+    lake.append(parsed.where("l is not null").select(*(f"l.{name}" for name in LABEL_FIELDS), *source), uri, "test", 0, "silver")
+
+    found = {row["transaction_id"]: tuple(row[name] for name in added) for row in spark.read.format("delta").load(uri).collect()}
+    assert found == {"old": (None, None), "new": (250, 7), "json": (None, 7)}
+
+
+def _label_value(schema_id: int, schema: str, label: Label) -> bytes:
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(schema)), msgspec.structs.asdict(label))
+    return frame(schema_id, out.getvalue())
