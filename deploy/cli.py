@@ -42,6 +42,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("serve", "gateway.commands", "serve", "run the gateway: POST /score and the transactions topic"),
         Command("reload", "gateway.commands", "reload", "replace the workers of the gateway that runs, one by one"),
         Command("score", "gateway.commands", "score", "score one transaction, given as JSON, and print the decision"),
+        Command("keys", "gateway.key_commands", "keys", "make, list and revoke API keys: create, list, revoke"),
         Command(
             "explain",
             "deploy.explain",

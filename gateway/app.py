@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 
 from gateway.admission import AdaptiveLimit
+from gateway.api_keys import KeyBook
 from gateway.avro import SchemaBook
 from gateway.batcher import Batcher
 from gateway.connections import Connections, Limits
@@ -73,7 +75,7 @@ class Gateway:
 
     With `consume` it takes part in the consumer group from its start, else when `consume()` says so.
 
-    Raises `PolicyRefusedError` when the policy can't serve: a gateway doesn't start without one.
+    Raises `PolicyRefusedError` when the policy can't serve, `KeyFileError` for the file of API keys: a gateway doesn't start without them.
     """
 
     def __init__(self, settings: Settings, *, kafka: bool = True, consume: bool = True) -> None:
@@ -146,7 +148,8 @@ class Gateway:
             publish_budget_s=settings.publish_budget_ms / 1000,
             batch_interval_s=settings.batch_interval_ms / 1000,
         )
-        self.door = ScoreDoor(self.batcher, self.metrics, settings.decision_budget_ms)
+        self.keys = KeyBook(Path(settings.api_keys_path).expanduser()) if settings.api_keys_path else None
+        self.door = ScoreDoor(self.batcher, self.metrics, settings.decision_budget_ms, keys=self.keys)
         self.connections = Connections(
             Limits(settings.connections_max, settings.request_timeout_ms / 1000, settings.keep_alive_s), self.metrics
         )
@@ -226,6 +229,8 @@ class Gateway:
             self._know_schemas(),
         )
         self._tasks = [asyncio.create_task(work) for work in forever]
+        if self.keys is not None:
+            self._tasks.append(asyncio.create_task(self.keys.watch()))
         if self._consumes:
             self.consume()
         if self.worker_metrics is not None:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from gateway.api_keys import KeyFileError
 from gateway.contracts.decision import Answer
-from gateway.contracts.settings import load_settings
+from gateway.contracts.settings import client_headers, load_settings
 from gateway.errors import PolicyRefusedError, Problem
 from gateway.http import SCORE_PATH
 from gateway.supervisor import PID_FILE, POLICY_STATUS, Supervisor
@@ -43,6 +44,9 @@ def serve(argv: Sequence[str]) -> int:
         return asyncio.run(Supervisor(settings, args.workers, kafka=not args.no_kafka).run())
     try:
         return run(settings, kafka=not args.no_kafka)
+    except KeyFileError as exc:
+        print(f"fraudgate serve: the API keys can't be used: {exc}", file=sys.stderr)
+        return POLICY_STATUS
     except PolicyRefusedError as exc:
         print(f"fraudgate serve: the policy can't be used: {exc}", file=sys.stderr)
         return POLICY_STATUS
@@ -71,8 +75,9 @@ def score(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     settings = load_settings()
     body = sys.stdin.buffer.read() if args.transaction == "-" else args.transaction.encode()
+    headers = {"Content-Type": "application/json"} | client_headers(settings)
     # The URL is our own setting, hence http.
-    request = urllib.request.Request(settings.gateway + SCORE_PATH, body, {"Content-Type": "application/json"})  # noqa: S310
+    request = urllib.request.Request(settings.gateway + SCORE_PATH, body, headers)  # noqa: S310
     try:
         with urllib.request.urlopen(request, timeout=SCORE_TIMEOUT_S) as reply:  # noqa: S310
             answer = reply.read()

@@ -76,6 +76,31 @@ class BadDeadlineError(GatewayError):
     text = "Fraudgate-Deadline-Ms must be a whole number of milliseconds, 1 to 999999"
 
 
+class UnauthorizedError(GatewayError):
+    """No API key came, or one that isn't known, is revoked or has expired. Which of them is not told."""
+
+    http_status = 401
+    reason = "unauthorized"
+    text = "send an API key that is in force as Authorization: Bearer KEY, or X-Api-Key: KEY"
+
+
+class ForbiddenError(GatewayError):
+    """The API key has another scope."""
+
+    http_status = 403
+    reason = "forbidden"
+    text = "this API key is not for that"
+
+
+class RateLimitedError(GatewayError):
+    """The API key has used up its calls a second."""
+
+    http_status = 429
+    retriable = True
+    reason = "rate_limited"
+    text = "this API key has made as many calls a second as it may; try again after Retry-After"
+
+
 class MalformedRequestError(GatewayError):
     """What came is no HTTP request. The connection ends with this answer."""
 
@@ -127,12 +152,17 @@ HTTP_ERRORS: tuple[type[GatewayError], ...] = (
     MethodNotAllowedError,
     BadDeadlineError,
     BadExplainError,
+    UnauthorizedError,
+    ForbiddenError,
+    RateLimitedError,
     MalformedRequestError,
     RequestTimeoutError,
     HeadTooLargeError,
 )
 TITLES = {
     400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
     405: "Method Not Allowed",
     408: "Request Timeout",
     409: "Conflict",
@@ -189,4 +219,6 @@ def problem_reply(error: RefusedError | GatewayError) -> tuple[int, Headers, byt
         headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
     if problem.status == MethodNotAllowedError.http_status:
         headers.append((b"allow", b"POST"))
+    if problem.status == UnauthorizedError.http_status:
+        headers.append((b"www-authenticate", b"Bearer"))
     return problem.status, headers, body

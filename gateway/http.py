@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.api_keys import AUTHORIZATION, X_API_KEY, KeyBook, presented
 from gateway.batcher import Batcher, Done
 from gateway.contracts.decision import Answer, Door
 from gateway.contracts.reasons import Refusal
@@ -55,7 +56,7 @@ class DisconnectedError(Exception):
 
 
 class ScoreDoor:
-    """`clock_s` is the monotonic clock that deadlines are on."""
+    """`clock_s` is the monotonic clock that deadlines are on. Without `keys` nobody is asked for one."""
 
     def __init__(
         self,
@@ -63,7 +64,9 @@ class ScoreDoor:
         metrics: Metrics,
         decision_budget_ms: int,
         clock_s: Callable[[], float] = time.monotonic,
+        keys: KeyBook | None = None,
     ) -> None:
+        self.keys = keys
         self._batcher = batcher
         self._metrics = metrics
         self.budget_s = decision_budget_ms / 1000
@@ -111,6 +114,9 @@ class ScoreDoor:
         if scope["method"] != "POST":
             raise MethodNotAllowedError
         budget_s, explain = self.budget_s, False
+        if self.keys is not None:
+            headers = dict(scope["headers"])
+            self.keys.check(presented(headers.get(AUTHORIZATION), headers.get(X_API_KEY)), "score")
         for name, value in scope["headers"]:
             if name == DEADLINE_HEADER:
                 budget_s = self.budget_of(value)

@@ -17,6 +17,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.admission import TARGET_SHARE
+from gateway.api_keys import AUTHORIZATION, X_API_KEY, presented
 from gateway.connections import CLOSE, Connection, Connections, reply_bytes
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError
@@ -41,14 +42,26 @@ _SCORE_URL = SCORE_PATH.encode()
 _SCORE_QUERY = _SCORE_URL + b"?"
 _EXPECT, _LENGTH = b"expect", b"content-length"
 # To pass over the headers that are none of ours without lowering their names.
-_LENGTHS_OF_NAMES = {len(_EXPECT), len(_LENGTH), len(DEADLINE_HEADER), len(EXPLAIN_HEADER)}
+_LENGTHS_OF_NAMES = {len(_EXPECT), len(_LENGTH), len(DEADLINE_HEADER), len(EXPLAIN_HEADER), len(AUTHORIZATION), len(X_API_KEY)}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Exchange:
     """One request to /score on its connection. `reply` is b"" once it was written before the request was read to its end."""
 
-    __slots__ = ("body", "budget_s", "explain", "keep_alive", "protocol", "read", "received_s", "reply", "shed")
+    __slots__ = (
+        "authorization",
+        "body",
+        "budget_s",
+        "explain",
+        "keep_alive",
+        "protocol",
+        "read",
+        "received_s",
+        "reply",
+        "shed",
+        "x_api_key",
+    )
 
     def __init__(self, protocol: DoorProtocol, received_s: float, budget_s: float, keep_alive: bool) -> None:
         self.protocol = protocol
@@ -56,6 +69,8 @@ class Exchange:
         self.budget_s = budget_s
         self.keep_alive = keep_alive
         self.explain = False
+        self.authorization: bytes | None = None
+        self.x_api_key: bytes | None = None
         self.body = b""
         self.read = False
         self.reply: bytes | None = None
@@ -180,6 +195,8 @@ class DoorProtocol(HttpToolsProtocol):
                     expects |= self._heed(exchange, name.lower(), value)
                 except (RefusedError, GatewayError) as exc:
                     error = exc
+        if door.keys is not None:
+            error = self._unlocked(exchange) or error
         refusal = door.refusal()
         if self._held_from_s is not None and refusal is None and door.clock_s() - self._held_from_s > door.budget_s * TARGET_SHARE:
             # It may have waited in its socket for as long as that: too late to be decided in time.
@@ -194,12 +211,25 @@ class DoorProtocol(HttpToolsProtocol):
         elif error is not None:
             self._refuse(exchange, error)
 
+    def _unlocked(self, exchange: Exchange) -> GatewayError | None:
+        """Why its API key doesn't open the door."""
+        assert self.door.keys is not None
+        try:
+            self.door.keys.check(presented(exchange.authorization, exchange.x_api_key), "score")
+        except GatewayError as exc:
+            return exc
+        return None
+
     def _heed(self, exchange: Exchange, name: bytes, value: bytes) -> bool:
         """True when the caller waits for a word before it sends its body. Raises for what can't be accepted."""
         if name == DEADLINE_HEADER:
             exchange.budget_s = self.door.budget_of(value)
         elif name == EXPLAIN_HEADER:
             exchange.explain = self.door.explain_of(value)
+        elif name == AUTHORIZATION:
+            exchange.authorization = value
+        elif name == X_API_KEY:
+            exchange.x_api_key = value
         elif name == _LENGTH and declares_too_much(value):
             raise RefusedError(Refusal.TOO_LARGE)
         return name == _EXPECT and value.lower() == b"100-continue"

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import uvicorn
 
+from gateway.api_keys import KeyFileError
 from gateway.app import DRAIN_S, Gateway
 from gateway.contracts.settings import Settings, load_settings
 from gateway.errors import PolicyRefusedError
@@ -125,6 +126,9 @@ def main(argv: Sequence[str]) -> int:
     log_to_stderr(f"worker {args.slot} ")
     try:
         gateway = Gateway(settings, kafka=not args.no_kafka, consume=False)
+    except KeyFileError as exc:
+        print(f"fraudgate serve: the API keys can't be used: {exc}", file=sys.stderr)  # noqa: T201
+        return POLICY_STATUS
     except PolicyRefusedError as exc:
         print(f"fraudgate serve: the policy can't be used: {exc}", file=sys.stderr)  # noqa: T201
         return POLICY_STATUS

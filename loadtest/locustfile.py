@@ -13,12 +13,14 @@ from typing import Any
 import msgspec
 from locust import FastHttpUser, constant_throughput, events, task
 
+from gateway.contracts.settings import client_headers, load_settings
 from gateway.contracts.transaction import encode_json
 from loadtest.sla import ERROR_BUDGET, LARGE_MINOR, NUMBERS, P99_MS_MAX, REFUSED, complaint, payment, verdict
 
 PATH = "/score"
 REQUESTS_A_SECOND_AND_USER = 10
 REMEMBERED = 20
+HEADERS = {"Content-Type": "application/json"} | client_headers(load_settings())
 
 
 class PaymentService(FastHttpUser):  # type: ignore[misc]
@@ -52,7 +54,7 @@ class PaymentService(FastHttpUser):  # type: ignore[misc]
         self.score("refused", body, status, reason)
 
     def score(self, name: str, body: bytes, status: int = 200, reason: str | None = None) -> None:
-        headers = {"Content-Type": "application/json"}
+        headers = HEADERS
         with self.client.post(PATH, data=body, headers=headers, name=name, catch_response=True) as response:
             wrong = complaint(response.status_code, response.content or b"", status, reason)
             if wrong is not None:

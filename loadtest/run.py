@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from gateway.contracts.label import Label
 from gateway.contracts.registry import SchemaRegistry
-from gateway.contracts.settings import Settings
+from gateway.contracts.settings import Settings, client_headers
 from gateway.contracts.topics import DECISIONS, LABELS, QUARANTINE, TRANSACTIONS
 from gateway.contracts.transaction import EVENT_TIME_FUTURE_MS_MAX
 from loadtest.accounting import Accountant, Accounting
@@ -126,7 +126,7 @@ def run_load(load: Load, settings: Settings, *, show_progress: bool = True) -> R
             topic: avro_encoder(topic, registry) if load.avro else json_encoder() for topic in (TRANSACTIONS, LABELS)
         }
         kafka = KafkaSender(settings.bootstrap, encoders[TRANSACTIONS], encoders[LABELS], history=load.history, ledger=ledger)
-    http = HttpSender(settings.gateway, ledger=ledger) if "http" in load.doors else None
+    http = HttpSender(settings.gateway, ledger=ledger, headers=client_headers(settings)) if "http" in load.doors else None
     accountant = (
         None
         if ledger is None

@@ -16,6 +16,7 @@ from gateway.contracts.redis_address import cluster_seeds, is_cluster
 ENV_PREFIX = "FRAUDGATE_"
 EXACTLY_ONCE, AT_LEAST_ONCE = "exactly_once", "at_least_once"
 PORT_MAX = 65_535
+CLIENT_KEY_LENGTH_MAX = 128
 
 
 class SettingError(ValueError):
@@ -97,6 +98,13 @@ class Settings:
         "", "public Ed25519 key (PEM); with it fraudgate pull refuses a model that isn't signed by its owner; empty: any is taken"
     )
     policy_path: str = _setting("", "the policy file (YAML); empty: the one that ships with the gateway")
+
+    api_keys_path: str = _setting(
+        "", "file of the API keys (fraudgate keys) that POST /score and the case service ask for; empty: nobody is asked for one"
+    )
+    client_key_path: str = _setting(
+        "", "file that holds the one API key which fraudgate score, simulate, replay and loadtest send; empty: they send none"
+    )
 
     challenger_share_permille: int = _setting(
         100,
@@ -252,6 +260,19 @@ class Settings:
     def schemas_path(self) -> Path:
         """The local copy of the schema registry's answers."""
         return self.home_path / "schemas"
+
+
+def client_headers(settings: Settings) -> dict[str, str]:
+    """The HTTP header with the API key that our own callers send; nothing without a key. Raises `SettingError` for a bad file."""
+    if not settings.client_key_path:
+        return {}
+    try:
+        key = Path(settings.client_key_path).expanduser().read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise SettingError(f"FRAUDGATE_CLIENT_KEY_PATH: the file can't be read: {type(exc).__name__}") from exc
+    if not key or len(key) > CLIENT_KEY_LENGTH_MAX or not key.isprintable() or " " in key:
+        raise SettingError("FRAUDGATE_CLIENT_KEY_PATH: the file must hold one API key")
+    return {"Authorization": f"Bearer {key}"}
 
 
 def settings_env(settings: Settings) -> dict[str, str]:

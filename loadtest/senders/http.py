@@ -13,7 +13,7 @@ import urllib.parse
 import urllib.request
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import httptools
@@ -161,14 +161,16 @@ class HttpSender:
         request_timeout_s: float = REQUEST_TIMEOUT_S,
         attempts_max: int = ATTEMPTS_MAX,
         retry_max_s: float = RETRY_MAX_S,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme != "http" or parts.hostname is None:
             raise ValueError("the gateway's URL must start with http://")
         self.report = HttpReport()
         self._host, self._port = parts.hostname, parts.port or 80
+        more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self._head = (
-            f"POST /score HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\nContent-Length: "
+            f"POST /score HTTP/1.1\r\nHost: {parts.netloc}\r\n{more}Content-Type: application/json\r\nContent-Length: "
         ).encode()
         self._ledger = ledger
         self._connections = connections

@@ -1,10 +1,12 @@
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from gateway.api_keys import KeyBook, create_key
 from gateway.batcher import Done
 from gateway.contracts.decision import Answer
 from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError, encode_json
@@ -64,10 +66,14 @@ class Caller:
 
 
 async def call(
-    *parts: bytes, method: str = "POST", batcher: StubBatcher | None = None, headers: list[tuple[bytes, bytes]] | None = None
+    *parts: bytes,
+    method: str = "POST",
+    batcher: StubBatcher | None = None,
+    headers: list[tuple[bytes, bytes]] | None = None,
+    keys: KeyBook | None = None,
 ) -> tuple[int, dict[bytes, bytes], bytes]:
     caller = Caller(list(parts or (b"",)))
-    door = ScoreDoor(batcher or StubBatcher(), Metrics(), 80, clock_s=lambda: 5.0)  # type: ignore[arg-type]
+    door = ScoreDoor(batcher or StubBatcher(), Metrics(), 80, clock_s=lambda: 5.0, keys=keys)  # type: ignore[arg-type]
     async with asyncio.timeout(5):
         await door({"type": "http", "method": method, "headers": headers or []}, caller.receive, caller.send)
     start, body = caller.answer
@@ -194,3 +200,12 @@ async def test_a_caller_that_leaves_in_the_middle_is_not_answered() -> None:
     door = ScoreDoor(batcher, Metrics(), 80)  # type: ignore[arg-type]
     await door({"type": "http", "method": "POST", "headers": []}, caller.receive, caller.send)
     assert (caller.answer, batcher.jobs) == ([], [])
+
+
+async def test_any_asgi_server_asks_for_the_key_too(tmp_path: Path) -> None:
+    secret, _ = create_key(tmp_path / "keys.json", "shop", ["score"], 5)
+    keys = KeyBook(tmp_path / "keys.json")
+    status, headers, _ = await call(GOOD, keys=keys)
+    assert (status, headers[b"www-authenticate"]) == (401, b"Bearer")
+    status, _, _ = await call(GOOD, keys=keys, headers=[(b"authorization", f"Bearer {secret}".encode())])
+    assert status == 200

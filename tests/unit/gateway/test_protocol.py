@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from gateway.api_keys import KeyBook, create_key
 from gateway.batcher import Done
 from gateway.connections import HOLD_LEAST_S, HOLD_MAX_S, LEAVING_GRACE_S, SHED_PER_S_MAX, Connections, Limits
 from gateway.contracts.transaction import MESSAGE_BYTES_MAX, RefusedError, encode_json
@@ -388,3 +390,59 @@ async def test_a_gateway_that_leaves_answers_what_comes_and_says_that_it_is_the_
     _, idle = line.connect()
     line.pass_s(LEAVING_GRACE_S + 0.1)
     assert idle.closed
+
+
+def locked(tmp_path: Path, rate: int = 2) -> tuple[Line, str]:
+    """A line whose door asks for a key, and the key."""
+    secret, _ = create_key(tmp_path / "keys.json", "shop", ["score"], rate)
+    line = Line()
+    line.protocol.door.keys = KeyBook(tmp_path / "keys.json", lambda: line.now_s)
+    return line, secret
+
+
+async def test_a_door_that_asks_for_keys_opens_to_both_headers(tmp_path: Path) -> None:
+    line, secret = locked(tmp_path)
+    line.feed(post("t1", f"Authorization: Bearer {secret}"))
+    line.feed(post("t2", f"X-API-Key: {secret}"))
+    line.batcher.answer()
+    line.batcher.answer()
+    assert line.statuses() == [200, 200]
+
+
+async def test_without_a_key_a_body_is_neither_read_nor_decided(tmp_path: Path) -> None:
+    line, _ = locked(tmp_path)
+    line.feed(post("t1"))
+    line.feed(post("t2", "Authorization: Bearer fg_wrong"))
+    assert line.statuses() == [401, 401]
+    assert {reason_of(reply) for reply in line.replies()} == {"unauthorized"}
+    assert line.replies()[0][1]["www-authenticate"] == "Bearer"
+    assert line.batcher.waiting == []
+
+
+async def test_a_key_of_another_scope_is_refused_with_403(tmp_path: Path) -> None:
+    line, _ = locked(tmp_path)
+    secret, _ = create_key(tmp_path / "keys.json", "analyst", ["review"], 5)
+    assert line.protocol.door.keys is not None
+    line.protocol.door.keys.refresh()
+    line.feed(post("t1", f"Authorization: Bearer {secret}"))
+    assert [reason_of(reply) for reply in line.replies()] == ["forbidden"]
+
+
+async def test_one_request_more_than_a_keys_rate_gets_429_and_the_key_stands_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    line, secret = locked(tmp_path, rate=2)
+    for i in range(3):
+        line.feed(post(f"t{i}", f"Authorization: Bearer {secret}"))
+    line.batcher.answer()
+    line.batcher.answer()
+    assert line.statuses() == [200, 200, 429]
+    reply = line.replies()[2]
+    assert (reason_of(reply), reply[1]["retry-after"]) == ("rate_limited", "1")
+    line.now_s += 0.5
+    line.feed(post("t4", f"Authorization: Bearer {secret}"))
+    line.batcher.answer()
+    assert line.statuses()[3] == 200
+    line.shared.look()
+    assert secret not in line.metrics.text().decode() + caplog.text
+    assert 'reason="rate_limited"' in line.metrics.text().decode()
