@@ -20,8 +20,9 @@ from deploy import processes
 from deploy.processes import ProcessRecord
 from deploy.services import Service, ServiceFilesError, data_path, local_services
 from deploy.toolchain import ToolMissingError
-from deploy.topics import create_topics, partitions, register_schemas
+from deploy.topics import create_topics, partitions, register_schemas, wanted_partitions
 from gateway.contracts.settings import Settings
+from gateway.contracts.topics import TOPICS
 
 Say = Callable[[str], None]
 
@@ -86,8 +87,8 @@ class Stack:
     def create_topics_and_schemas(self) -> None:
         created = create_topics(self.settings)
         for name, count in partitions(self.settings).items():
-            if count != self.settings.kafka_partitions:
-                wanted = self.settings.kafka_partitions
+            wanted = wanted_partitions(self.settings, TOPICS[name])
+            if count != wanted:
                 self._say(f"topics      {name} has {count} partitions, the setting says {wanted}: left as it is")
         self._say(f"topics      {'created ' + ', '.join(created) if created else 'all there'}")
         ids = register_schemas(self.settings)

@@ -9,11 +9,20 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
-from gateway.contracts.topics import COMPATIBILITY, QUARANTINE, TOPICS
+from gateway.contracts.topics import COMPATIBILITY, QUARANTINE, TOPICS, Topic
 
 TIMEOUT_S = 30.0
 # Kafka's own limit of a record batch is 1,048,588 bytes; a quarantine record holds such a message and its envelope.
 QUARANTINE_BYTES_MAX = 2 * 1_048_588
+
+
+# Without these a broker forgets records after a week.
+KEEP_ALL = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
+
+
+def wanted_partitions(settings: Settings, topic: Topic) -> int:
+    """How many partitions `topic` is created with."""
+    return settings.kafka_partitions if topic.partitions is None else topic.partitions
 
 
 def create_topics(settings: Settings) -> list[str]:
@@ -25,11 +34,12 @@ def create_topics(settings: Settings) -> list[str]:
     wanted = [
         NewTopic(
             name,
-            num_partitions=settings.kafka_partitions,
+            num_partitions=wanted_partitions(settings, topic),
             replication_factor=settings.kafka_replication,
-            config={"max.message.bytes": str(QUARANTINE_BYTES_MAX)} if name == QUARANTINE else {},
+            config=(KEEP_ALL if topic.keeps_all else {})
+            | ({"max.message.bytes": str(QUARANTINE_BYTES_MAX)} if name == QUARANTINE else {}),
         )
-        for name in TOPICS
+        for name, topic in TOPICS.items()
         if name not in admin.list_topics(timeout=TIMEOUT_S).topics
     ]
     if not wanted:

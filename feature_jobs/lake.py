@@ -32,7 +32,8 @@ RECEIPT_DDL = (
     "features array<float>, observed_seq array<bigint>, label_changes array<bigint>, tiles_age_ms bigint, policy_digest string, "
     "code_version string, "
     "admit_us bigint, features_us bigint, model_us bigint, policy_us bigint, "
-    "routed_by string, policy_decision string, propensity double"
+    "routed_by string, policy_decision string, propensity double, "
+    "list_hits array<string>, shadow_hits array<string>, rule_errors array<string>, lists_version bigint"
 )
 # Of a receipt's transaction only what gold needs to count a decline for its entities.
 RECEIPT_ENTITIES_DDL = "event_time_ms bigint, card_id string, customer_id string, merchant_id string, device_id string, ip string"

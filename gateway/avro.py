@@ -35,7 +35,7 @@ UNKNOWN_IDS_MAX = 4096
 _double = struct.Struct("<d").pack
 
 
-def _long(n: int) -> bytes:
+def encode_long(n: int) -> bytes:
     """Avro's int and long: zigzag, then 7 bits a byte, the lowest first."""
     n = (n << 1) ^ (n >> 63)
     if _TIME_LEAST <= n < _TIME_MOST:
@@ -52,14 +52,14 @@ def _long(n: int) -> bytes:
 
 
 _TIME_LEAST, _TIME_MOST = 1 << 35, 1 << 42
-_SMALL = [_long(n) for n in range(4096)]
+_SMALL = [encode_long(n) for n in range(4096)]
 _NULL, _SECOND, _END = b"\0", b"\2", b"\0"
 
 
 def encode_text(value: str) -> bytes:
     raw = value.encode()
     size = len(raw)
-    return (_SMALL[size] if size < len(_SMALL) else _long(size)) + raw
+    return (_SMALL[size] if size < len(_SMALL) else encode_long(size)) + raw
 
 
 def encode_text_or_null(value: str | None) -> bytes:
@@ -67,7 +67,7 @@ def encode_text_or_null(value: str | None) -> bytes:
 
 
 def _long_or_null(value: int | None) -> bytes:
-    return _NULL if value is None else _SECOND + _long(value)
+    return _NULL if value is None else _SECOND + encode_long(value)
 
 
 def _double_or_null(value: float | None) -> bytes:
@@ -94,11 +94,11 @@ def encode_transaction(t: Transaction) -> bytes:
     return b"".join(
         (
             encode_text(t.transaction_id),
-            _long(t.event_time_ms),
+            encode_long(t.event_time_ms),
             encode_text(t.card_id),
             encode_text(t.customer_id),
             encode_text(t.merchant_id),
-            _long(t.amount_minor),
+            encode_long(t.amount_minor),
             encode_text(t.currency),
             encode_text(t.channel),
             encode_text(t.mcc),
@@ -122,10 +122,10 @@ def encode_receipt(r: Receipt) -> bytes:
             _known(r.door),
             _long_or_null(r.source_partition),
             _long_or_null(r.source_offset),
-            _long(r.received_at_ms),
-            _long(r.decided_at_ms),
+            encode_long(r.received_at_ms),
+            encode_long(r.decided_at_ms),
             _known(r.decision),
-            _long(r.risk_score),
+            encode_long(r.risk_score),
             _double_or_null(r.probability),
             encode_texts(r.reasons),
             encode_texts(r.rule_hits),
@@ -139,21 +139,25 @@ def encode_receipt(r: Receipt) -> bytes:
             _floats(len(r.features)).pack(*r.features),
             _END if r.features else b"",
             _SMALL[len(r.observed_seq)],
-            *[_long(s) for s in r.observed_seq],
+            *[encode_long(s) for s in r.observed_seq],
             _END if r.observed_seq else b"",
             _SMALL[len(r.label_changes)],
-            *[_long(n) for n in r.label_changes],
+            *[encode_long(n) for n in r.label_changes],
             _END if r.label_changes else b"",
             _long_or_null(r.tiles_age_ms),
             _known(r.policy_digest),
             _known(r.code_version),
-            _long(r.admit_us),
-            _long(r.features_us),
-            _long(r.model_us),
-            _long(r.policy_us),
+            encode_long(r.admit_us),
+            encode_long(r.features_us),
+            encode_long(r.model_us),
+            encode_long(r.policy_us),
             _known(r.routed_by),
             _known(r.policy_decision),
             _double(r.propensity),
+            encode_texts(r.list_hits),
+            encode_texts(r.shadow_hits),
+            encode_texts(r.rule_errors),
+            encode_long(r.lists_version),
         )
     )
 
@@ -174,9 +178,9 @@ def encode_shadow_scores(
 ) -> Iterator[bytes]:
     """Records of schemas/shadow_score.avsc, one for each transaction. 2 us each."""
     of_model = encode_text(model.name) + encode_text(model.version) + encode_text(digest)
-    now = _long(now_ms)
+    now = encode_long(now_ms)
     for transaction_id, t_ms, p in zip(ids, times_ms, probability, strict=True):
-        yield encode_text(transaction_id) + _long(t_ms) + of_model + _double(p) + now
+        yield encode_text(transaction_id) + encode_long(t_ms) + of_model + _double(p) + now
 
 
 def encode_quarantined(record: dict[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from gateway.avro import encode_text, encode_text_or_null, encode_texts
+from gateway.avro import encode_long, encode_text, encode_text_or_null, encode_texts
 from gateway.contracts.decision import SEVERITY, Door, ModelRef, Outcome, RoutedBy
 from gateway.contracts.features import FINGERPRINT
 from gateway.job import Job
@@ -23,6 +23,7 @@ from gateway.model import Model
 from gateway.requests import Requests
 
 Int64s = npt.NDArray[np.int64]
+Tail = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 _DOORS = {door: np.frombuffer(encode_text(door.value), np.uint8) for door in Door}
 _OUTCOMES = [encode_text(outcome.value) for outcome in Outcome]
@@ -30,6 +31,7 @@ _DECISIONS = np.frombuffer(b"".join(_OUTCOMES), np.uint8)
 _DECISION_EDGES = np.cumsum([0, *map(len, _OUTCOMES)])
 assert list(SEVERITY.values()) == list(range(len(_OUTCOMES)))
 _ROUTED = {by: np.frombuffer(encode_text(by.value), np.uint8) for by in RoutedBy}
+_NO_TAIL = encode_texts(()) * 3
 _NO_MODEL = encode_text_or_null(None) * 4 + encode_text(FINGERPRINT)
 
 
@@ -39,7 +41,8 @@ class Decided:
 
     `severity` is the outcome's place, `probability` (n,) NaN where no model scored. `notes` are reasons, rule hits and degradations.
     `models` are those that scored (None: none did), `model` the place of each row's among them. `policy_severity` is the place of the
-    outcome that the policy came to, `propensity` the probability of the one that was given.
+    outcome that the policy came to, `propensity` the probability of the one that was given. `tails` are list hits, shadow hits and rule
+    errors, None where no row has any; `lists_version` is that of the lists the policy saw, -1 where it had none.
 
     `matrix` (n, features), `seq` (n, entities), `label_changes` (n, labelled entities). `steps_us`: features, model, policy.
     """
@@ -65,12 +68,15 @@ class Decided:
     code_version: str
     admit_us: Int64s
     steps_us: Sequence[int]
+    tails: Sequence[Tail] | None = None
+    lists_version: int = -1
 
 
 def encode_receipts(d: Decided) -> list[bytes]:
     """One record for each decision."""
     count = len(d.jobs)
     assert len(d.model) == len(d.policy_severity) == len(d.propensity) == count, "the kernel doesn't check its indices"
+    tails, tail_edges, tail, longest_tail = _tails(d.tails, d.lists_version, count)
     places: dict[tuple[tuple[str, ...], ...], int] = {}
     note = np.fromiter((places.setdefault(n, len(places)) for n in d.notes), np.int64, count)
     notes = [_note(*n) for n in places]
@@ -85,7 +91,9 @@ def encode_receipts(d: Decided) -> list[bytes]:
     times_ms[:, 1] = d.decided_at_ms
     features = np.ascontiguousarray(d.matrix).view(np.uint8).reshape(-1)
     # The longest of each text, for every receipt.
-    fixed = len(door) + longest + len(versions) + max(map(len, notes)) + 2 * max(map(len, _OUTCOMES)) + len(routed_by)
+    fixed = (
+        len(door) + longest + len(versions) + max(map(len, notes)) + 2 * max(map(len, _OUTCOMES)) + len(routed_by) + longest_tail
+    )
     longs = d.seq.shape[1] + d.label_changes.shape[1]
     out = np.empty(receipts_bytes_max(count, len(d.requests.buf), fixed, len(features), longs), np.uint8)
     ends = np.empty(count, np.int64)
@@ -119,6 +127,9 @@ def encode_receipts(d: Decided) -> list[bytes]:
         routed_by,
         d.policy_severity,
         d.propensity,
+        tails,
+        tail_edges,
+        tail,
         out,
         ends,
     )
@@ -128,8 +139,20 @@ def encode_receipts(d: Decided) -> list[bytes]:
 
 
 @lru_cache(maxsize=4096)
-def _note(reasons: tuple[str, ...], rule_hits: tuple[str, ...], degraded: tuple[str, ...]) -> bytes:
-    return encode_texts(reasons) + encode_texts(rule_hits) + encode_texts(degraded)
+def _note(first: tuple[str, ...], second: tuple[str, ...], third: tuple[str, ...]) -> bytes:
+    return encode_texts(first) + encode_texts(second) + encode_texts(third)
+
+
+def _tails(tails: Sequence[Tail] | None, lists_version: int, count: int) -> tuple[Bytes, Int64s, Int64s, int]:
+    """What the receipts end with, one after the other, the edges between them, which is each row's, and the length of the longest."""
+    version = encode_long(lists_version)
+    if tails is None:
+        text = _NO_TAIL + version
+        return np.frombuffer(text, np.uint8), np.array([0, len(text)]), np.zeros(count, np.int64), len(text)
+    places: dict[Tail, int] = {}
+    tail = np.fromiter((places.setdefault(t, len(places)) for t in tails), np.int64, count)
+    texts = [_note(*t) + version for t in places]
+    return np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)]), tail, max(map(len, texts))
 
 
 @lru_cache(maxsize=16)

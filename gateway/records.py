@@ -28,14 +28,19 @@ from gateway.job import Result
 BATCH_BYTES_MAX = 900_000
 # Largest single record: a quarantined message may be as large as the broker takes.
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
-# Counted up when fields are appended to decision.avsc or alert.avsc. What they are in a record that was written without them are the
-# schemas' defaults: of routed_by, policy_decision and propensity; of kind and detail.
-RECEIPT_FORM, ALERT_FORM = 1, 1
+# Counted up when fields are appended to decision.avsc or alert.avsc.
+RECEIPT_FORM, ALERT_FORM = 2, 1
 FORMS = {DECISIONS: RECEIPT_FORM, ALERTS: ALERT_FORM}
+# What each form added to the one before it, as the schemas' defaults: to be appended to a record that was written without. The first of
+# DECISIONS: routed_by, policy_decision, propensity; then list_hits, shadow_hits, rule_errors, lists_version. Of ALERTS: kind, detail.
 DEFAULTS = {
-    DECISIONS: avro.encode_text("only") + avro.encode_text("") + struct.pack("<d", 1.0),
-    ALERTS: avro.encode_text("decision") + avro.encode_text(""),
+    DECISIONS: (
+        avro.encode_text("only") + avro.encode_text("") + struct.pack("<d", 1.0),
+        avro.encode_texts(()) * 3 + avro.encode_long(-1),
+    ),
+    ALERTS: (avro.encode_text("decision") + avro.encode_text(""),),
 }
+assert all(len(DEFAULTS[topic]) == form for topic, form in FORMS.items())
 _SCORED = [(SCORED_HEADER, SCORED_BY_HTTP)]
 
 
@@ -53,9 +58,9 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
 def of_today(record: Record) -> Record:
     """A record from a local log, by whichever version of the gateway, as one that the schemas of this version describe."""
     form = FORMS.get(record.topic, record.form)
-    if record.form == form:
+    if record.form >= form:
         return record
-    return msgspec.structs.replace(record, payload=record.payload + DEFAULTS[record.topic], form=form)
+    return msgspec.structs.replace(record, payload=b"".join((record.payload, *DEFAULTS[record.topic][record.form :])), form=form)
 
 
 @lru_cache(maxsize=65_536)

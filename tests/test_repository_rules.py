@@ -17,9 +17,11 @@ import pytest
 
 from deploy import features_page
 from deploy.settings_page import PAGE_PATH, page
+from gateway.contracts.audit import AuditRecord
 from gateway.contracts.decision import Receipt
 from gateway.contracts.label import Label
-from gateway.contracts.topics import DECISIONS, LABELS, TOPICS, TRANSACTIONS
+from gateway.contracts.lists import ListChange
+from gateway.contracts.topics import AUDIT, DECISIONS, LABELS, LIST_CHANGES, TOPICS, TRANSACTIONS
 from gateway.contracts.transaction import Transaction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,7 +221,16 @@ def test_a_sleep_is_seen() -> None:
     assert sleep_complaints("async def f():\n    await asyncio.sleep(2)  # sleeps: a Redis that is slow on purpose\n") == []
 
 
-@pytest.mark.parametrize(("topic", "struct"), [(TRANSACTIONS, Transaction), (DECISIONS, Receipt), (LABELS, Label)])
+@pytest.mark.parametrize(
+    ("topic", "struct"),
+    [
+        (TRANSACTIONS, Transaction),
+        (DECISIONS, Receipt),
+        (LABELS, Label),
+        (LIST_CHANGES, ListChange),
+        (AUDIT, AuditRecord),
+    ],
+)
 def test_a_schema_has_the_fields_of_its_struct_in_order(topic: str, struct: type[msgspec.Struct]) -> None:
     assert schema_complaints(json.loads(TOPICS[topic].schema_text), struct) == []
 

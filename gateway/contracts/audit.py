@@ -16,6 +16,12 @@ from pathlib import Path
 import msgspec
 
 AUDIT_FILE = "audit.jsonl"
+# A policy came into use: subject is its digest, detail its files, {relative name: text}.
+POLICY_LOADED = "policy_loaded"
+# A policy could not be used and the one before stays: subject is the setting's path, reason says where and why.
+POLICY_REFUSED = "policy_refused"
+# Most of an audit record's detail, so that the record fits into a message of any broker.
+DETAIL_BYTES_MAX = 900_000
 # An entry is a note, and one write must take it whole.
 ENTRY_BYTES_MAX = 16_384
 NEWLINE = b"\n"
@@ -34,6 +40,16 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
     before: str | None
     after: str | None
     reason: str = ""
+
+
+class AuditRecord(AuditEntry, frozen=True, kw_only=True):
+    """One record of the topic `audit`; `schemas/audit.avsc` has the same fields in the same order.
+
+    `detail` is JSON, or empty. A record may come twice, by another process or after trouble: then it is equal in all fields, or a
+    `policy_loaded` of the same subject.
+    """
+
+    detail: str = ""
 
 
 def who() -> str:

@@ -86,6 +86,10 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     `tiles_age_ms` is the age of the tiles the features were read from (null: unknown). `policy_decision` is what the policy came to,
     which exploration may have answered otherwise, and `propensity` the probability under which such a payment is given `decision`: 1.0
     where exploration can't touch it. Receipts written before these fields were there read "" and 1.0: nothing was explored then.
+
+    `list_hits` are the ids of the policy's lists that an entity of the transaction stood on, `shadow_hits` those of the rules in shadow
+    that would have fired, `rule_errors` those of the rules that could not be evaluated. `lists_version` says how many changes of lists had
+    been applied (contracts.lists), -1 where no lists were known, as in receipts written before these fields were there.
     """
 
     transaction_id: str
@@ -119,6 +123,10 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     routed_by: str
     policy_decision: str
     propensity: float
+    list_hits: list[str] = []
+    shadow_hits: list[str] = []
+    rule_errors: list[str] = []
+    lists_version: int = -1
 
 
 def risk_score(probability: float) -> int:

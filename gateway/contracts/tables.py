@@ -32,9 +32,14 @@ TRAINING_SET = "training_set"
 # model_version (of the champion whose training rows were compared with), decisions_version (of the table decisions): one row a measure
 # and ten minutes of event time, and one for each alarm where it begins.
 DRIFT = "drift"
+# The fields of a change of a list (contracts.lists.ListChange), then partition, offset, kafka_timestamp, batch_id: every change, once. A
+# change's offset plus one is the version of the lists after it.
+LIST_CHANGES = "list_changes"
+# The fields of contracts.audit.AuditRecord, then partition, offset, kafka_timestamp, batch_id: who changed what, when and why.
+AUDIT = "audit"
 
 TABLES: tuple[str, ...] = (
-    *(BRONZE, SILVER, QUARANTINE, DECISIONS, LABELS, LABEL_CHANGES),
+    *(BRONZE, SILVER, QUARANTINE, DECISIONS, LABELS, LABEL_CHANGES, LIST_CHANGES, AUDIT),
     *(GOLD_ENTITY_HOUR, GOLD_DECISIONS, FEATURES, TRAINING_SET, DRIFT),
 )
 

@@ -11,14 +11,23 @@ LABELS = "labels"
 QUARANTINE = "transactions.quarantine"
 ALERTS = "alerts"
 SHADOW_SCORES = "shadow_scores"
+# Every change of every list, for ever (contracts.lists).
+LIST_CHANGES = "list_changes"
+# Who changed what, when and why, and which policies were in use (contracts.audit).
+AUDIT = "audit"
 
 
 @dataclass(frozen=True)
 class Topic:
-    """`schema` is a file in gateway/contracts/schemas, registered under `subject`. Keys are plain UTF-8 (the card_id)."""
+    """`schema` is a file in gateway/contracts/schemas, registered under `subject`. Keys are plain UTF-8 (the card_id).
+
+    `partitions` is None where the setting `kafka_partitions` says it. With `keeps_all` the broker never deletes a record.
+    """
 
     name: str
     schema: str
+    partitions: int | None = None
+    keeps_all: bool = False
 
     @property
     def subject(self) -> str:
@@ -36,6 +45,9 @@ TOPICS: dict[str, Topic] = {
     QUARANTINE: Topic(QUARANTINE, "quarantine.avsc"),
     ALERTS: Topic(ALERTS, "alert.avsc"),
     SHADOW_SCORES: Topic(SHADOW_SCORES, "shadow_score.avsc"),
+    # One partition each: what was changed last is what holds.
+    LIST_CHANGES: Topic(LIST_CHANGES, "list_change.avsc", partitions=1, keeps_all=True),
+    AUDIT: Topic(AUDIT, "audit.avsc", partitions=1, keeps_all=True),
 }
 COMPATIBILITY = "BACKWARD"
 

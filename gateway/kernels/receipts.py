@@ -82,13 +82,17 @@ def write_receipts(
     routed_by: Bytes,
     policy_decision: Int64s,
     propensity: Floats,
+    tails: Bytes,
+    tail_edges: Int64s,
+    tail: Int64s,
     out: Bytes,
     ends: Int64s,
 ) -> None:
     """Writes a receipt for each of `rows` (n,), which names rows of the intake's `edges`, `starts` and `lengths`.
 
     By receipt (n, ...): `source` (n, 2) partition and offset, -1: none; `times_ms` (n, 2) received and decided; `decision`,
-    `policy_decision`, `note` and `model` say which of the texts that lie in `decisions`, `notes` and `models` between their edges;
+    `policy_decision`, `note`, `model` and `tail` say which of the texts that lie in `decisions`, `notes`, `models` and `tails` between
+    their edges;
     `score`; `probability`, NaN: none; `features` (n * bytes of a row) float32; `seq` (n, entities); `label_changes` (n, labelled);
     `admit_us`; `propensity`. The same for all: `door`, `versions`, `routed_by` (as Avro), `tiles_age_ms` (-1: unknown), `steps_us` (3,).
     `ends` (n,) gets the end of each receipt in `out`.
@@ -133,6 +137,8 @@ def write_receipts(
         scratch.view(np.float64)[0] = propensity[k]
         out[at : at + 8] = scratch[:8]
         at += 8
+        d = tail[k]
+        at = put_bytes(out, at, tails, tail_edges[d], tail_edges[d + 1] - tail_edges[d])
         ends[k] = at
 
 

@@ -226,6 +226,7 @@ def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from
     matrix = rng.normal(size=(n, len(FEATURE_NAMES))).astype(np.float32)
     models = [StubModel("1", "champion"), StubModel("22", "challenger"), None] if scored else [None]
     notes = [(("A",), (), ()), ((), (), ("stale_features",)), (("A", "B"), ("r1", "r2"), ("x",)), ((), (), ())]
+    tails = [((), (), ()), (("l1",), ("s1", "s2"), ()), ((), (), ("broken",))]
     decided = Decided(
         requests=requests_of(jobs),
         rows=rows,
@@ -248,6 +249,8 @@ def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from
         code_version="1.2.3",
         admit_us=rng.integers(-5, 10_000, n),
         steps_us=[1, 200, 30_000],
+        tails=[tails[i % 3] for i in range(n)] if scored else None,
+        lists_version=1_000_000 if scored else -1,
     )
     outcomes = list(Outcome)
     assert [SEVERITY[o] for o in outcomes] == [0, 1, 2, 3]
@@ -255,6 +258,7 @@ def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from
         job = decided.jobs[k]
         reasons, hits, degraded = decided.notes[k]
         model = models[decided.model[k]]
+        list_hits, shadow_hits, rule_errors = tails[0] if decided.tails is None else decided.tails[k]
         expected = Receipt(
             transaction_id=job.transaction.transaction_id,
             transaction=job.transaction,
@@ -287,6 +291,10 @@ def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from
             routed_by=decided.routed_by,
             policy_decision=outcomes[int(decided.policy_severity[k])],
             propensity=float(decided.propensity[k]),
+            list_hits=list(list_hits),
+            shadow_hits=list(shadow_hits),
+            rule_errors=list(rule_errors),
+            lists_version=decided.lists_version,
         )
         assert written == encode_receipt(expected)
         assert receipt_of(written).transaction == job.transaction

@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
 ]
 
-NEW_FIELDS = ("routed_by", "policy_decision", "propensity")
+NEW_FIELDS = ("routed_by", "policy_decision", "propensity", "list_hits", "shadow_hits", "rule_errors", "lists_version")
 OLD_ID, NEW_ID = 1, 2
 
 
@@ -75,7 +75,14 @@ def test_old_and_new_receipts_of_one_topic_land_in_a_table_of_before(
 
     old = make_receipt(make_transaction("old"), Outcome.DECLINE)
     new = msgspec.structs.replace(
-        make_receipt(make_transaction("new"), Outcome.APPROVE), routed_by="share", policy_decision="decline", propensity=0.02
+        make_receipt(make_transaction("new"), Outcome.APPROVE),
+        routed_by="share",
+        policy_decision="decline",
+        propensity=0.02,
+        list_hits=["watched"],
+        shadow_hits=["r1"],
+        rule_errors=["r2"],
+        lists_version=3,
     )
     at = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     values = [old_value(old), frame(NEW_ID, encode_receipt(new))]
@@ -91,8 +98,8 @@ def test_old_and_new_receipts_of_one_topic_land_in_a_table_of_before(
     lake.append(rows, uri, "test", 0, "silver")
 
     found = {row["transaction_id"]: row for row in spark.read.format("delta").load(uri).collect()}
-    assert [found["old"][name] for name in NEW_FIELDS] == ["only", "decline", 1.0]
-    assert [found["new"][name] for name in NEW_FIELDS] == ["share", "decline", 0.02]
+    assert [found["old"][name] for name in NEW_FIELDS] == ["only", "decline", 1.0, [], [], [], -1]
+    assert [found["new"][name] for name in NEW_FIELDS] == ["share", "decline", 0.02, ["watched"], ["r1"], ["r2"], 3]
 
 
 def test_old_and_new_labels_of_one_topic_land_in_a_table_of_before(spark: SparkSession, settings: Settings, tmp_path: Path) -> None:

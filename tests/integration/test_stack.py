@@ -19,7 +19,7 @@ from deploy.stack import Stack, StackError
 from deploy.topics import QUARANTINE_BYTES_MAX, partitions
 from gateway.contracts.registry import IncompatibleSchemaError, SchemaRegistry
 from gateway.contracts.settings import Settings
-from gateway.contracts.topics import QUARANTINE, TOPICS, TRANSACTIONS
+from gateway.contracts.topics import AUDIT, LIST_CHANGES, QUARANTINE, TOPICS, TRANSACTIONS
 from tests.helpers import HOST, local_settings, run_command, wait_until
 
 pytestmark = pytest.mark.integration
@@ -66,7 +66,16 @@ def test_status_prints_a_table_and_json(stack: Stack) -> None:
 
 
 def test_topics_have_the_partitions_of_the_setting(stack: Stack) -> None:
-    assert partitions(stack.settings) == dict.fromkeys(TOPICS, stack.settings.kafka_partitions)
+    of_one = {LIST_CHANGES: 1, AUDIT: 1}
+    assert partitions(stack.settings) == dict.fromkeys(TOPICS, stack.settings.kafka_partitions) | of_one
+
+
+def test_a_change_of_a_list_is_kept_for_ever(stack: Stack) -> None:
+    admin = AdminClient({"bootstrap.servers": stack.settings.bootstrap})
+    topics = [ConfigResource(ResourceType.TOPIC, name) for name in (LIST_CHANGES, AUDIT)]
+    for future in admin.describe_configs(topics).values():
+        config = future.result(30)
+        assert [config[name].value for name in ("cleanup.policy", "retention.ms", "retention.bytes")] == ["delete", "-1", "-1"]
 
 
 def test_quarantine_takes_a_message_larger_than_the_largest_transaction(stack: Stack) -> None:
@@ -83,8 +92,8 @@ def test_a_topic_of_other_partitions_is_left_alone_and_told(stack: Stack) -> Non
     other = Stack(Settings(**{**vars(stack.settings), "kafka_partitions": wanted}), say=said.append)
     other.create_topics_and_schemas()
     told = [line for line in said if f"the setting says {wanted}" in line]
-    assert len(told) == len(TOPICS)
-    assert set(partitions(stack.settings).values()) == {stack.settings.kafka_partitions}
+    assert len(told) == len([topic for topic in TOPICS.values() if topic.partitions is None])
+    assert wanted not in partitions(stack.settings).values()
 
 
 def test_a_schema_that_breaks_readers_is_refused(stack: Stack) -> None:

@@ -60,6 +60,10 @@ def make_receipt(t: Transaction, **changes: object) -> Receipt:
         routed_by="only",
         policy_decision="approve",
         propensity=1.0,
+        list_hits=["bad_cards"],
+        shadow_hits=["r7", "r8"],
+        rule_errors=["r9"],
+        lists_version=70_000,
     )
     return msgspec.structs.replace(receipt, **changes)
 
@@ -70,18 +74,24 @@ def by_fastavro(topic: str, record: object) -> bytes:
     return out.getvalue()
 
 
-def test_receipts_of_before_exploration_are_read_and_delivered_with_what_was_true_then() -> None:
+FORM_0 = {"routed_by": "only", "policy_decision": "", "propensity": 1.0}
+FORM_1: dict[str, object] = {"list_hits": [], "shadow_hits": [], "rule_errors": [], "lists_version": -1}
+
+
+@pytest.mark.parametrize(("form", "added"), [(0, FORM_0 | FORM_1), (1, FORM_1)])
+def test_receipts_of_an_earlier_form_are_read_and_delivered_with_what_was_true_then(form: int, added: dict[str, object]) -> None:
     schema = json.loads(TOPICS[DECISIONS].schema_text)
-    before = fastavro.parse_schema(schema | {"fields": schema["fields"][:-3]})
+    before = fastavro.parse_schema(schema | {"fields": schema["fields"][: -len(added)]})
     receipt = msgspec.to_builtins(make_receipt(FULL))
     out = io.BytesIO()
     fastavro.schemaless_writer(out, before, receipt)
     old = out.getvalue()
     # From the topic, by the schema that it was written with.
     read = fastavro.schemaless_reader(io.BytesIO(old), before, fastavro.parse_schema(schema))
-    assert read == receipt | {"routed_by": "only", "policy_decision": "", "propensity": 1.0}
+    assert read == receipt | added
     # From the local log, whose records are framed when they are sent: by today's schema.
-    [record] = msgspec.msgpack.decode(msgspec.msgpack.encode([(DECISIONS, b"card-1", old, [])]), type=list[Record])
+    kept: object = (DECISIONS, b"card-1", old, []) if form == 0 else Record(DECISIONS, b"card-1", old, form=form)
+    [record] = msgspec.msgpack.decode(msgspec.msgpack.encode([kept]), type=list[Record])
     sent = of_today(record)
     assert msgspec.to_builtins(receipt_of(sent.payload)) == read
     assert of_today(sent) == sent
