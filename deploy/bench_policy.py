@@ -7,22 +7,17 @@ rules, their number and all else stay.
 
 from __future__ import annotations
 
-from importlib.resources import files
+import re
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from gateway.policy import DEFAULT_POLICY
+from gateway.policy.folder import SHIPPED, read_folder
 
 RAISED = 100
-VELOCITY = ("_count_", "_distinct_")
+VELOCITY = re.compile(r"(\w+_(?:count|distinct)_\w+ >=? )([0-9]+)")
 
 
-def write_policy(path: Path) -> None:
-    policy: dict[str, Any] = yaml.safe_load(files("gateway").joinpath(DEFAULT_POLICY).read_text())
-    for rule in policy["rules"]:
-        for condition in rule["when"]:
-            if any(part in condition.get("feature", "") for part in VELOCITY) and condition["op"] in (">", ">="):
-                condition["value"] *= RAISED
-    path.write_text(yaml.safe_dump(policy, sort_keys=False))
+def write_policy(folder: Path) -> None:
+    for name, data in read_folder(SHIPPED).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(VELOCITY.sub(lambda limit: f"{limit[1]}{int(limit[2]) * RAISED}", data.decode()))

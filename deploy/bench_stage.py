@@ -115,9 +115,9 @@ class Stage:
             bench_settings(home),
             redis_memory_mb=REDIS_MEMORY_MB,
             spark_optimise_calls=SPARK_OPTIMISE_CALLS,
-            policy_path=str(home / "policy.yaml"),
+            policy_path=str(home / "policy"),
         )
-        write_policy(home / "policy.yaml")
+        write_policy(home / "policy")
         self.stack = Stack(self.settings, say)
         self.cores = cores()
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)} | settings_env(self.settings)

@@ -104,7 +104,7 @@ def explain(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="fraudgate explain", description="Explain a decision from its receipt.")
     parser.add_argument("transaction_id", nargs="?", help="whose receipt to take from the Delta table of decisions")
     parser.add_argument("--receipt", metavar="FILE", help="a receipt as JSON instead; - reads it from standard input")
-    parser.add_argument("--policy", metavar="FILE", help="the policy to decide by (default: the gateway's)")
+    parser.add_argument("--policy", metavar="FOLDER", help="the policy to decide by (default: the gateway's)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     args = parser.parse_args(argv)
     if (args.transaction_id is None) == (args.receipt is None):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gateway.avro import encode_transaction
 from gateway.contracts.decision import RISK_SCORE_MAX, SEVERITY, Outcome
 from gateway.contracts.features import FEATURE_INDEX
-from gateway.policy import Columns, Decisions, Policy
+from gateway.policy import NO_LISTS, Columns, Decisions, Lists, Policy
 from gateway.requests import read_requests
 from gateway.what_if import LEVERS, Case, Lever, Thresholds
 
@@ -64,8 +64,13 @@ class _Path:
     effort: float = 0.0
 
 
-def decide_cases(model: Scores, policy: Policy, cases: Sequence[Case]) -> tuple[Decisions, npt.NDArray[np.float64]]:
-    """What the model and the policy make of each case, and the probabilities, (n,), just as the scorer has them decide."""
+def decide_cases(
+    model: Scores, policy: Policy, cases: Sequence[Case], lists: Lists = NO_LISTS, received_at_ms: int = 0
+) -> tuple[Decisions, npt.NDArray[np.float64]]:
+    """What the model and the policy make of each case, and the probabilities, (n,), just as the scorer has them decide.
+
+    `lists` are as of `received_at_ms`.
+    """
     matrix = np.array([case.row for case in cases], np.float32)
     probability = model.probability(matrix)
     payloads = [encode_transaction(case.transaction) for case in cases]
@@ -74,8 +79,9 @@ def decide_cases(model: Scores, policy: Policy, cases: Sequence[Case]) -> tuple[
         rows=np.arange(len(cases)),
         matrix=matrix,
         score=np.minimum(np.floor(probability * RISK_SCORE_MAX + 0.5), RISK_SCORE_MAX),
+        received_at_ms=np.full(len(cases), received_at_ms, np.int64),
     )
-    return policy.decide(columns, has_features=True), probability
+    return policy.decide(columns, has_features=True, lists=lists), probability
 
 
 def find_counterfactual(

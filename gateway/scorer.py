@@ -26,7 +26,7 @@ from gateway.kernels.intake import CARD
 from gateway.kernels.points import points
 from gateway.metrics import Metrics
 from gateway.model import ORT_ERRORS, Live, Model, ModelSlot
-from gateway.policy import OUTCOMES, Columns, Policy
+from gateway.policy import NO_LISTS, OUTCOMES, Columns, Policy
 from gateway.reasons import Reasoner
 from gateway.receipts import Decided, encode_receipts
 from gateway.recent import RecentDecisions
@@ -210,8 +210,9 @@ class Scorer:
             rows=rows,
             matrix=matrix,
             score=np.full(len(fresh), np.nan) if probability is None else np.floor(probability * 1000 + 0.5),
+            received_at_ms=np.fromiter((job.received_ms for job in fresh), np.int64, len(fresh)),
         )
-        decisions = self._policy.decide(columns, has_features=observation is not None)
+        decisions = self._policy.decide(columns, has_features=observation is not None, lists=NO_LISTS)
         severity, outcomes, reasons_of = decisions.severity, decisions.outcome, decisions.reasons
         propensity = _CERTAIN[: len(fresh)] if len(fresh) <= _READY_ROWS else np.ones(len(fresh))
         if live.routing.explore_share > 0 and probability is not None and self._explorer is not None:
@@ -299,7 +300,11 @@ class Scorer:
         if probability is not None:
             self._routed(scored, len(fresh))
             if self._slack is not None and (live.shadows or live.challenger is not None):
-                self._slack.add(ScoredBatch(live, requests, rows, matrix, probability, scored.by_challenger, decisions.severity))
+                self._slack.add(
+                    ScoredBatch(
+                        live, requests, rows, matrix, columns.received_at_ms, probability, scored.by_challenger, decisions.severity
+                    )
+                )
 
     @staticmethod
     def _reasons_until_s(jobs: Sequence[Job], now_s: float) -> float:

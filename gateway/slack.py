@@ -22,7 +22,7 @@ import numpy.typing as npt
 from gateway.guard import Guard
 from gateway.metrics import Metrics
 from gateway.model import ORT_ERRORS, Live, Model
-from gateway.policy import Columns, Policy
+from gateway.policy import NO_LISTS, Columns, Policy
 from gateway.requests import Requests
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class Scored:
     requests: Requests
     rows: Int64s
     matrix: npt.NDArray[np.float32]
+    received_at_ms: Int64s
     probability: Floats
     by_challenger: npt.NDArray[np.bool_] | None
     severity: Int64s
@@ -192,7 +193,8 @@ class Slack:
                     return
                 other[mask] = found
         score, other_score = (np.floor(p * 1000 + 0.5) for p in (batch.probability, other))
-        severity = self._policy.decide(Columns(batch.requests, batch.rows, batch.matrix, other_score), has_features=True).severity
+        columns = Columns(batch.requests, batch.rows, batch.matrix, other_score, batch.received_at_ms)
+        severity = self._policy.decide(columns, has_features=True, lists=NO_LISTS).severity
         guard.sighted(
             live,
             batch.requests,

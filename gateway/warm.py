@@ -15,6 +15,7 @@ from gateway.job import http_job
 from gateway.kernels.compiled import forget_old
 from gateway.kernels.intake import CARD
 from gateway.kernels.points import points
+from gateway.policy import NO_LISTS, Columns, load_policy
 from gateway.receipts import Decided, encode_receipts
 from gateway.redis_link import RedisLink
 from gateway.store import Store
@@ -44,6 +45,8 @@ def warm() -> None:
     assert requests is not None, "the kernels read it"
     job = http_job(t.transaction_id, t.card_id.encode(), payload, _T_MS, 0.0, None)
     found = Store(RedisLink("redis://127.0.0.1/0", 1.0), 1).rehearse([job], requests)
+    columns = Columns(requests, np.zeros(1, np.int64), found.matrix, np.zeros(1), np.zeros(1, np.int64))
+    load_policy("").decide(columns, True, NO_LISTS)
     points(requests.buf, requests.starts, requests.lengths, np.zeros(1, np.int64), CARD, np.uint64(0), np.empty(1))
     encode_receipts(
         Decided(

@@ -13,7 +13,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import yaml
 from scipy.stats import beta, ks_2samp
 
 from gateway.contracts.decision import SEVERITY, Outcome, Route
@@ -31,10 +30,10 @@ from gateway.contracts.model_meta import (
 from gateway.contracts.reference import bins_of, padded, value_edges
 from gateway.contracts.settings import Settings
 from model_export.checks import open_session
-from model_export.errors import ModelExportError, PackageRefusedError, PolicyUnreadableError
+from model_export.errors import ModelExportError, PackageRefusedError
 from model_export.live import DAY_MS, Labels, Receipts, read_labels, read_receipts
 from model_export.offpolicy import CONFIDENCE, Interval, Logged, Worth, naive_worth, worth
-from model_export.policy_bands import SHIPPED, Bands, read_bands, risk_scores
+from model_export.policy_bands import Asked, Bands, read_asked, read_bands, risk_scores
 from model_export.verdict import Costs, Verdict, judge
 
 # A label that was to come has come by then, as for the training set.
@@ -133,11 +132,11 @@ def compare(
     Raises a `ModelExportError`.
     """
     champion, challenger = (open_model(settings.models_path, route) for route in (Route.CHAMPION.value, alias))
-    bands, rules = read_bands(settings.policy_path), rule_severities(settings.policy_path)
+    bands, asked = read_bands(settings.policy_path), read_asked(settings.policy_path)
     receipts = read_receipts(settings, from_ms, to_ms)
     labels = read_labels(settings, receipts.transaction_id, as_of_ms)
     as_of_ms = max(int(receipts.event_time_ms[-1]), labels.newest_ms) if as_of_ms is None else as_of_ms
-    return compare_columns(receipts, labels, champion, challenger, bands, rules, costs or Costs(), alias, as_of_ms, mature_days)
+    return compare_columns(receipts, labels, champion, challenger, bands, asked, costs or Costs(), alias, as_of_ms, mature_days)
 
 
 def compare_columns(
@@ -146,20 +145,21 @@ def compare_columns(
     champion: Scorer,
     challenger: Scorer,
     bands: Bands,
-    rules: dict[str, int],
+    asked: Asked,
     costs: Costs,
     alias: str,
     as_of_ms: int,
     mature_days: int = MATURE_DAYS,
 ) -> Comparison:
-    """The same of columns that have been read. `rules`: the severity of each rule's outcome."""
+    """The same of columns that have been read. `asked`: by the policy's rules and lists."""
     chosen = receipts.whole
     if not chosen.any():
         raise NoModelError(f"none of {len(receipts)} receipts was scored by a model with all of its features")
-    by_rule = np.fromiter((max((rules.get(h, 0) for h in hits), default=0) for hits in receipts.rule_hits), np.int64, len(receipts))
     probability = [model.probability(receipts.features) for model in (champion, challenger)]
     scores = [risk_scores(p) for p in probability]
-    outcomes = [np.maximum(bands.severity(s, receipts.amount_minor), by_rule) for s in scores]
+    outcomes = [
+        asked.severity(receipts.rule_hits, receipts.list_hits, bands.severity(score, receipts.amount_minor)) for score in scores
+    ]
     mature = chosen & (receipts.event_time_ms < as_of_ms - mature_days * DAY_MS)
     logged = logged_of(receipts, labels).take(mature)
     first, second = (o[mature] for o in outcomes)
@@ -289,13 +289,3 @@ def open_model(models_path: Path, alias: str) -> Scorer:
         return out
 
     return Scorer(entry, metadata.onnx_sha256, probability)
-
-
-def rule_severities(policy_path: str) -> dict[str, int]:
-    """The severity of each rule's outcome, by its id. Raises `PolicyUnreadableError`."""
-    try:
-        text = SHIPPED.read_bytes() if not policy_path else Path(policy_path).expanduser().read_bytes()
-        held = yaml.safe_load(text)
-        return {str(rule["id"]): SEVERITY[Outcome(rule["outcome"])] for rule in held.get("rules", [])}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as exc:
-        raise PolicyUnreadableError(f"the rules of the policy {policy_path or SHIPPED} can't be read: {exc}") from exc

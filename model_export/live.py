@@ -29,8 +29,8 @@ REQUIRED = (
     *("transaction_id", "event_time_ms", "card_id", "features", "feature_fingerprint", "risk_score", "probability", "decision"),
     *("degraded", "rule_hits", "model_version", "model_digest", "route"),
 )
-# Tables written before exploration don't have these.
-OPTIONAL = ("routed_by", "policy_decision", "propensity")
+# Tables written before exploration, and before lists, don't have these.
+OPTIONAL = ("routed_by", "policy_decision", "propensity", "list_hits")
 # Answers that are flagged only with these were made from all that the model asks for.
 WHOLE = {Degraded.STALE_FEATURES.value}
 
@@ -64,6 +64,7 @@ class Receipts:
     full: Bools
     whole: Bools
     rule_hits: list[list[str]]
+    list_hits: list[list[str]]
     model_version: npt.NDArray[np.object_]
     model_digest: npt.NDArray[np.object_]
     route: npt.NDArray[np.object_]
@@ -165,6 +166,7 @@ def _columns(rows: pa.Table, left_out: int) -> Receipts:
         full=full,
         whole=full & np.isfinite(probability),
         rule_hits=rows["rule_hits"].to_pylist(),
+        list_hits=[hits or [] for hits in optional("list_hits", None).to_pylist()],
         model_version=_texts(rows["model_version"]),
         model_digest=_texts(rows["model_digest"]),
         route=_texts(rows["route"]),

@@ -64,7 +64,7 @@ class Degraded(StrEnum):
 class Reason(StrEnum):
     """Why a decision is not `approve`. At most `REASONS_MAX` of them stand in an answer.
 
-    The policy's rules name any of them. The model's are those of contracts/feature_reasons.py, which says what each follows from;
+    The policy's rules and lists name any of them. The model's are those of contracts/feature_reasons.py, which says what each follows from;
     MODEL_SCORE_HIGH stands in for them where the score wasn't explained.
     """
 
@@ -77,6 +77,8 @@ class Reason(StrEnum):
     IMPOSSIBLE_TRAVEL = "IMPOSSIBLE_TRAVEL"
     AMOUNT_LIMIT = "AMOUNT_LIMIT"
     NO_MODEL = "NO_MODEL"
+    ON_BLOCK_LIST = "ON_BLOCK_LIST"
+    ON_WATCH_LIST = "ON_WATCH_LIST"
     AMOUNT_HIGH = "AMOUNT_HIGH"
     AMOUNT_SMALL = "AMOUNT_SMALL"
     AMOUNT_AS_USUAL = "AMOUNT_AS_USUAL"
@@ -132,6 +134,8 @@ REASON_TEXT: dict[Reason, str] = {
     Reason.IMPOSSIBLE_TRAVEL: "the card was used in places too far apart in too short a time",
     Reason.AMOUNT_LIMIT: "the amount is above the limit for this kind of payment",
     Reason.NO_MODEL: "no model could rate this payment in time",
+    Reason.ON_BLOCK_LIST: "something about the payment stands on a block list",
+    Reason.ON_WATCH_LIST: "something about the payment stands on a list of what is looked at",
     Reason.AMOUNT_HIGH: "the amount is higher than that of most payments",
     Reason.AMOUNT_SMALL: "the amount is no higher than that of most payments",
     Reason.AMOUNT_AS_USUAL: "the amount is of the size that this card or its holder usually pays, or smaller",
@@ -195,6 +199,8 @@ CARDHOLDER_TEXT: dict[Reason, str] = {
     Reason.IMPOSSIBLE_TRAVEL: _WHERE,
     Reason.AMOUNT_LIMIT: _AMOUNT,
     Reason.NO_MODEL: "We could not check this payment in time.",
+    Reason.ON_BLOCK_LIST: _CHECKED,
+    Reason.ON_WATCH_LIST: _CHECKED,
     Reason.AMOUNT_HIGH: _AMOUNT,
     Reason.AMOUNT_SMALL: _AMOUNT,
     Reason.AMOUNT_AS_USUAL: _AMOUNT,

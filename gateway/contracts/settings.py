@@ -97,7 +97,7 @@ class Settings:
     model_public_key_path: str = _setting(
         "", "public Ed25519 key (PEM); with it fraudgate pull refuses a model that isn't signed by its owner; empty: any is taken"
     )
-    policy_path: str = _setting("", "the policy file (YAML); empty: the one that ships with the gateway")
+    policy_path: str = _setting("", "the policy's folder (docs/policy.md); empty: the one that ships with the gateway")
 
     api_keys_path: str = _setting(
         "", "file of the API keys (fraudgate keys) that POST /score and the case service ask for; empty: nobody is asked for one"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,17 +17,17 @@ from tests.integration.gateway_helpers import make_transaction, name, post
 
 pytestmark = pytest.mark.integration
 WITHIN_S = 60
-POLICY = Path(__file__).resolve().parents[2] / "gateway/default_policy.yaml"
+POLICY = Path(__file__).resolve().parents[2] / "gateway/default_policy"
 
 
 @pytest.fixture
 def own(settings: Settings, tmp_path: Path) -> Settings:
-    (tmp_path / "policy.yaml").write_text(POLICY.read_text())
+    shutil.copytree(POLICY, tmp_path / "policy")
     return dataclasses.replace(
         settings,
         home=str(tmp_path / "home"),
         gateway_port=free_ports(1)[0],
-        policy_path=str(tmp_path / "policy.yaml"),
+        policy_path=str(tmp_path / "policy"),
         decision_budget_ms=9000,
     )
 
@@ -49,7 +50,7 @@ def gone(pid: int) -> bool:
 
 
 def test_workers_with_a_policy_that_can_not_be_meant_do_not_start(own: Settings) -> None:
-    Path(own.policy_path).write_text("bands: 5\n")
+    Path(own.policy_path, "policy.yaml").write_text("bands: 5\n")
     done = run_command(own, "serve", "--no-kafka", "--workers", "2")
     assert done.returncode == 2
     assert "policy" in done.stderr
@@ -61,13 +62,14 @@ def test_a_new_worker_that_does_not_come_up_leaves_the_old_one_serving(own: Sett
     with running_command(own, "serve", "--no-kafka", "--workers", "1", log_path=log_path) as command:
         command.wait_until(lambda: answers(own), WITHIN_S, "it serves")
         [old] = workers(command)
-        good = Path(own.policy_path).read_text()
-        Path(own.policy_path).write_text("bands: 5\n")
+        file = Path(own.policy_path, "policy.yaml")
+        good = file.read_text()
+        file.write_text("bands: 5\n")
         assert run_command(own, "reload").returncode == 0
         command.wait_until(lambda: "the old one stays" in command.log(), WITHIN_S, "the new worker is given up")
         assert workers(command) == [old]
         assert answers(own)
-        Path(own.policy_path).write_text(good)
+        file.write_text(good)
         assert run_command(own, "reload").returncode == 0
         command.wait_until(lambda: "replaced 1 workers" in command.log(), WITHIN_S, "the worker is replaced")
         assert workers(command) != [old]

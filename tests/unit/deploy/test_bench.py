@@ -19,7 +19,7 @@ from deploy.bench_load import Samples, Timing, cost_figure, decided_and_lacking,
 from deploy.bench_policy import write_policy
 from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES
 from gateway.job import requests_of
-from gateway.policy import Columns, load_policy
+from gateway.policy import NO_LISTS, Columns, load_policy
 from tests.unit.gateway.factories import make_job, make_transaction
 
 REQUIRED = {
@@ -65,16 +65,16 @@ def test_decisions_that_went_without_something_are_counted_apart_from_those_with
 
 
 def test_the_policy_of_benchmarks_is_the_usual_one_with_other_limits_of_velocity(tmp_path: Path) -> None:
-    write_policy(tmp_path / "policy.yaml")
-    usual, raised = load_policy(""), load_policy(str(tmp_path / "policy.yaml"))
+    write_policy(tmp_path / "policy")
+    usual, raised = load_policy(""), load_policy(str(tmp_path / "policy"))
     assert raised.rule_ids == usual.rule_ids
     batch = [make_job(make_transaction("a", amount_minor=6_000_000)), make_job(make_transaction("b", amount_minor=5))]
     matrix = np.full((2, len(FEATURE_NAMES)), np.nan, np.float32)
     matrix[:, FEATURE_INDEX["card_count_5m"]] = 50
-    columns = Columns(requests=requests_of(batch), rows=np.arange(2), matrix=matrix, score=np.zeros(2))
-    large = [rule for rule in usual.decide(columns, True).rule_hits[0] if rule != "card-burst"]
-    assert usual.decide(columns, True).rule_hits == [["card-burst", *large], ["card-burst"]]
-    assert raised.decide(columns, True).rule_hits == [large, []]
+    columns = Columns(requests_of(batch), np.arange(2), matrix, np.zeros(2), np.zeros(2, np.int64))
+    large = [rule for rule in usual.decide(columns, True, NO_LISTS).rule_hits[0] if rule != "card-burst"]
+    assert usual.decide(columns, True, NO_LISTS).rule_hits == [["card-burst", *large], ["card-burst"]]
+    assert raised.decide(columns, True, NO_LISTS).rule_hits == [large, []]
 
 
 def test_a_rate_at_which_requests_are_refused_is_not_reached() -> None:

@@ -28,6 +28,7 @@ from gateway.policy import Policy, load_policy
 from gateway.what_if import Case
 from tests.factories_model import make_model_dir, risky_row, safe_row
 from tests.unit.gateway.factories import make_transaction
+from tests.unit.gateway.policy_factories import NEVER_BY_SCORE, policy_files
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,8 @@ def test_an_older_version_that_lies_in_the_directory_is_found_by_its_digest(home
 
 
 def test_another_policy_is_said(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "policy.yaml"
-    never = "{up_to_minor: null, challenge: 1001, review: 1001, decline: 1001, without_model: approve}"
-    path.write_text(f"version: 1\nname: mild\nbands: [{never}]\nrules: []\n")
-    found = explained(capsys, "risky", "--policy", str(path))
+    (tmp_path / "policy.yaml").write_bytes(policy_files(bands=NEVER_BY_SCORE, name="mild")["policy.yaml"])
+    found = explained(capsys, "risky", "--policy", str(tmp_path))
     assert found["decided_again"] == "approve"
     assert len(found["notes"]) == 2
     assert "the policy 'mild' is another" in found["notes"][0]

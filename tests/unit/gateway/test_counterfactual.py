@@ -21,6 +21,7 @@ from tests.entities import make_stream
 from tests.factories_model import make_features, make_model_dir
 from tests.oracle import Oracle, Past, features_of
 from tests.unit.gateway.factories import make_transaction
+from tests.unit.gateway.policy_factories import NEVER_BY_SCORE, make_policy, make_rule
 
 Floats = npt.NDArray[np.float32]
 
@@ -122,14 +123,7 @@ def test_an_amount_that_alone_was_too_high_is_what_is_named(trained: Trained, po
 
 
 def test_a_rule_of_the_policy_is_heeded_too(trained: Trained) -> None:
-    text = """
-version: 1
-name: test
-bands: [{up_to_minor: null, challenge: 1001, review: 1001, decline: 1001, without_model: approve}]
-rules:
-  - {id: r, description: d, when: [{feature: card_count_1h, op: ">=", value: 12}], outcome: decline, reason: CARD_VELOCITY}
-"""
-    strict = Policy(text.encode(), "test.yaml")
+    strict = make_policy(make_rule("card_count_1h >= 12", outcome="decline"), bands=NEVER_BY_SCORE)
     row = make_features(1)[0]
     row[[FEATURE_INDEX[f"card_count_{w}"] for w in ("5m", "1h", "24h", "7d", "30d")]] = 3, 15, 20, 30, 90
     found = find_counterfactual(trained.model, strict, trained.explainer.thresholds(), make_case(row))
@@ -139,13 +133,7 @@ rules:
 
 
 def test_where_nothing_helps_none_is_found(trained: Trained) -> None:
-    text = """
-version: 1
-name: test
-bands: [{up_to_minor: null, challenge: 1001, review: 1001, decline: 1001, without_model: approve}]
-rules: [{id: r, description: d, when: [{field: merchant_id, op: "==", value: merchant-1}], outcome: decline, reason: AMOUNT_LIMIT}]
-"""
-    strict = Policy(text.encode(), "test.yaml")
+    strict = make_policy(make_rule('merchant_id == "merchant-1"', outcome="decline"), bands=NEVER_BY_SCORE)
     assert find_counterfactual(trained.model, strict, trained.explainer.thresholds(), make_case(make_features(1)[0])) is None
 
 

@@ -1,43 +1,33 @@
+"""The order of evaluation, bands, lists, rules, states and reasons: what docs/policy.md promises."""
+
+from __future__ import annotations
+
 import math
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gateway.contracts.decision import Outcome
-from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES
 from gateway.contracts.reasons import REASONS_MAX, Reason
-from gateway.contracts.transaction import Transaction
-from gateway.errors import PolicyRefusedError
-from gateway.job import requests_of
-from gateway.policy import Columns, Decisions, Policy, load_policy
-from tests.unit.gateway.factories import make_job, make_transaction
+from gateway.policy import NO_LISTS, load_policy
+from tests.unit.gateway.factories import NOW_MS, make_transaction
+from tests.unit.gateway.policy_factories import NEVER_BY_SCORE, Entries, decide, make_columns, make_list, make_policy, make_rule
 
-BANDS = """
-version: 1
-name: test
-bands:
-  - {up_to_minor: 1000, challenge: 500, review: 700, decline: 900, without_model: approve}
-  - {up_to_minor: null, challenge: 300, review: 400, decline: 500, without_model: review}
-rules:
-"""
+LISTS = (
+    make_list("bad", "block"),
+    make_list("odd", "block", outcome="review"),
+    make_list("watched", "watch"),
+    make_list("good", "allow"),
+    make_list("good-merchants", "allow", "merchant_id"),
+)
+FIELDS = {d["id"]: d["field"] for d in LISTS}
 
 
-def make_policy(rules: str = "  []") -> Policy:
-    return Policy((BANDS + rules).encode(), "test.yaml")
-
-
-def rule(when: str, outcome: str = "review", reason: str = "CARD_VELOCITY", name: str = "r1") -> str:
-    return f"  - {{id: {name}, description: d, when: [{when}], outcome: {outcome}, reason: {reason}}}\n"
-
-
-def decide(policy: Policy, *batch: Transaction, score: float = math.nan, has_features: bool = True, **features: float) -> Decisions:
-    matrix = np.full((len(batch), len(FEATURE_NAMES)), np.nan, np.float32)
-    for name, value in features.items():
-        matrix[:, FEATURE_INDEX[name]] = value
-    requests = requests_of([make_job(t) for t in batch])
-    rows = np.arange(len(batch))
-    return policy.decide(Columns(requests=requests, rows=rows, matrix=matrix, score=np.full(len(batch), score)), has_features)
+def standing(*list_ids: str, ends_ms: float = math.inf) -> Entries:
+    """A book in which the usual payment's card or merchant stands on some lists."""
+    value = {"card_id": "card-1", "merchant_id": "merchant-1"}
+    return Entries(FIELDS, {list_id: {value[FIELDS[list_id]]: ends_ms} for list_id in list_ids})
 
 
 @pytest.mark.parametrize(
@@ -65,12 +55,12 @@ def test_without_model_and_features_the_band_decides() -> None:
 
 
 def test_without_model_but_with_features_the_rules_decide() -> None:
-    found = decide(make_policy(rule("{feature: card_count_5m, op: '>=', value: 3}")), make_transaction(amount_minor=5000))
+    found = decide(make_policy(make_rule("card_count_5m >= 3")), make_transaction(amount_minor=5000))
     assert found.outcome == [Outcome.APPROVE]
 
 
-def test_all_conditions_of_a_rule_must_hold() -> None:
-    policy = make_policy(rule("{feature: card_count_5m, op: '>=', value: 3}, {field: channel, op: in, value: [ecom]}"))
+def test_only_the_rows_that_a_rule_is_true_of_are_touched() -> None:
+    policy = make_policy(make_rule('card_count_5m >= 3 and channel in ["ecom"]'))
     assert decide(policy, make_transaction(), card_count_5m=3).outcome == [Outcome.APPROVE]
     assert decide(policy, make_transaction(channel="ecom"), card_count_5m=2).outcome == [Outcome.APPROVE]
     found = decide(policy, make_transaction(channel="ecom"), make_transaction(), card_count_5m=3)
@@ -79,23 +69,30 @@ def test_all_conditions_of_a_rule_must_hold() -> None:
 
 
 @pytest.mark.parametrize("op", ["==", "!=", "<", "<=", ">", ">="])
-def test_an_unknown_value_makes_every_comparison_false(op: str) -> None:
-    for what in ("feature: card_speed", "field: latitude", "derived: card_distance_km", "score: true"):
-        policy = make_policy(rule(f"{{{what}, op: '{op}', value: 0}}"))
-        assert decide(policy, make_transaction()).outcome == [Outcome.APPROVE]
+def test_an_unknown_value_makes_neither_a_comparison_nor_its_negation_true(op: str) -> None:
+    for what in ("card_speed", "latitude", "card_distance_km", "score", "abs(score)", "card_speed * 2"):
+        for when in (f"{what} {op} 0", f"not ({what} {op} 0)", f"0 {op} {what}"):
+            assert decide(make_policy(make_rule(when)), make_transaction()).outcome == [Outcome.APPROVE]
 
 
-@pytest.mark.parametrize("condition", ["op: '!=', value: x", "op: not_in, value: [x]"])
-def test_a_field_that_is_not_given_makes_a_condition_false(condition: str) -> None:
-    policy = make_policy(rule(f"{{field: device_id, {condition}}}"))
+@pytest.mark.parametrize(
+    "when", ['device_id != "x"', 'device_id not in ["x"]', 'not (device_id == "x")', "device_id != ip", "known(device_id)"]
+)
+def test_a_field_that_is_not_given_is_unknown(when: str) -> None:
+    policy = make_policy(make_rule(when))
     assert decide(policy, make_transaction()).outcome == [Outcome.APPROVE]
-    assert decide(policy, make_transaction(device_id="y")).outcome == [Outcome.REVIEW]
+    assert decide(policy, make_transaction(device_id="y", ip="z")).outcome == [Outcome.REVIEW]
+
+
+def test_what_is_unknown_can_be_asked_for() -> None:
+    policy = make_policy(make_rule("not known(device_id) and not known(card_speed)"))
+    assert decide(policy, make_transaction()).rule_hits == [["r1"]]
+    assert decide(policy, make_transaction(), card_speed=1).rule_hits == [[]]
 
 
 def test_the_most_severe_outcome_wins_and_its_reasons_come_first() -> None:
-    always = "{field: amount_minor, op: '>', value: 0}"
-    rules = "".join(
-        rule(always, outcome, reason, name)
+    rules = [
+        make_rule("amount_minor > 0", name, outcome=outcome, reason=reason)
         for outcome, reason, name in [
             ("challenge", "AMOUNT_UNUSUAL", "a"),
             ("decline", "DEVICE_MANY_CARDS", "b"),
@@ -103,8 +100,8 @@ def test_the_most_severe_outcome_wins_and_its_reasons_come_first() -> None:
             ("decline", "DEVICE_MANY_CARDS", "d"),
             ("challenge", "AMOUNT_LIMIT", "e"),
         ]
-    )
-    found = decide(make_policy(rules), make_transaction(amount_minor=900), score=750)
+    ]
+    found = decide(make_policy(*rules), make_transaction(amount_minor=900), score=750)
     assert found.outcome == [Outcome.DECLINE]
     assert found.reasons == [[Reason.DEVICE_MANY_CARDS, Reason.MODEL_SCORE_HIGH, Reason.IP_MANY_CARDS, Reason.AMOUNT_UNUSUAL]]
     assert len(found.reasons[0]) == REASONS_MAX
@@ -112,73 +109,187 @@ def test_the_most_severe_outcome_wins_and_its_reasons_come_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "place"),
-    [
-        (rule("{feature: card_cuont_5m, op: '>', value: 3}"), "rule 'r1', condition 1: there is no feature 'card_cuont_5m'"),
-        (rule("{field: amount, op: '>', value: 3}"), "there is no field 'amount'"),
-        (rule("{derived: x, op: '>', value: 3}"), "there is no derived value 'x'"),
-        (rule("{feature: card_speed, op: '~', value: 3}"), "rules[0].when[0].op"),
-        (rule("{feature: card_speed, op: '>', value: fast}"), "must be a finite number"),
-        (rule("{feature: card_speed, op: '>', value: .nan}"), "must be a finite number"),
-        (rule("{feature: card_speed, op: '>', value: [1]}"), "takes one value"),
-        (rule("{field: channel, op: in, value: ecom}"), "takes a list"),
-        (rule("{field: channel, op: '>', value: ecom}"), "can't be compared"),
-        (rule("{field: mcc, op: '==', value: 5411}"), "must be a text"),
-        (rule("{op: '>', value: 3}"), "name exactly one"),
-        (rule("{feature: card_speed, field: channel, op: '>', value: 3}"), "name exactly one"),
-        (rule("{score: true, op: '>', value: 3}", reason="NOPE"), "reason"),
-        (rule("{score: true, op: '>', value: 3}", outcome="maybe"), "outcome"),
-        (rule(""), "has no condition"),
-        (rule("{score: true, op: '>', value: 3}") * 2, "given twice"),
-        ("  - {id: x}\n", "rules[0]"),
-    ],
+    "outcomes", [("approve", "challenge"), ("review", "challenge"), ("decline", "review"), ("review", "decline")]
 )
-def test_a_policy_that_can_not_be_meant_is_refused_with_its_place(rules: str, place: str) -> None:
-    with pytest.raises(PolicyRefusedError) as caught:
-        make_policy(rules)
-    assert "test.yaml" in str(caught.value)
-    assert place in str(caught.value)
+def test_of_two_rules_the_more_severe_decides_in_any_order(outcomes: tuple[str, str]) -> None:
+    rules = [make_rule("amount_minor > 0", f"r{i}", outcome=outcome) for i, outcome in enumerate(outcomes)]
+    severest = max(outcomes, key=[o.value for o in Outcome].index)
+    for order in (rules, rules[::-1]):
+        assert decide(make_policy(*order, bands=NEVER_BY_SCORE), make_transaction()).outcome == [severest]
+
+
+def test_a_block_list_declines_before_anything_else_is_asked() -> None:
+    policy = make_policy(make_rule("amount_minor > 0", hard=True), make_rule("amount_minor > 0", "s", state="shadow"), lists=LISTS)
+    found = decide(policy, make_transaction(), score=1000, lists=standing("bad", "watched", "good"))
+    assert found.outcome == [Outcome.DECLINE]
+    assert found.list_hits == [["bad", "watched", "good"]]
+    assert found.rule_hits == found.shadow_hits == [[]]
+    assert found.reasons == [[Reason.ON_BLOCK_LIST, Reason.ON_WATCH_LIST]]
+
+
+def test_a_milder_block_list_is_not_outdone_by_an_allow_list_but_by_rules_and_scores() -> None:
+    policy = make_policy(make_rule("card_count_5m > 3", outcome="decline"), lists=LISTS)
+    book = standing("odd", "good")
+    assert decide(policy, make_transaction(), score=0, lists=book).outcome == [Outcome.REVIEW]
+    assert decide(policy, make_transaction(), score=999, lists=book).outcome == [Outcome.DECLINE]
+    assert decide(policy, make_transaction(), score=0, lists=book, card_count_5m=4).rule_hits == [["r1"]]
+
+
+def test_an_allow_list_silences_the_score_and_the_rules_that_are_not_hard() -> None:
+    soft, shadow = make_rule("amount_minor > 0", "soft"), make_rule("amount_minor > 0", "shadow", state="shadow")
+    hard = make_rule("amount_minor > 5000", "hard", hard=True)
+    policy = make_policy(soft, shadow, hard, lists=LISTS)
+    for book in (standing("good"), standing("good-merchants")):
+        found = decide(policy, make_transaction(), score=1000, lists=book)
+        assert found.outcome == [Outcome.APPROVE]
+        assert found.reasons == found.rule_hits == found.shadow_hits == [[]]
+        found = decide(policy, make_transaction(amount_minor=5001), score=1000, lists=book)
+        assert (found.outcome, found.rule_hits) == ([Outcome.REVIEW], [["hard"]])
+    found = decide(policy, make_transaction(amount_minor=3000), has_features=False, lists=standing("good"))
+    assert found.outcome == [Outcome.APPROVE]
+
+
+def test_a_watch_list_asks_for_a_review_of_who_is_allowed_too() -> None:
+    policy = make_policy(lists=LISTS)
+    found = decide(policy, make_transaction(), score=1000, lists=standing("watched", "good"))
+    assert found.outcome == [Outcome.REVIEW]
+    assert found.reasons == [[Reason.ON_WATCH_LIST]]
+    found = decide(policy, make_transaction(), score=1000, lists=standing("watched"))
+    assert found.outcome == [Outcome.DECLINE]
+    assert found.reasons == [[Reason.MODEL_SCORE_HIGH, Reason.ON_WATCH_LIST]]
+
+
+def test_a_watch_list_may_only_tell() -> None:
+    lists = (make_list("told", "watch", outcome="approve"),)
+    book = Entries({"told": "card_id"}, {"told": {"card-1": math.inf}})
+    found = decide(make_policy(lists=lists), make_transaction(), score=0, lists=book)
+    assert (found.outcome, found.reasons, found.list_hits) == ([Outcome.APPROVE], [[]], [["told"]])
+    assert found.ruled is None
+
+
+def test_an_entry_counts_until_the_moment_it_ends_by_when_the_payment_was_received() -> None:
+    book = standing("bad", ends_ms=NOW_MS)
+    policy = make_policy(lists=LISTS)
+    assert decide(policy, make_transaction(), at_ms=NOW_MS - 1, lists=book).outcome == [Outcome.DECLINE]
+    assert decide(policy, make_transaction(), at_ms=NOW_MS, lists=book).outcome == [Outcome.APPROVE]
+
+
+def test_a_rule_may_ask_for_a_list_whatever_the_list_itself_asks_for() -> None:
+    when = 'merchant_id not in list("good-merchants") and card_id in list("watched")'
+    policy = make_policy(make_rule(when, outcome="decline"), lists=LISTS)
+    assert decide(policy, make_transaction(), lists=standing("watched")).rule_hits == [["r1"]]
+    assert decide(policy, make_transaction(), lists=standing("watched", "good-merchants")).rule_hits == [[]]
+
+
+def test_other_lists_bind_other_bits_and_one_list_of_a_batch_is_not_the_other_s() -> None:
+    policy = make_policy(lists=LISTS)
+    for first, second in (("bad", "watched"), ("watched", "bad")):
+        book = Entries(FIELDS, {first: {"card-1": math.inf}, second: {"card-2": math.inf}})
+        batch = [make_transaction("a", card_id="card-2"), make_transaction("b"), make_transaction("c", card_id="card-3")]
+        assert decide(policy, *batch, lists=book).list_hits == [[second], [first], []]
+
+
+def test_a_shadow_rule_is_told_and_changes_nothing() -> None:
+    live = make_rule("amount_minor > 1000", "live", outcome="challenge")
+    shadow = make_rule("amount_minor > 0", "tried", outcome="decline", reason="AMOUNT_LIMIT", state="shadow")
+    batch = [make_transaction("a", amount_minor=10), make_transaction("b", amount_minor=2000)]
+    with_it, without = decide(make_policy(live, shadow), *batch, score=10), decide(make_policy(live), *batch, score=10)
+    assert with_it.shadow_hits == [["tried"], ["tried"]]
+    for name in ("outcome", "reasons", "rule_hits", "rule_errors"):
+        assert getattr(with_it, name) == getattr(without, name)
+    assert with_it.severity.tolist() == without.severity.tolist()
+    assert with_it.ruled is not None and without.ruled is not None
+    assert with_it.ruled.tolist() == without.ruled.tolist() == [0, 1]
+
+
+def test_a_rule_that_is_off_is_checked_and_not_evaluated() -> None:
+    found = decide(make_policy(make_rule("amount_minor > 0", state="off")), make_transaction())
+    assert (found.outcome, found.rule_hits, found.shadow_hits) == ([Outcome.APPROVE], [[]], [[]])
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("when", "features"),
     [
-        ("up_to_minor: null", "up_to_minor: 2000"),
-        ("challenge: 500", "challenge: 800"),
-        ("up_to_minor: 1000", "up_to_minor: 0"),
-        ("decline: 900", "decline: 1002"),
-        ("version: 1", "version: 2"),
+        ("amount_minor / card_count_5m > 3", {"card_count_5m": 0}),
+        ("amount_minor * card_amount_sum_30d * 1e300 > 3", {"card_amount_sum_30d": 3e38}),
+        ("card_speed - card_speed < 1", {"card_speed": math.inf}),
+        ("not (amount_minor / card_count_5m > 3)", {"card_count_5m": 0}),
+        ("known(amount_minor / card_count_5m)", {"card_count_5m": 0}),
     ],
 )
-def test_wrong_bands_and_versions_are_refused(old: str, new: str) -> None:
-    with pytest.raises(PolicyRefusedError):
-        Policy((BANDS + "  []").replace(old, new).encode(), "test.yaml")
+def test_a_rule_that_can_not_be_worked_out_is_an_error_of_its_row_and_the_others_decide(
+    when: str, features: dict[str, Any]
+) -> None:
+    rules = [make_rule(when, "broken", outcome="decline"), make_rule("amount_minor >= 1000", "other")]
+    batch = [make_transaction("a", amount_minor=900), make_transaction("b", amount_minor=1000)]
+    found = make_policy(*rules).decide(make_columns(batch, **features), True, NO_LISTS)
+    assert found.outcome == [Outcome.APPROVE, Outcome.REVIEW]
+    assert found.rule_errors == [["broken"], ["broken"]]
+    assert found.rule_hits == [[], ["other"]]
 
 
-def test_no_yaml_is_refused() -> None:
-    with pytest.raises(PolicyRefusedError):
-        Policy(b"{", "test.yaml")
-    with pytest.raises(PolicyRefusedError):
-        load_policy("/nowhere/policy.yaml")
+def test_a_test_guards_what_stands_behind_it() -> None:
+    guarded = make_rule("card_count_5m > 0 and amount_minor / card_count_5m > 300")
+    found = decide(make_policy(guarded), make_transaction(amount_minor=900), card_count_5m=0)
+    assert (found.rule_errors, found.rule_hits) == ([[]], [[]])
+    assert decide(make_policy(guarded), make_transaction(amount_minor=900), card_count_5m=2).rule_hits == [["r1"]]
 
 
-def test_the_policy_that_ships_loads_and_its_digest_follows_the_file(tmp_path: Path) -> None:
-    shipped = load_policy("")
-    assert len(shipped.rule_ids) >= 6
-    other = tmp_path / "policy.yaml"
-    other.write_text(BANDS + "  []")
-    assert load_policy(str(other)).digest != shipped.digest
+def test_more_hits_than_a_batch_usually_has_are_all_told() -> None:
+    rules = [make_rule("amount_minor > 0", f"r{i:03d}") for i in range(200)]
+    found = decide(make_policy(*rules), *[make_transaction(f"t{i}") for i in range(3)])
+    assert found.rule_hits == [[rule["id"] for rule in rules]] * 3
+
+
+def test_an_exploration_leaves_alone_what_a_list_asked_for() -> None:
+    found = decide(
+        make_policy(lists=LISTS), make_transaction(), make_transaction("b", card_id="c"), score=999, lists=standing("bad")
+    )
+    assert found.ruled is not None
+    assert found.ruled.tolist() == [3, 0]
+
+
+def test_decisions_do_not_depend_on_which_rows_of_the_requests_are_decided() -> None:
+    policy = make_policy(make_rule('merchant_id == "m2"'), make_rule("amount_minor == 7", "r2"))
+    batch = [make_transaction("a", merchant_id="m1", amount_minor=7), make_transaction("b", merchant_id="m2")]
+    whole = decide(policy, *batch)
+    from_whole = decide(policy, *batch[1:])
+    assert whole.rule_hits == [["r2"], ["r1"]]
+    assert from_whole.rule_hits == [["r1"]]
 
 
 def test_the_shipped_rules_fire_on_their_patterns() -> None:
     shipped = load_policy("")
     ecom = make_transaction(channel="ecom", amount_minor=120)
     assert decide(shipped, ecom, card_count_5m=10).rule_hits == [["card-burst"]]
+    assert decide(shipped, ecom, card_count_1h=12, card_distinct_merchants_1h=4).rule_hits == [["card-fast"]]
     assert decide(shipped, ecom, device_distinct_cards_1h=6).rule_hits == [["device-many-cards"]]
+    assert decide(shipped, ecom, ip_distinct_cards_1h=12).rule_hits == [["ip-many-cards"]]
+    assert decide(shipped, make_transaction(channel="pos"), ip_distinct_cards_1h=12).rule_hits == [[]]
     testing = decide(shipped, ecom, merchant_distinct_cards_5m=15, ip_distinct_cards_1h=5)
     assert testing.rule_hits == [["merchant-card-testing"]]
     travel = decide(shipped, ecom, card_speed=3000, card_since_last=3600)
     assert travel.rule_hits == [["impossible-travel"]]
     nearby = decide(shipped, ecom, card_speed=3000, card_since_last=10)
     assert nearby.rule_hits == [[]]
+    large = make_transaction(amount_minor=20_000)
+    unusual = decide(shipped, large, card_amount_zscore_30d=6.5, card_amount_ratio_30d=8.5, card_count_30d=5)
+    assert unusual.rule_hits == [["amount-unusual"]]
     assert decide(shipped, make_transaction(amount_minor=5_000_001)).rule_hits == [["amount-limit"]]
+
+
+def test_what_rules_and_bands_compare_features_with_is_known() -> None:
+    policy = make_policy(
+        make_rule('card_count_5m >= 10 and (5 < card_speed or mcc == "5411") and not (hour in [3, 4])'),
+        make_rule("amount_minor > 3 * card_amount_mean_30d and is_night == 1", "r2"),
+        make_rule("card_count_1h > 99", "r3", state="off"),
+    )
+    assert set(policy.compared) == {
+        ("amount_minor", 1000.0),
+        ("card_count_5m", 10.0),
+        ("card_speed", 5.0),
+        ("hour", 3.0),
+        ("hour", 4.0),
+        ("is_night", 1.0),
+    }
+    assert np.isfinite([value for _, value in policy.compared]).all()

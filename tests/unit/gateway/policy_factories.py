@@ -1,0 +1,90 @@
+"""Policies for tests, made of what matters to them; and decisions of payments that differ in little."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import numpy as np
+import yaml
+
+from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES
+from gateway.contracts.transaction import Transaction
+from gateway.job import requests_of
+from gateway.policy import NO_LISTS, Columns, Decisions, Lists, Policy
+from tests.unit.gateway.factories import NOW_MS, make_job
+
+BANDS: tuple[dict[str, Any], ...] = (
+    {"up_to_minor": 1000, "challenge": 500, "review": 700, "decline": 900, "without_model": "approve"},
+    {"up_to_minor": None, "challenge": 300, "review": 400, "decline": 500, "without_model": "review"},
+)
+# No score asks for anything.
+NEVER_BY_SCORE: tuple[dict[str, Any], ...] = (
+    {"up_to_minor": None, "challenge": 1001, "review": 1001, "decline": 1001, "without_model": "approve"},
+)
+
+
+def make_rule(when: str, id: str = "r1", **changes: Any) -> dict[str, Any]:
+    given = {"id": id, "state": "live", "owner": "risk", "text": "d", "when": when, "outcome": "review", "reason": "CARD_VELOCITY"}
+    return given | changes
+
+
+def make_list(id: str, kind: str, field: str = "card_id", **changes: Any) -> dict[str, Any]:
+    return {"id": id, "field": field, "kind": kind, "owner": "risk", "text": "d"} | changes
+
+
+def policy_files(
+    *rules: dict[str, Any],
+    bands: tuple[dict[str, Any], ...] = BANDS,
+    lists: tuple[dict[str, Any], ...] = (),
+    alerts: tuple[dict[str, Any], ...] = (),
+    name: str = "test",
+) -> dict[str, bytes]:
+    policy = {"version": 2, "name": name, "bands": list(bands), "lists": list(lists), "alerts": list(alerts)}
+    files = {"policy.yaml": policy, "rules/all.yaml": {"rules": list(rules)}}
+    return {name: yaml.safe_dump(data, sort_keys=False, width=10_000).encode() for name, data in files.items()}
+
+
+def make_policy(*rules: dict[str, Any], **parts: Any) -> Policy:
+    return Policy(policy_files(*rules, **parts), "test")
+
+
+def make_columns(batch: list[Transaction], score: float = math.nan, at_ms: int = NOW_MS, **features: float) -> Columns:
+    """All with the same score and features; features that aren't named are unknown."""
+    matrix = np.full((len(batch), len(FEATURE_NAMES)), np.nan, np.float32)
+    for name, value in features.items():
+        matrix[:, FEATURE_INDEX[name]] = value
+    n = len(batch)
+    return Columns(requests_of([make_job(t) for t in batch]), np.arange(n), matrix, np.full(n, score), np.full(n, at_ms, np.int64))
+
+
+def decide(
+    policy: Policy,
+    *batch: Transaction,
+    score: float = math.nan,
+    has_features: bool = True,
+    lists: Lists = NO_LISTS,
+    at_ms: int = NOW_MS,
+    **features: float,
+) -> Decisions:
+    return policy.decide(make_columns(list(batch), score, at_ms, **features), has_features, lists)
+
+
+class Entries(msgspec.Struct):
+    """Stands for a book: by list, its field, and until when each value stands on it."""
+
+    fields: dict[str, str]
+    ends_ms: dict[str, dict[str, float]]
+    version: int = 1
+
+    def bit(self, list_id: str) -> int:
+        return 1 << list(self.ends_ms).index(list_id) if list_id in self.ends_ms else 0
+
+    def masks(self, entity_field: str, values: list[str | None], at_ms: Any) -> Any:
+        out = np.zeros(len(values), np.int64)
+        for list_id, ends_ms in self.ends_ms.items():
+            for i, value in enumerate(values):
+                if self.fields[list_id] == entity_field and value is not None and at_ms[i] < ends_ms.get(value, -math.inf):
+                    out[i] |= self.bit(list_id)
+        return out
