@@ -17,7 +17,8 @@ import numpy.typing as npt
 from gateway.avro import encode_transaction
 from gateway.contracts.decision import RISK_SCORE_MAX, SEVERITY, Outcome
 from gateway.contracts.features import FEATURE_INDEX
-from gateway.policy import NO_LISTS, Columns, Decisions, Lists, Policy
+from gateway.contracts.lists import ListBook
+from gateway.policy import NO_LISTS, Columns, Decisions, Policy
 from gateway.requests import read_requests
 from gateway.what_if import LEVERS, Case, Lever, Thresholds
 
@@ -65,7 +66,7 @@ class _Path:
 
 
 def decide_cases(
-    model: Scores, policy: Policy, cases: Sequence[Case], lists: Lists = NO_LISTS, received_at_ms: int = 0
+    model: Scores, policy: Policy, cases: Sequence[Case], lists: ListBook = NO_LISTS, received_at_ms: int = 0
 ) -> tuple[Decisions, npt.NDArray[np.float64]]:
     """What the model and the policy make of each case, and the probabilities, (n,), just as the scorer has them decide.
 

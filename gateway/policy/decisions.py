@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.decision import Outcome
+from gateway.contracts.lists import ListBook
 from gateway.contracts.reasons import Reason
 from gateway.requests import Requests
 
@@ -30,33 +30,8 @@ class Columns:
     received_at_ms: Int64s
 
 
-class Lists(Protocol):
-    """Who stands on which list, as of one version: gateway.contracts.lists.ListBook."""
-
-    @property
-    def version(self) -> int:
-        """Of the changes that were taken in."""
-
-    def bit(self, list_id: str) -> int:
-        """What stands for a list in `masks`, 0 for one without entries."""
-
-    def masks(self, entity_field: str, values: list[str | None], at_ms: Int64s) -> Int64s:
-        """(n,): the bits of the lists that each value stands on at its instant."""
-
-
-class NoLists:
-    """Nobody stands on any list."""
-
-    version = 0
-
-    def bit(self, list_id: str) -> int:
-        return 0
-
-    def masks(self, entity_field: str, values: list[str | None], at_ms: Int64s) -> Int64s:
-        return np.zeros(len(values), np.int64)
-
-
-NO_LISTS = NoLists()
+# Nobody stands on any list.
+NO_LISTS = ListBook()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import yaml
 from msgspec import Meta
 
 from gateway.contracts.decision import RISK_SCORE_MAX, Outcome
+from gateway.contracts.lists import LISTS_MAX
 from gateway.contracts.reasons import Reason
 from gateway.contracts.transaction import AMOUNT_MINOR_MAX, TEXT_FIELDS
 from gateway.policy.problems import Problems, did_you_mean
@@ -32,9 +33,6 @@ WEBHOOKS_MAX = 20
 NESTING_MAX = 8
 EXPRESSION_LENGTH_MAX = 2000
 TEXT_LENGTH_MAX = 500
-
-# As many as a book's masks have bits for.
-LISTS_MAX = 62
 
 # What an entry of a list may be compared with: everything that names somebody or some place, not the payment itself.
 LIST_FIELDS: tuple[str, ...] = tuple(f for f in TEXT_FIELDS if f != "transaction_id")

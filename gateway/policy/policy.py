@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from gateway.contracts.decision import SEVERITY, Outcome
 from gateway.contracts.features import FEATURE_NAMES
+from gateway.contracts.lists import ListBook
 from gateway.contracts.reasons import REASONS_MAX, Reason
 from gateway.kernels import rules as kernel
-from gateway.policy.decisions import NO_LISTS, Columns, Decisions, Int64s, Lists
+from gateway.policy.decisions import NO_LISTS, Columns, Decisions, Int64s
 from gateway.policy.declared import DEFAULT_OUTCOME, declared
 from gateway.policy.document import AlertRoute, ListDeclaration, ListKind, Rule, RuleState
 from gateway.policy.folder import SHIPPED, digest_of, read_folder
@@ -75,7 +76,7 @@ class Policy:
             *(pair for _, test in evaluated for pair in compare_values(test)),
         )
 
-    def decide(self, columns: Columns, has_features: bool, lists: Lists) -> Decisions:
+    def decide(self, columns: Columns, has_features: bool, lists: ListBook) -> Decisions:
         """Outcomes of a batch: the most severe of what the lists, the rules and the score ask for.
 
         Where no model scored and there are no features either, the band's `without_model` outcome stands in for the score's.
@@ -143,7 +144,7 @@ class Policy:
             ruled=ruled if count and ruled.any() else None,
         )
 
-    def _masks(self, columns: Columns, lists: Lists) -> tuple[Int64s, Int64s]:
+    def _masks(self, columns: Columns, lists: ListBook) -> tuple[Int64s, Int64s]:
         """The lists' bits, and what each row stands on by field, (rows, fields)."""
         bound, bits, holds = self._bound
         if bound is not lists:
@@ -155,7 +156,7 @@ class Policy:
             masks[:, place] = lists.masks(name, columns.requests.texts(name, columns.rows), columns.received_at_ms)
         return bits, masks
 
-    def _bind(self, lists: Lists) -> tuple[Lists, Int64s, list[int]]:
+    def _bind(self, lists: ListBook) -> tuple[ListBook, Int64s, list[int]]:
         """`lists`, the bits of the declared lists in them, and the places of the fields on whose lists anything stands."""
         bits = np.array([lists.bit(d.id) for d in self.lists], np.int64)
         return lists, bits, sorted(set(self._list_columns[bits != 0].tolist()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from pathlib import Path
 
 import msgspec
@@ -18,7 +17,7 @@ from gateway.policy import NO_LISTS, Columns, load_policy
 from model_export.errors import PolicyUnreadableError
 from model_export.policy_bands import read_asked, read_bands, risk_scores
 from tests.unit.gateway.factories import make_job, make_transaction
-from tests.unit.gateway.policy_factories import Entries, make_columns, make_list, make_rule, policy_files
+from tests.unit.gateway.policy_factories import make_book, make_columns, make_list, make_rule, policy_files
 
 OWN_BANDS = (
     {"up_to_minor": 777, "challenge": 1, "review": 500, "decline": 1001, "without_model": "approve"},
@@ -68,8 +67,7 @@ def test_hits_of_rules_and_lists_decide_as_the_gateway_decided(tmp_path: Path) -
     ]
     path = write(tmp_path, policy_files(*rules, lists=lists))
     values = {"card_id": "c", "card_bin": "123456", "merchant_id": "m", "ip": "i", "customer_id": "u"}
-    standing = {d["id"]: {values[d["field"]]: math.inf} for d in lists}
-    book = Entries({d["id"]: d["field"] for d in lists}, standing)
+    book = make_book(lists, {declared["id"]: values[declared["field"]] for declared in lists})
     batch, score = [], []
     for i, (chosen, amount, of_score) in enumerate(itertools.product(range(2 ** len(values)), (10, 1000, 3000), (0, 450, 999))):
         fields = {name: value for bit, (name, value) in enumerate(values.items()) if chosen >> bit & 1}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import msgspec
 import numpy as np
 import yaml
 
 from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES
+from gateway.contracts.lists import ListAction, ListBook, ListChange
 from gateway.contracts.transaction import Transaction
 from gateway.job import requests_of
-from gateway.policy import NO_LISTS, Columns, Decisions, Lists, Policy
+from gateway.policy import NO_LISTS, Columns, Decisions, Policy
 from tests.unit.gateway.factories import NOW_MS, make_job
 
 BANDS: tuple[dict[str, Any], ...] = (
@@ -64,27 +64,28 @@ def decide(
     *batch: Transaction,
     score: float = math.nan,
     has_features: bool = True,
-    lists: Lists = NO_LISTS,
+    lists: ListBook = NO_LISTS,
     at_ms: int = NOW_MS,
     **features: float,
 ) -> Decisions:
     return policy.decide(make_columns(list(batch), score, at_ms, **features), has_features, lists)
 
 
-class Entries(msgspec.Struct):
-    """Stands for a book: by list, its field, and until when each value stands on it."""
-
-    fields: dict[str, str]
-    ends_ms: dict[str, dict[str, float]]
-    version: int = 1
-
-    def bit(self, list_id: str) -> int:
-        return 1 << list(self.ends_ms).index(list_id) if list_id in self.ends_ms else 0
-
-    def masks(self, entity_field: str, values: list[str | None], at_ms: Any) -> Any:
-        out = np.zeros(len(values), np.int64)
-        for list_id, ends_ms in self.ends_ms.items():
-            for i, value in enumerate(values):
-                if self.fields[list_id] == entity_field and value is not None and at_ms[i] < ends_ms.get(value, -math.inf):
-                    out[i] |= self.bit(list_id)
-        return out
+def make_book(lists: tuple[dict[str, Any], ...], standing: dict[str, str | list[str]], ends_ms: int | None = None) -> ListBook:
+    """The book of `lists` in which values stand on some of them, by list, until `ends_ms`."""
+    fields = {declared["id"]: declared["field"] for declared in lists}
+    changes = [
+        ListChange(
+            list_id=list_id,
+            entity_field=fields[list_id],
+            action=ListAction.ADD,
+            entity_value=value,
+            expires_at_ms=ends_ms,
+            reason="r",
+            who="w",
+            at_ms=0,
+        )
+        for list_id, values in standing.items()
+        for value in ([values] if isinstance(values, str) else values)
+    ]
+    return ListBook().applied(enumerate(changes))

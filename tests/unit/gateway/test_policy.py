@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from gateway.contracts.decision import Outcome
+from gateway.contracts.lists import ListBook
 from gateway.contracts.reasons import REASONS_MAX, Reason
 from gateway.policy import NO_LISTS, load_policy
 from tests.unit.gateway.factories import NOW_MS, make_transaction
-from tests.unit.gateway.policy_factories import NEVER_BY_SCORE, Entries, decide, make_columns, make_list, make_policy, make_rule
+from tests.unit.gateway.policy_factories import NEVER_BY_SCORE, decide, make_book, make_columns, make_list, make_policy, make_rule
 
 LISTS = (
     make_list("bad", "block"),
@@ -21,13 +22,13 @@ LISTS = (
     make_list("good", "allow"),
     make_list("good-merchants", "allow", "merchant_id"),
 )
-FIELDS = {d["id"]: d["field"] for d in LISTS}
 
 
-def standing(*list_ids: str, ends_ms: float = math.inf) -> Entries:
+def standing(*list_ids: str, ends_ms: int | None = None) -> ListBook:
     """A book in which the usual payment's card or merchant stands on some lists."""
     value = {"card_id": "card-1", "merchant_id": "merchant-1"}
-    return Entries(FIELDS, {list_id: {value[FIELDS[list_id]]: ends_ms} for list_id in list_ids})
+    fields = {declared["id"]: declared["field"] for declared in LISTS}
+    return make_book(LISTS, {list_id: value[fields[list_id]] for list_id in list_ids}, ends_ms)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_a_watch_list_asks_for_a_review_of_who_is_allowed_too() -> None:
 
 def test_a_watch_list_may_only_tell() -> None:
     lists = (make_list("told", "watch", outcome="approve"),)
-    book = Entries({"told": "card_id"}, {"told": {"card-1": math.inf}})
+    book = make_book(lists, {"told": "card-1"})
     found = decide(make_policy(lists=lists), make_transaction(), score=0, lists=book)
     assert (found.outcome, found.reasons, found.list_hits) == ([Outcome.APPROVE], [[]], [["told"]])
     assert found.ruled is None
@@ -184,7 +185,7 @@ def test_a_rule_may_ask_for_a_list_whatever_the_list_itself_asks_for() -> None:
 def test_other_lists_bind_other_bits_and_one_list_of_a_batch_is_not_the_other_s() -> None:
     policy = make_policy(lists=LISTS)
     for first, second in (("bad", "watched"), ("watched", "bad")):
-        book = Entries(FIELDS, {first: {"card-1": math.inf}, second: {"card-2": math.inf}})
+        book = make_book(LISTS, {first: "card-1", second: "card-2"})
         batch = [make_transaction("a", card_id="card-2"), make_transaction("b"), make_transaction("c", card_id="card-3")]
         assert decide(policy, *batch, lists=book).list_hits == [[second], [first], []]
 
