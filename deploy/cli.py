@@ -31,7 +31,10 @@ class Command:
 GROUPS: dict[str, tuple[Command, ...]] = {
     "The stack": (
         Command(
-            "up", "deploy.commands", "up", "start Kafka, Redis, schema registry and MLflow; --all adds feature jobs and gateway"
+            "up",
+            "deploy.commands",
+            "up",
+            "start Kafka, Redis, schema registry and MLflow; --all adds feature jobs, gateway and case service",
         ),
         Command("down", "deploy.commands", "down", "stop everything that up started"),
         Command("restart", "deploy.commands", "restart", "stop one service and start it again"),
@@ -42,13 +45,16 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("serve", "gateway.commands", "serve", "run the gateway: POST /score and the transactions topic"),
         Command("reload", "gateway.commands", "reload", "replace the workers of the gateway that runs, one by one"),
         Command("score", "gateway.commands", "score", "score one transaction, given as JSON, and print the decision"),
-        Command("keys", "gateway.key_commands", "keys", "make, list and revoke API keys: create, list, revoke"),
         Command(
             "explain",
             "deploy.explain",
             "explain",
             "why a transaction was decided as it was, and what would have been approved instead",
         ),
+    ),
+    "Cases": (
+        Command("cases", "gateway.cases.commands", "cases", "run the case service: review queue, labels, lists, webhooks"),
+        Command("keys", "gateway.key_commands", "keys", "make, list and revoke API keys: create, list, revoke"),
     ),
     "Features": (
         Command("jobs", "feature_jobs.commands", "jobs", "run the Spark streams: bronze, silver, Redis, gold", spark=True),

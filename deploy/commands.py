@@ -17,7 +17,7 @@ def up(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fraudgate up", description="Start what isn't running, and wait until all of it is ready."
     )
-    parser.add_argument("--all", action="store_true", help="also start the feature jobs and the gateway")
+    parser.add_argument("--all", action="store_true", help="also start the feature jobs, the gateway and the case service")
     arguments = parser.parse_args(argv)
     try:
         Stack(load_settings(), _say).up(everything=arguments.all)
@@ -41,7 +41,7 @@ def down(argv: list[str]) -> int:
 def restart(argv: list[str]) -> int:
     """`fraudgate restart SERVICE`."""
     parser = argparse.ArgumentParser(prog="fraudgate restart", description="Stop one service and start it again.")
-    parser.add_argument("service", help="kafka, redis, registry, mlflow, jobs or gateway")
+    parser.add_argument("service", help="kafka, redis, registry, mlflow, jobs, gateway or cases")
     arguments = parser.parse_args(argv)
     try:
         Stack(load_settings(), _say).restart(arguments.service)

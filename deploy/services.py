@@ -74,7 +74,7 @@ def local_services(settings: Settings) -> dict[str, Service]:
         found.append(_registry(settings))
     if not settings.mlflow_url:
         found.append(_mlflow(settings))
-    found += [_jobs(settings), _gateway(settings)]
+    found += [_jobs(settings), _gateway(settings), _cases(settings)]
     return {service.name: service for service in found}
 
 
@@ -302,6 +302,19 @@ def _gateway(settings: Settings) -> Service:
         prepare=_nothing,
         command=lambda: ([sys.executable, "-m", "deploy.cli", "serve"], _own_env(settings)),
         healthy=lambda: http_ok(f"{settings.gateway}/readyz"),
+        ready_within_s=60,
+        stop_within_s=20,
+        core=False,
+    )
+
+
+def _cases(settings: Settings) -> Service:
+    return Service(
+        name="cases",
+        ports={ENV_PREFIX + "CASES_PORT": settings.cases_port},
+        prepare=_nothing,
+        command=lambda: ([sys.executable, "-m", "deploy.cli", "cases"], _own_env(settings)),
+        healthy=lambda: http_ok(f"{settings.cases}/readyz"),
         ready_within_s=60,
         stop_within_s=20,
         core=False,

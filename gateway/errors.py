@@ -23,6 +23,8 @@ class GatewayError(Exception):
     retriable = False
     reason = "internal"
     text = "the gateway failed"
+    # The offending field of a request, where there is one.
+    field: str | None = None
 
 
 class OverloadedError(GatewayError):
@@ -163,6 +165,7 @@ TITLES = {
     400: "Bad Request",
     401: "Unauthorized",
     403: "Forbidden",
+    404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
     409: "Conflict",
@@ -173,7 +176,7 @@ TITLES = {
     500: "Internal Server Error",
     503: "Service Unavailable",
 }
-assert set(REFUSAL_STATUS.values()) | {e.http_status for e in HTTP_ERRORS} | {500} == set(TITLES)
+assert set(REFUSAL_STATUS.values()) | {e.http_status for e in HTTP_ERRORS} | {404, 500} == set(TITLES)
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -194,7 +197,7 @@ def problem_of(error: RefusedError | GatewayError) -> Problem:
         status, reason, detail, field, retriable = REFUSAL_STATUS[error.reason], error.reason.value, "", error.field, False
         detail = REFUSAL_TEXT[error.reason]
     else:
-        status, reason, detail, field, retriable = error.http_status, error.reason, error.text, None, error.retriable
+        status, reason, detail, field, retriable = error.http_status, error.reason, error.text, error.field, error.retriable
     return Problem(
         type=PROBLEM_TYPE_PREFIX + reason,
         title=TITLES[status],

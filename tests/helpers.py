@@ -60,7 +60,7 @@ def local_settings(home: Path, **overrides: Any) -> Settings:
     """Settings of a stack of its own: free ports and the given home. The cache of downloads is the usual one."""
     names = [
         *("kafka_port", "kafka_controller_port", "redis_port", "registry_port", "mlflow_port", "gateway_port", "jobs_port"),
-        "parity_port",
+        *("parity_port", "cases_port"),
     ]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     cache = os.environ.get("FRAUDGATE_CACHE_DIR")

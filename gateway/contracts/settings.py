@@ -49,6 +49,7 @@ class Settings:
     registry_port: int = _port(18081, "port of the local schema registry")
     mlflow_port: int = _port(15000, "port of the local MLflow server")
     gateway_port: int = _port(18080, "port of the gateway")
+    cases_port: int = _port(18082, "port of the case service")
     jobs_port: int = _port(18090, "port of the feature jobs' metrics")
     parity_port: int = _port(18091, "port of the metrics of fraudgate parity --live")
 
@@ -167,6 +168,43 @@ class Settings:
         most=600_000,
     )
 
+    cases_group: str = _setting("fraudgate-cases", "consumer group of the case service")
+    cases_reviews_max: int = _setting(
+        100_000,
+        "most reviews without a verdict; beyond it the case service takes in none, and Kafka keeps them",
+        least=1,
+        most=10_000_000,
+    )
+    cases_lease_s: int = _setting(900, "how long an analyst holds a review unless told otherwise, seconds", least=10, most=86_400)
+    cases_outbox_max: int = _setting(
+        100_000,
+        "most labels and audit records that wait for Kafka; beyond it verdicts and labels are refused",
+        least=2,
+        most=10_000_000,
+    )
+    cases_retention_days: int = _setting(
+        400, "how long the case service keeps decided reviews and the labels that came through it, days", least=1, most=3650
+    )
+    webhooks_path: str = _setting("", "file of the webhooks that alert routes lead to (YAML or JSON); empty: there are none")
+    webhook_timeout_ms: int = _setting(10_000, "longest time for a webhook to answer, milliseconds", least=10, most=60_000)
+    webhook_concurrency: int = _setting(8, "most messages under way to one webhook", least=1, most=256)
+    webhook_queue_max: int = _setting(
+        10_000, "most messages waiting for one webhook; beyond it they are dead letters at once", least=1, most=1_000_000
+    )
+    webhook_attempts_max: int = _setting(12, "attempts to deliver a message until it is a dead letter", least=1, most=100)
+    webhook_retry_first_ms: int = _setting(
+        1000, "pause after the first failed attempt, milliseconds; it doubles with each, up to an hour", least=1, most=3_600_000
+    )
+    webhook_retry_max_s: int = _setting(
+        86_400,
+        "longest time from the first attempt to the last, and the oldest alert that is still sent, seconds",
+        least=1,
+        most=2_592_000,
+    )
+    webhook_dedup_s: int = _setting(
+        3600, "how long the same alert to the same webhook is sent once, seconds", least=1, most=2_592_000
+    )
+
     bronze_trigger_ms: int = _setting(2000, "trigger of the stream from Kafka to bronze, milliseconds", least=0, most=600_000)
     silver_trigger_ms: int = _setting(
         4000, "trigger of the stream from bronze to silver and Redis, milliseconds", least=0, most=600_000
@@ -238,6 +276,10 @@ class Settings:
     @property
     def gateway(self) -> str:
         return f"http://{self.host}:{self.gateway_port}"
+
+    @property
+    def cases(self) -> str:
+        return f"http://{self.host}:{self.cases_port}"
 
     @property
     def tables(self) -> str:
