@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import TableNotFoundError
 
+from feature_jobs.known_labels import read_labels
 from feature_jobs.training_set import FINGERPRINT_KEY, NoHistoryError, commit_note, features_between, local, read_table
 from gateway.contracts import tables
 from gateway.contracts.features import FINGERPRINT
@@ -44,7 +45,7 @@ def backfill(settings: Settings, *, from_ms: int | None = None, to_ms: int | Non
     if silver is None or silver.num_rows == 0:
         raise NoHistoryError("silver holds no transactions: send some while fraudgate jobs runs")
     silver = silver.sort_by([("event_time_ms", "ascending"), ("transaction_id", "ascending")])
-    labels = read_table(settings, tables.LABELS, ["transaction_id", "is_fraud", "reported_at_ms"])
+    labels = read_labels(settings)
     first_ms = int(silver["event_time_ms"][0].as_py()) if from_ms is None else from_ms
     end_ms = int(silver["event_time_ms"][-1].as_py()) + 1 if to_ms is None else to_ms
     rows = features_between(silver, labels, first_ms, end_ms)

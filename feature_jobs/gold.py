@@ -7,7 +7,7 @@ written by MERGE, fenced by (txnAppId, txnVersion) as session settings, which De
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from feature_jobs.metrics import Metrics
 from gateway.contracts import tables
 from gateway.contracts.decision import Outcome
 from gateway.contracts.features import ENTITIES
+from gateway.contracts.label import SOURCES, STANDING, STATES
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import FIELDS
 
@@ -44,7 +45,13 @@ DECISION_FIELDS = (
     "propensity",
 )
 # Columns of gold_decisions by the columns of labels they come from.
-LABEL_COLUMNS = {"is_fraud": "is_fraud", "label_source": "source", "label_state": "state", "reported_at_ms": "reported_at_ms"}
+LABEL_COLUMNS = {
+    "is_fraud": "is_fraud",
+    "label_source": "source",
+    "label_state": "state",
+    "reported_at_ms": "reported_at_ms",
+    "label_effective_at_ms": "effective_at_ms",
+}
 
 
 @dataclass
@@ -140,30 +147,31 @@ class Gold:
             )
 
     def _merge_decisions(self, batch: DataFrame, batch_id: int) -> None:
-        """Each of transaction, decision and label fills its own columns of the row, whichever comes first; the newest label stays."""
+        """Each of transaction, decision and label fills its own columns of the row, whichever comes first. The strongest label stays."""
         # Silver keeps a transaction_id apart from itself within its window only: a repetition after it may meet the first one here.
         one = ["transaction_id"]
         transactions = batch.where("kind = 't'").select("t.*", "kafka_timestamp").dropDuplicates(one)
         decisions = (
             batch.where("kind = 'd'").select("d.transaction_id", *(f"d.{name}" for name in DECISION_FIELDS)).dropDuplicates(one)
         )
-        by_time = Window.partitionBy("transaction_id").orderBy(
-            F.desc("reported_at_ms"), F.desc("label_state"), F.desc("label_source")
-        )
+        strongest = Window.partitionBy("transaction_id").orderBy(F.desc("precedence"))
         labels = (
             batch.where("kind = 'l'")
             .select("l.transaction_id", *(F.col(f"l.{source}").alias(name) for name, source in LABEL_COLUMNS.items()))
-            .withColumn("place", F.row_number().over(by_time))
+            .withColumn("precedence", label_precedence(""))
+            .withColumn("place", F.row_number().over(strongest))
             .where("place = 1")
-            .drop("place")
+            .drop("place", "precedence")
         )
         source = transactions.join(decisions, "transaction_id", "full").join(labels, "transaction_id", "full")
         columns = (*(f for f in FIELDS if f != "transaction_id"), "scored_by", "kafka_timestamp", *DECISION_FIELDS, *LABEL_COLUMNS)
         insert = {name: F.col(f"s.{name}") for name in ("transaction_id", *columns)}
-        newer = F.col("s.reported_at_ms") >= F.coalesce(F.col("g.reported_at_ms"), F.lit(-1))
+        stands = F.col("s.reported_at_ms").isNotNull() & (
+            F.col("g.reported_at_ms").isNull() | (label_precedence("s.") > label_precedence("g."))
+        )
         update: dict[str, Column] = {
             name: F.coalesce(f"g.{name}", f"s.{name}") for name in columns if name not in LABEL_COLUMNS
-        } | {name: F.when(newer, F.col(f"s.{name}")).otherwise(F.col(f"g.{name}")) for name in LABEL_COLUMNS}
+        } | {name: F.when(stands, F.col(f"s.{name}")).otherwise(F.col(f"g.{name}")) for name in LABEL_COLUMNS}
         # The batch in which the transaction itself came, for freshness.
         stamp = F.when(F.col("s.event_time_ms").isNotNull(), lake.per_batch(batch_id, "s.event_time_ms"))
         insert["batch_id"] = stamp
@@ -192,3 +200,23 @@ class Gold:
         finally:
             for key in chosen:
                 session.conf.unset(key)
+
+
+def label_precedence(prefix: str) -> Column:
+    """contracts.label.precedence of the LABEL_COLUMNS behind `prefix`: structs compare as tuples do."""
+    word = F.concat_ws("/", F.col(f"{prefix}label_source"), F.col(f"{prefix}label_state"))
+    reported = F.col(f"{prefix}reported_at_ms")
+    return F.struct(
+        _place(word, {f"{source}/{state}": n for (source, state), n in STANDING.items()}).alias("standing"),
+        F.coalesce(F.col(f"{prefix}label_effective_at_ms"), reported).alias("holds_ms"),
+        reported.alias("reported_ms"),
+        _place(F.col(f"{prefix}label_source"), {name: n for n, name in enumerate(SOURCES)}).alias("source"),
+        _place(F.col(f"{prefix}label_state"), {name: n for n, name in enumerate(STATES)}).alias("state"),
+        F.col(f"{prefix}is_fraud").alias("is_fraud"),
+    )
+
+
+def _place(column: Column, numbers: Mapping[str, int]) -> Column:
+    """The number of a text, -1 for one that has none."""
+    pairs = F.create_map(*(F.lit(x) for pair in numbers.items() for x in pair))
+    return F.coalesce(F.try_element_at(pairs, column), F.lit(-1))

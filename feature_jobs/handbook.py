@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from feature_jobs.known_labels import label_changes
 from feature_jobs.offline import Definition, EntityColumns, History, offline_features
-from feature_jobs.training_set import codes_of, history_of, label_changes
+from feature_jobs.training_set import codes_of, history_of
 from gateway.contracts.features import AGGREGATES, Entity, Feature, Floats, RequestColumns
 from gateway.contracts.windows import DAY_MS, LABEL_DELAY_MS, Aggregates, Window
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from gateway.contracts.features import ENTITIES, LABELLED
+from gateway.contracts.label import Precedence, precedence
 
 # The entities whose frauds are counted, and the columns that name them.
 LABELLED_ENTITIES = tuple(ENTITIES[i] for i in LABELLED)
@@ -21,13 +22,15 @@ LABEL_SCHEMA = pa.schema(
         ("source", pa.string()),
         ("state", pa.string()),
         ("reported_at_ms", pa.int64()),
+        ("effective_at_ms", pa.int64()),
         ("partition", pa.int32()),
         ("offset", pa.int64()),
         ("kafka_timestamp", pa.timestamp("us", tz="UTC")),
     ]
 )
 PAYMENT_COLUMNS = ("transaction_id", "event_time_ms", *ENTITY_COLUMNS, "batch_id", "partition", "offset")
-KNOWN_COLUMNS = ("transaction_id", "is_fraud", "reported_at_ms", "batch_id", "place", "partition", "offset")
+_SAID = ("source", "state", "effective_at_ms", "reported_at_ms", "is_fraud")
+KNOWN_COLUMNS = ("transaction_id", *_SAID, "change", "partition", "offset")
 
 Place = tuple[int, int]
 
@@ -36,13 +39,14 @@ def changes_of(labels: pa.Table, payments: pa.Table, known: pa.Table) -> tuple[p
     """(label changes in the order in which they apply, labels whose payment isn't there).
 
     `labels` is LABEL_SCHEMA, `payments` PAYMENT_COLUMNS of silver, `known` KNOWN_COLUMNS of label_changes: of the labels' transactions.
-    Labels that stand in `known`, or twice in `labels`, by their place in Kafka, are left out. A label that was reported before the
-    newest known one of its transaction changes nothing.
+    Labels that stand in `known`, or twice in `labels`, by their place in Kafka, are left out. What a transaction's labels come to is what
+    contracts.label says of all of them, so whichever comes last, the sum of its changes is the same.
     """
     payment = _first_rows(payments)
     applied = places(known)
-    newest = _newest(known)
-    ids, frauds, reported = (labels[name].to_pylist() for name in ("transaction_id", "is_fraud", "reported_at_ms"))
+    standing, counted = _known(known)
+    ids, reported = labels["transaction_id"].to_pylist(), labels["reported_at_ms"].to_pylist()
+    said = _precedences(labels)
     at = list(zip(labels["partition"].to_pylist(), labels["offset"].to_pylist(), strict=True))
     chosen: list[int] = []
     change: list[int] = []
@@ -54,13 +58,11 @@ def changes_of(labels: pa.Table, payments: pa.Table, known: pa.Table) -> tuple[p
         if ids[i] not in payment:
             unmatched.append(i)
             continue
-        newest_ms, before = newest.get(ids[i], (reported[i], False))
+        stands = standing[ids[i]] = max(said[i], standing.get(ids[i], said[i]))
+        is_fraud = int(stands[-1])
         chosen.append(i)
-        if reported[i] < newest_ms:
-            change.append(0)
-        else:
-            change.append(int(frauds[i]) - int(before))
-            newest[ids[i]] = (reported[i], frauds[i])
+        change.append(is_fraud - counted.get(ids[i], 0))
+        counted[ids[i]] = is_fraud
     rows = _take(labels, chosen)
     of_payment = _take(payments, [payment[ids[i]] for i in chosen])
     for name in ("event_time_ms", *ENTITY_COLUMNS):
@@ -103,7 +105,15 @@ def _first_rows(payments: pa.Table) -> dict[str, int]:
     return first
 
 
-def _newest(known: pa.Table) -> dict[str, tuple[int, bool]]:
-    """What is known about each transaction: when it was reported, and whether it is fraud."""
-    columns = (known[name].to_pylist() for name in ("reported_at_ms", "batch_id", "place", "transaction_id", "is_fraud"))
-    return {row[3]: (row[0], row[4]) for row in sorted(zip(*columns, strict=True))}
+def _precedences(labels: pa.Table) -> list[Precedence]:
+    return [precedence(*row) for row in zip(*(labels[name].to_pylist() for name in _SAID), strict=True)]
+
+
+def _known(known: pa.Table) -> tuple[dict[str, Precedence], dict[str, int]]:
+    """(the label that stands, 1 where its changes so far add up to a fraud) by transaction."""
+    standing: dict[str, Precedence] = {}
+    counted: dict[str, int] = {}
+    for i, said, change in zip(known["transaction_id"].to_pylist(), _precedences(known), known["change"].to_pylist(), strict=True):
+        standing[i] = max(said, standing.get(i, said))
+        counted[i] = counted.get(i, 0) + change
+    return standing, counted

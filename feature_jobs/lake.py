@@ -54,7 +54,7 @@ DDL: dict[str, str] = {
     tables.LABEL_CHANGES: (
         "transaction_id string, event_time_ms bigint, customer_id string, merchant_id string, is_fraud boolean, source string, "
         "state string, reported_at_ms bigint, change int, place bigint, partition int, offset bigint, kafka_timestamp timestamp, "
-        "applied_at_ms bigint, batch_id bigint"
+        "applied_at_ms bigint, batch_id bigint, effective_at_ms bigint"
     ),
     tables.GOLD_ENTITY_HOUR: (
         "entity string, entity_id string, hour timestamp, transactions bigint, amount_minor bigint, declined bigint, "
@@ -63,7 +63,8 @@ DDL: dict[str, str] = {
     tables.GOLD_DECISIONS: (
         f"{TRANSACTION_DDL}, scored_by string, decision string, risk_score int, probability double, model_name string, "
         "model_version string, decided_at_ms bigint, route string, policy_decision string, propensity double, is_fraud boolean, "
-        "label_source string, label_state string, reported_at_ms bigint, kafka_timestamp timestamp, batch_id bigint"
+        "label_source string, label_state string, reported_at_ms bigint, kafka_timestamp timestamp, batch_id bigint, "
+        "label_effective_at_ms bigint"
     ),
 }
 PARTITIONED_BY: dict[str, tuple[str, ...]] = {tables.BRONZE: ("topic",)}

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import TableNotFoundError
 
-from feature_jobs.offline import EntityColumns, History, LabelChanges, offline_features
+from feature_jobs.known_labels import label_changes, read_labels, standing
+from feature_jobs.offline import EntityColumns, History, offline_features
 from gateway.contracts import tables
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, RequestColumns
 from gateway.contracts.layout import dim_hash
@@ -54,8 +55,8 @@ def write_training_set(
 ) -> TrainingSet:
     """Write transactions with event times in [from_ms, to_ms) whose labels had `label_delay_days` to arrive by `as_of_ms`.
 
-    Features see all of silver before each transaction, however old. Of a transaction's labels the newest known at `as_of_ms`
-    counts; without one it is genuine. `as_of_ms` is by default the newest event time in silver. Raises `NoHistoryError`.
+    Features see all of silver before each transaction, however old. Of a transaction's labels known at `as_of_ms` the one that stands
+    (contracts.label) counts; without one it is genuine. `as_of_ms` is by default the newest event time in silver. Raises `NoHistoryError`.
     """
     silver = read_table(settings, tables.SILVER, list(FIELDS))
     if silver is None or silver.num_rows == 0:
@@ -69,7 +70,7 @@ def write_training_set(
     chosen = (t_ms >= first_ms) & (t_ms < end_ms)
     if not chosen.any():
         raise NoHistoryError(f"no transaction in silver is at least {label_delay_days} days older than the labels' as-of time")
-    labels = read_table(settings, tables.LABELS, ["transaction_id", "is_fraud", "reported_at_ms"])
+    labels = read_labels(settings)
     rows = features_between(silver, labels, first_ms, end_ms)
     is_fraud = _labels(labels, rows["transaction_id"], as_of_ms)
     rows = rows.append_column("is_fraud", pa.array(is_fraud))
@@ -127,7 +128,7 @@ def table_version(settings: Settings, name: str) -> int | None:
 def history_of(silver: pa.Table, labels: pa.Table | None = None) -> History:
     """Columns for the offline engine from rows of silver sorted by (event_time_ms, transaction_id).
 
-    `labels` has transaction_id, is_fraud, reported_at_ms: each counts for features from the time it was reported.
+    `labels` has known_labels.COLUMNS: each counts for features from the time it was reported.
     """
     country, card_country = silver["country"], silver["card_country"]
     request = RequestColumns(
@@ -148,25 +149,6 @@ def history_of(silver: pa.Table, labels: pa.Table | None = None) -> History:
     return History(request, entities, tuple(changes if e.labelled else None for e in ENTITIES))
 
 
-def label_changes(ids: pa.ChunkedArray, labels: pa.Table) -> LabelChanges:
-    """What each label changed of what was known about its payment, whose row is its place in `ids`.
-
-    Labels of one payment follow each other by the time they were reported. Those of unknown payments are left out.
-    """
-    labels = labels.sort_by("reported_at_ms")
-    row = pc.fill_null(pc.index_in(labels["transaction_id"], ids.combine_chunks()), -1).to_numpy().astype(np.int64)
-    known = row >= 0
-    row, reported_ms = row[known], _ints(labels["reported_at_ms"])[known]
-    is_fraud = labels["is_fraud"].to_numpy().astype(np.int64)[known]
-    order = np.argsort(row, kind="stable")
-    row, reported_ms, is_fraud = row[order], reported_ms[order], is_fraud[order]
-    first = np.ones(len(row), bool)
-    first[1:] = row[1:] != row[:-1]
-    before = np.where(first, 0, np.roll(is_fraud, 1))
-    changed = is_fraud != before
-    return LabelChanges(row[changed], (is_fraud - before)[changed], reported_ms[changed])
-
-
 def read_table(settings: Settings, name: str, columns: list[str]) -> pa.Table | None:
     """Columns of a table as it is now, None when it doesn't exist."""
     try:
@@ -176,12 +158,9 @@ def read_table(settings: Settings, name: str, columns: list[str]) -> pa.Table | 
 
 
 def _labels(labels: pa.Table | None, ids: pa.ChunkedArray, as_of_ms: int) -> npt.NDArray[np.bool_]:
-    """For each transaction, whether its newest label known at `as_of_ms` says fraud."""
-    newest: dict[str, bool] = {}
-    if labels is not None:
-        labels = labels.filter(pc.less_equal(labels["reported_at_ms"], as_of_ms)).sort_by("reported_at_ms")
-        newest = dict(zip(labels["transaction_id"].to_pylist(), labels["is_fraud"].to_pylist(), strict=True))
-    return np.array([newest.get(i, False) for i in ids.to_pylist()], bool)
+    """For each transaction, whether what stands of its labels at `as_of_ms` says fraud."""
+    known = {} if labels is None else standing(labels, as_of_ms)
+    return np.array([known.get(i, False) for i in ids.to_pylist()], bool)
 
 
 def local(uri: str) -> str:

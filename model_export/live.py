@@ -17,6 +17,7 @@ from pyarrow.dataset import Dataset
 
 from gateway.contracts import tables
 from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT
+from gateway.contracts.label import NO_WORD, WORDS, precedence_order
 from gateway.contracts.reasons import Degraded
 from gateway.contracts.reference import OUTCOME_CODE
 from gateway.contracts.settings import Settings
@@ -31,6 +32,8 @@ REQUIRED = (
 )
 # Tables written before exploration, and before lists, don't have these.
 OPTIONAL = ("routed_by", "policy_decision", "propensity", "list_hits")
+# What decides between labels; older tables have less.
+LABEL_COLUMNS = ("transaction_id", "is_fraud", "source", "state", "reported_at_ms", "effective_at_ms")
 # Answers that are flagged only with these were made from all that the model asks for.
 WHOLE = {Degraded.STALE_FEATURES.value}
 
@@ -177,7 +180,7 @@ def _columns(rows: pa.Table, left_out: int) -> Receipts:
 
 @dataclass(frozen=True)
 class Labels:
-    """Of given payments, (rows,): whether a label says anything, whether the newest one says fraud, and when that was reported (0: never).
+    """Of given payments, (rows,): whether a label says anything, whether the one that stands says fraud, when it was reported (0: never).
 
     `newest_ms` is the newest label of all payments, 0 without any.
     """
@@ -194,7 +197,8 @@ def read_labels(settings: Settings, transaction_id: pa.ChunkedArray, as_of_ms: i
     known, is_fraud, reported_ms = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, np.int64)
     uri = _uri(settings, tables.LABELS)
     try:
-        rows = DeltaTable(uri).to_pyarrow_table(columns=["transaction_id", "is_fraud", "reported_at_ms"])
+        held = DeltaTable(uri).to_pyarrow_dataset()
+        rows = held.to_table(columns=[name for name in LABEL_COLUMNS if name in held.schema.names])
     except TableNotFoundError:
         return Labels(known, is_fraud, reported_ms, 0)
     except (DeltaError, OSError, pa.ArrowException) as exc:
@@ -203,15 +207,27 @@ def read_labels(settings: Settings, transaction_id: pa.ChunkedArray, as_of_ms: i
         rows = rows.filter(pc.less_equal(rows["reported_at_ms"], as_of_ms))
     if not rows.num_rows:
         return Labels(known, is_fraud, reported_ms, 0)
-    rows = rows.sort_by("reported_at_ms")
-    newest_ms = int(rows["reported_at_ms"][-1].as_py())
+    newest_ms = int(pc.max(rows["reported_at_ms"]).as_py())
+    rows = rows.take(pa.array(_weakest_first(rows)))
     place = pc.fill_null(pc.index_in(rows["transaction_id"], transaction_id.combine_chunks()), -1).to_numpy().astype(np.int64)
     fraud = rows["is_fraud"].to_numpy(zero_copy_only=False).astype(bool)
-    # In the order in which they were reported, so that the newest is what stays.
+    # In order of precedence, so that the label that stands is what stays.
     known[place[place >= 0]] = True
     is_fraud[place[place >= 0]] = fraud[place >= 0]
     reported_ms[place[place >= 0]] = rows["reported_at_ms"].to_numpy()[place >= 0]
     return Labels(known, is_fraud, reported_ms, newest_ms)
+
+
+def _weakest_first(labels: pa.Table) -> Ints:
+    """The rows by contracts.label's precedence. What a table doesn't say is a confirmed chargeback's."""
+    n = labels.num_rows
+    source = labels["source"] if "source" in labels.column_names else pa.array(["chargeback"] * n, pa.string())
+    state = labels["state"] if "state" in labels.column_names else pa.array(["confirmed"] * n, pa.string())
+    word = pc.fill_null(pc.index_in(pc.binary_join_element_wise(source, state, "/"), pa.array(WORDS)), NO_WORD)
+    reported = labels["reported_at_ms"]
+    holds = pc.coalesce(labels["effective_at_ms"], reported) if "effective_at_ms" in labels.column_names else reported
+    fraud = labels["is_fraud"].to_numpy(zero_copy_only=False).astype(bool)
+    return precedence_order(word.to_numpy(zero_copy_only=False).astype(np.int64), holds.to_numpy(), reported.to_numpy(), fraud)
 
 
 def codes(column: pa.ChunkedArray) -> Ints:

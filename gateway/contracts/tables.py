@@ -16,13 +16,14 @@ DECISIONS = "decisions"
 # The fields of a label, then partition, offset, kafka_timestamp, batch_id.
 LABELS = "labels"
 # One row a label that was matched with its payment: transaction_id, event_time_ms, customer_id, merchant_id (of the payment), is_fraud,
-# source, state, reported_at_ms, change (+1 fraud became known, -1 it was taken back, 0 nothing new), place (order within the batch), then
-# partition, offset, kafka_timestamp of the label, applied_at_ms (wall clock), batch_id of the stream of labels. An entity's frauds and
-# the counter of its label changes (receipts: label_changes) are made of the rows with a change, in order of (batch_id, place).
+# source, state, reported_at_ms, effective_at_ms, change (+1 fraud became known, -1 it was taken back, 0 nothing new), place (order within
+# the batch), then partition, offset, kafka_timestamp of the label, applied_at_ms (wall clock), batch_id of the stream of labels. An
+# entity's frauds and the counter of its label changes (receipts: label_changes) are made of the rows with a change, in order of
+# (batch_id, place).
 LABEL_CHANGES = "label_changes"
 # entity, entity_id, hour, transactions, amount_minor, declined, largest_minor, updated_at: one row an entity and hour.
 GOLD_ENTITY_HOUR = "gold_entity_hour"
-# transaction_id, the transaction's fields, the decision's outcome and score, the newest label: one row a transaction.
+# transaction_id, the transaction's fields, the decision's outcome and score, the label that stands: one row a transaction.
 GOLD_DECISIONS = "gold_decisions"
 # transaction_id, event_time_ms, one float column a feature (contracts.features.FEATURE_NAMES): what fraudgate backfill computed.
 FEATURES = "features"

@@ -60,7 +60,7 @@ def test_labels_count_from_the_time_they_were_reported(seed: int, step_ms: int) 
     for t in rng.sample(stream, 30):
         reported_ms = t.event_time_ms
         for is_fraud in rng.choice([[True], [True, False], [True, True], [False], [True, False, True]]):
-            reported_ms += rng.choice([0, windows.DAY_MS, 7 * windows.DAY_MS, 9 * windows.DAY_MS])
+            reported_ms += rng.choice([1, windows.DAY_MS, 7 * windows.DAY_MS, 9 * windows.DAY_MS])
             reports.append((reported_ms, t, is_fraud))
     reports.sort(key=lambda r: r[0])
     labels = pa.table(

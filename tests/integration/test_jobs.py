@@ -27,7 +27,7 @@ from gateway.avro import encode_receipt
 from gateway.contracts import layout, tables
 from gateway.contracts.decision import Door, Outcome, Receipt
 from gateway.contracts.features import ENTITIES, ENTITY_INDEX, FEATURE_NAMES, FINGERPRINT, LABELLED
-from gateway.contracts.label import Label
+from gateway.contracts.label import Label, precedence_of
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.tiles import tiles_of
@@ -316,8 +316,8 @@ def test_gold_sums_equal_a_recount(streamed: Streamed) -> None:
     assert found == dict(expected)
 
 
-def test_gold_joins_each_transaction_with_its_decision_and_newest_label(streamed: Streamed) -> None:
-    newest = {label.transaction_id: label for label in sorted(streamed.sent.labels, key=lambda label: label.reported_at_ms)}
+def test_gold_joins_each_transaction_with_its_decision_and_the_label_that_stands(streamed: Streamed) -> None:
+    newest = {label.transaction_id: label for label in sorted(streamed.sent.labels, key=precedence_of)}
     rows = streamed.own(tables.GOLD_DECISIONS)
     assert len(rows) == ROWS
     by_id = {row["transaction_id"]: row for row in rows}

@@ -31,7 +31,7 @@ from feature_jobs.silver import CheckpointLostError
 from feature_jobs.tiles import RedisUnavailableError
 from gateway.contracts import layout, tables
 from gateway.contracts.features import ENTITY_INDEX, FEATURE_NAMES
-from gateway.contracts.label import Label
+from gateway.contracts.label import Label, precedence_of
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import Transaction
 from gateway.contracts.windows import DAY_MS, LABELLED_RETENTION_MS
@@ -159,12 +159,12 @@ def make_payment(n: int, rnd: random.Random, event_time_ms: int | None = None) -
     return make_transaction(f"t{n}", event_time_ms=at_ms, card_id=f"c{customer}", customer_id=customer, merchant_id=merchant)
 
 
-def make_label(t: Transaction, is_fraud: bool, state: str, after_ms: int) -> Label:
+def make_label(t: Transaction, is_fraud: bool, state: str, after_ms: int, source: str = "chargeback") -> Label:
     return Label(
         transaction_id=t.transaction_id,
         card_id=t.card_id,
         is_fraud=is_fraud,
-        source="chargeback",
+        source=source,  # type: ignore[arg-type]
         state=state,  # type: ignore[arg-type]
         reported_at_ms=t.event_time_ms + after_ms,
     )
@@ -179,7 +179,9 @@ def labels_of(t: Transaction, n: int) -> list[Label]:
         [reported, make_label(t, False, "reversed", 3 * DAY_MS)],
         [reported, make_label(t, False, "false_positive", 2 * DAY_MS), make_label(t, True, "confirmed", 4 * DAY_MS)],
         [make_label(t, False, "false_positive", DAY_MS)],
-    ][n % 5]
+        [make_label(t, True, "confirmed", DAY_MS), make_label(t, False, "false_positive", 2 * DAY_MS, "analyst")],
+        [make_label(t, False, "false_positive", DAY_MS, "analyst"), make_label(t, True, "reported", 20 * DAY_MS)],
+    ][n % 7]
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +263,8 @@ def test_frauds_by_hour_equal_a_recount_however_labels_arrive(world: World) -> N
         (r["partition"], r["offset"], r["kafka_timestamp"]) for r in source
     }
     assert all([r["place"] for r in rows if r["batch_id"] == n] == list(range(count)) for n, count in batches(rows).items())
-    # What is known of a payment in the end is what its newest report says.
-    newest = {label.transaction_id: label.is_fraud for label in sorted(labels, key=lambda label: label.reported_at_ms)}
+    # What is known of a payment in the end is what stands of its labels, however they came.
+    newest = {label.transaction_id: label.is_fraud for label in sorted(labels, key=precedence_of)}
     known: Counter[str] = Counter()
     for r in rows:
         known[r["transaction_id"]] += r["change"]

@@ -12,9 +12,12 @@ from feature_jobs.label_changes import KNOWN_COLUMNS, LABEL_SCHEMA, PAYMENT_COLU
 KAFKA_TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
 
+SAID = {"source": "analyst", "state": "confirmed", "effective_at_ms": None}
+
+
 def labels(*rows: tuple[str, bool, int, int]) -> pa.Table:
     """(transaction_id, is_fraud, reported_at_ms, offset) each."""
-    fixed = {"source": "analyst", "state": "confirmed", "partition": 0, "kafka_timestamp": KAFKA_TIME}
+    fixed = SAID | {"partition": 0, "kafka_timestamp": KAFKA_TIME}
     names = ("transaction_id", "is_fraud", "reported_at_ms", "offset")
     return pa.Table.from_pylist([dict(zip(names, row, strict=True)) | fixed for row in rows], LABEL_SCHEMA)
 
@@ -28,12 +31,12 @@ def payments(*ids: str, **changes: Any) -> pa.Table:
     return pa.Table.from_pylist([{"transaction_id": i} | own for i in ids], schema)
 
 
-def known(*rows: tuple[str, bool, int, int, int, int]) -> pa.Table:
-    """(transaction_id, is_fraud, reported_at_ms, batch_id, place, offset) each."""
-    names = ("transaction_id", "is_fraud", "reported_at_ms", "batch_id", "place", "offset")
+def known(*rows: tuple[str, bool, int, int, int]) -> pa.Table:
+    """(transaction_id, is_fraud, reported_at_ms, change, offset) each."""
+    names = ("transaction_id", "is_fraud", "reported_at_ms", "change", "offset")
     if not rows:
         return pa.table({name: pa.array([], pa.null()) for name in KNOWN_COLUMNS})
-    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) | {"partition": 0} for row in rows])
+    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) | SAID | {"partition": 0} for row in rows])
 
 
 def found(rows: pa.Table) -> list[tuple[str, int]]:
@@ -49,26 +52,29 @@ def test_labels_apply_in_the_order_of_their_reports_and_count_what_they_change()
     assert unmatched.num_rows == 0
 
 
-def test_reports_of_the_same_time_apply_in_the_order_of_kafka() -> None:
+def test_of_two_that_contradict_each_other_in_nothing_but_the_verdict_fraud_stands_whichever_came_first() -> None:
     rows, _ = changes_of(labels(("a", False, 10, 1), ("a", True, 10, 0)), payments("a"), known())
-    assert found(rows) == [("a", 1), ("a", -1)]
+    assert found(rows) == [("a", 1), ("a", 0)]
+    rows, _ = changes_of(labels(("a", False, 10, 0), ("a", True, 10, 1)), payments("a"), known())
+    assert found(rows) == [("a", 0), ("a", 1)]
 
 
 def test_what_was_reported_before_the_newest_known_changes_nothing_and_hides_nothing() -> None:
     asked = labels(("a", True, 10, 5), ("a", True, 20, 6), ("a", True, 25, 7))
-    rows, _ = changes_of(asked, payments("a"), known(("a", True, 5, 1, 0, 1), ("a", False, 20, 2, 3, 2)))
-    assert found(rows) == [("a", 0), ("a", 1), ("a", 0)]
+    rows, _ = changes_of(asked, payments("a"), known(("a", True, 5, 1, 1), ("a", False, 21, -1, 2)))
+    assert found(rows) == [("a", 0), ("a", 0), ("a", 1)]
 
 
-def test_of_reports_of_the_same_time_in_different_batches_the_later_batch_is_known() -> None:
-    before = known(("a", False, 20, 3, 0, 3), ("a", True, 20, 2, 9, 2), ("a", True, 10, 4, 0, 4))
-    rows, _ = changes_of(labels(("a", True, 30, 7)), payments("a"), before)
+def test_changes_that_an_older_order_made_are_mended_by_the_next_label() -> None:
+    # Counted as genuine, though the confirmed fraud is the newest that is known.
+    before = known(("a", False, 20, 0, 3), ("a", True, 30, 0, 4))
+    rows, _ = changes_of(labels(("a", False, 10, 7)), payments("a"), before)
     assert found(rows) == [("a", 1)]
 
 
 def test_a_label_that_was_applied_or_stands_there_twice_counts_once() -> None:
     rows, unmatched = changes_of(
-        labels(("a", True, 10, 1), ("b", True, 10, 2), ("b", True, 10, 2)), payments("a", "b"), known(("a", True, 10, 0, 0, 1))
+        labels(("a", True, 10, 1), ("b", True, 10, 2), ("b", True, 10, 2)), payments("a", "b"), known(("a", True, 10, 1, 1))
     )
     assert found(rows) == [("b", 1)]
     assert unmatched.num_rows == 0
