@@ -81,6 +81,14 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         Command("capacity", "deploy.capacity", "capacity", "measure memory and rebuild time of a population of cards", spark=True),
     ),
+    "Policy": (
+        Command(
+            "backtest",
+            "deploy.history.backtest_command",
+            "backtest",
+            "decide the past again by a changed policy: hits, frauds, good customers, money, decisions that change",
+        ),
+    ),
     "Models": (
         Command(
             "train",

@@ -2,7 +2,8 @@
 
 A payment that goes through costs its amount if it was fraud (less what is recovered). One that is declined costs nothing if it was fraud,
 and the trouble of a good customer if it was not. One that is reviewed costs the analyst's time, and is then decided rightly but for the
-share of frauds that a review misses. Called by `fraudgate evaluate`. Money is in minor units throughout.
+share of frauds that a review misses; a challenge likewise costs little, and lets more of them pass. Called by `fraudgate evaluate` and
+`fraudgate backtest`. Money is in minor units throughout.
 
 With calibrated probabilities the best threshold follows from Bayes' rule (Elkan, "The foundations of cost-sensitive learning", 2001):
 decline when p * cost of letting through exceeds (1 - p) * cost of a wrong decline. `thresholds` finds it on data instead, which
@@ -40,12 +41,15 @@ class CostModel:
     wrong_decline_share: float = 0.10
     review_minor: int = 300
     review_misses_share: float = 0.10
+    # What a customer has to type in once more, and the frauds that know the answer.
+    challenge_minor: int = 10
+    challenge_misses_share: float = 0.30
 
     def __post_init__(self) -> None:
-        for name in ("fraud_lost_share", "wrong_decline_share", "review_misses_share"):
+        for name in ("fraud_lost_share", "wrong_decline_share", "review_misses_share", "challenge_misses_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1")
-        for name in ("chargeback_fee_minor", "wrong_decline_minor", "review_minor"):
+        for name in ("chargeback_fee_minor", "wrong_decline_minor", "review_minor", "challenge_minor"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
 
@@ -53,11 +57,20 @@ class CostModel:
         """(rows,)"""
         return np.where(is_fraud, amount_minor * self.fraud_lost_share + self.chargeback_fee_minor, 0.0)
 
+    def of_challenging(self, amount_minor: Int64s, is_fraud: Bools) -> Floats:
+        return self.challenge_minor + self.challenge_misses_share * self.of_approving(amount_minor, is_fraud)
+
     def of_reviewing(self, amount_minor: Int64s, is_fraud: Bools) -> Floats:
         return self.review_minor + self.review_misses_share * self.of_approving(amount_minor, is_fraud)
 
     def of_declining(self, amount_minor: Int64s, is_fraud: Bools) -> Floats:
         return np.where(is_fraud, 0.0, amount_minor * self.wrong_decline_share + self.wrong_decline_minor)
+
+    def of(self, severity: Int64s, amount_minor: Int64s, is_fraud: Bools) -> Floats:
+        """(rows,), by the outcome's place in SEVERITY."""
+        each = (self.of_approving, self.of_challenging, self.of_reviewing, self.of_declining)
+        out: Floats = np.choose(severity, [cost(amount_minor, is_fraud) for cost in each])
+        return out
 
 
 @dataclass(frozen=True, kw_only=True)

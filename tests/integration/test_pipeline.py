@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ from confluent_kafka import Consumer, TopicPartition
 from deltalake import DeltaTable
 
 from deploy.explain import explanation_of
+from deploy.history.backtest import compare
+from deploy.history.backtest_rows import DeltaHistory
+from deploy.history.list_books import read_books
 from deploy.receipts import model_of, receipt_in_tables
 from deploy.stack import Stack
 from gateway.contracts import layout, tables
@@ -31,6 +35,7 @@ from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS
 from gateway.policy import load_policy
 from loadtest.adapters import Dataset
+from model_export.cost import CostModel
 from tests.helpers import local_settings, run_command, wait_until
 from tests.receipts import Recount, read_topic
 
@@ -213,6 +218,17 @@ def test_receipts_of_the_demo_are_explained_and_their_counterfactuals_flip_them(
             assert found.approved_if.decision == Outcome.APPROVE.value
             flipped += 1
     assert flipped >= EXPLAINED * 0.8
+
+
+def test_an_unchanged_policy_decides_every_receipt_again_as_it_did(pipeline: Pipeline) -> None:
+    """With features and without, with a model and without: gateway and Redis were killed meanwhile."""
+    history = DeltaHistory(pipeline.settings, None, None, time.time_ns() // 1_000_000, 7)
+    policy = load_policy("")
+    found = compare(policy, policy, history.parts(), read_books(pipeline.settings), CostModel())
+    assert found.payments > LIVE * 0.9
+    assert sum(history.left_out.values()) == 0
+    assert found.current.as_logged == found.current.logged == found.payments
+    assert found.changed == 0
 
 
 def decisions_missing(pipeline: Pipeline) -> int:
