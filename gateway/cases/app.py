@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sqlite3
 from collections.abc import AsyncIterator
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.cases.errors import BodyTooLargeError, InvalidError, NotFoundError
 from gateway.cases.routes import router
 from gateway.cases.service import CaseService
-from gateway.errors import DrainingError, GatewayError, MethodNotAllowedError, Problem, problem_reply
+from gateway.errors import DrainingError, GatewayError, MethodNotAllowedError, Problem, RequestTimeoutError, problem_reply
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,11 @@ FIELD_LENGTH_MAX = 200
 
 
 class BoundedBodies:
-    """Answers 413 for a body larger than BODY_BYTES_MAX before anybody reads it whole."""
+    """Answers 413 for a body larger than BODY_BYTES_MAX before anybody reads it whole, and 408 for one that takes `timeout_s` to arrive."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, timeout_s: float) -> None:
         self._app = app
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,16 +46,21 @@ class BoundedBodies:
             if name == b"content-length" and value.isdigit() and int(value[:20]) > BODY_BYTES_MAX:
                 await _answer(BodyTooLargeError(), send)
                 return
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            more = message.get("more_body", False)
-            if size > BODY_BYTES_MAX:
-                await _answer(BodyTooLargeError(), send)
-                return
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    more = message.get("more_body", False)
+                    if size > BODY_BYTES_MAX:
+                        await _answer(BodyTooLargeError(), send)
+                        return
+        except TimeoutError:
+            await _answer(RequestTimeoutError(), send)
+            return
         body: Message = {"type": "http.request", "body": b"".join(parts), "more_body": False}
         given = False
 
@@ -92,7 +99,7 @@ def make_app(service: CaseService) -> FastAPI:
     )
     api.state.service = service
     api.include_router(router)
-    api.add_middleware(BoundedBodies)
+    api.add_middleware(BoundedBodies, timeout_s=service.settings.request_timeout_ms / 1000)
 
     def problem(error: GatewayError) -> Response:
         service.metrics.refused.labels(error.reason).inc()
@@ -122,10 +129,10 @@ def make_app(service: CaseService) -> FastAPI:
 
     @api.get("/readyz", summary="Ready, and by which policy", responses={503: {"description": "not ready"}})
     async def readyz(response: Response) -> dict[str, Any]:
-        if not service.ready:
+        if not service.well:
             response.status_code = DrainingError.http_status
         return {
-            "ready": service.ready,
+            "ready": service.well,
             "policy": service.policy.view.digest,
             "keys": service.keys is not None,
             "webhooks": sorted(service.webhooks.webhooks),

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 BATCH_MAX = 500
 POLL_S = 0.3
 PAUSE_S = 1.0
+# Before decisions get their turn again.
+CHANGES_BATCHES_MAX = 50
 RETRY_FIRST_S, RETRY_MAX_S = 1.0, 10.0
 SESSION_TIMEOUT_MS = 10_000
 LISTS_AT = "list_changes"
@@ -85,6 +87,10 @@ class Intake:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         self._stopping.set()
         self._thread.join()
@@ -96,7 +102,7 @@ class Intake:
             try:
                 self._read_forever(group, changes)
                 retry_s = RETRY_FIRST_S
-            except (KafkaException, RegistryUnavailableError) as exc:
+            except (KafkaException, RegistryUnavailableError, sqlite3.Error) as exc:
                 log.warning("cases: reading stopped (%s), a new try in %.0f s", exc, retry_s)
             finally:
                 self._metrics.connected.set(0)
@@ -109,7 +115,9 @@ class Intake:
         group.subscribe([DECISIONS, ALERTS], on_assign=lambda *_: self._metrics.connected.set(1))
         changes.assign([TopicPartition(LIST_CHANGES, 0, self._database.call(lambda c: progress_of(c, LISTS_AT)))])
         while not self._stopping.is_set():
-            self._take_changes(_records(changes.consume(BATCH_MAX, 0)))
+            for _ in range(CHANGES_BATCHES_MAX):
+                if not self._take_changes(_records(changes.consume(BATCH_MAX, 0))):
+                    break
             opened = self._database.call(reviews.open_count)
             self._metrics.open.set(opened)
             full = opened >= self._reviews_max
@@ -156,14 +164,15 @@ class Intake:
         if messages_added:
             self._told()
 
-    def _take_changes(self, messages: list[Message]) -> None:
+    def _take_changes(self, messages: list[Message]) -> bool:
+        """False when there are none."""
         if not messages:
-            return
+            return False
         found: list[ListChange] = []
         for message in messages:
             self._metrics.read.labels(LIST_CHANGES).inc()
             try:
-                found.append(change_of_fields(self._schemas.read(LIST_CHANGES, message.value())))
+                found.append(change_of_fields(self._schemas.read(LIST_CHANGES, message.value(), plain=True)))
             except (UnreadableError, ListChangeError) as exc:
                 self._metrics.unreadable.labels(LIST_CHANGES).inc()
                 log.warning("cases: %s/%s can't be read: %s", LIST_CHANGES, message.offset(), type(exc).__name__)
@@ -175,6 +184,7 @@ class Intake:
             note_progress(connection, LISTS_AT, last + 1)
 
         self._database.call(work)
+        return True
 
 
 def review_of(receipt: Mapping[str, Any], view: PolicyView) -> Queued | None:

@@ -33,7 +33,7 @@ from gateway.contracts.transaction import (
 )
 from gateway.contracts.wire import frame
 
-ACKNOWLEDGE_S = 10.0
+ACKNOWLEDGE_S = 5.0
 _PATTERNS = {
     **dict.fromkeys(ID_FIELDS, ID_PATTERN),
     "mcc": MCC_PATTERN,
@@ -128,7 +128,8 @@ class ListPublisher:
             if not done:
                 # What may still arrive is the caller's own change, which says the same when it is asked for again.
                 producer.purge()
-                producer.flush(1)
-        if not done or done[0][0] is not None or done[0][1] is None:
-            raise KafkaUnavailableError
+            if not done or done[0][0] is not None or done[0][1] is None:
+                # An idempotent one may be of no more use.
+                self._producer = None
+                raise KafkaUnavailableError
         return done[0][1] + 1

@@ -57,6 +57,10 @@ class Drainer:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def wake(self) -> None:
         self._wake.set()
 
@@ -73,11 +77,13 @@ class Drainer:
             self._wake.clear()
             try:
                 sent = self._drain(producer)
-            except (KafkaException, BufferError, RegistryUnavailableError) as exc:
+            except (KafkaException, BufferError, RegistryUnavailableError, sqlite3.Error) as exc:
                 if not in_trouble:
                     log.warning("cases: the outbox waits for Kafka: %s", exc)
                 in_trouble = True
                 self._stopping.wait(retry_s)
+                # An idempotent one may be of no more use.
+                producer = Producer(self._options)
                 retry_s = min(RETRY_MAX_S, retry_s * 2)
                 continue
             retry_s = RETRY_FIRST_S
@@ -119,7 +125,6 @@ class Drainer:
             self._metrics.outbox_delivered.inc(len(acknowledged))
         if len(acknowledged) < len(rows):
             producer.purge()
-            producer.flush(1)
             error = failed.get(rows[len(acknowledged)]["seq"])
             raise KafkaException(KafkaError(KafkaError._TIMED_OUT) if error is None else error)
         return len(acknowledged)

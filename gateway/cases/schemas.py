@@ -34,8 +34,11 @@ class Schemas:
             self._ids[topic] = self._registry.id_of(topic)
         return self._ids[topic]
 
-    def read(self, topic: str, value: bytes | None) -> dict[str, Any]:
-        """A record's fields, in this code's schema. Raises `UnreadableError`, or `RegistryUnavailableError`: to be tried again."""
+    def read(self, topic: str, value: bytes | None, *, plain: bool = False) -> dict[str, Any]:
+        """A record's fields, in this code's schema; with `plain` also of JSON, whose values may then be anything.
+
+        Raises `UnreadableError`, or `RegistryUnavailableError`: to be tried again.
+        """
         if value is None:
             raise UnreadableError("no value")
         try:
@@ -43,9 +46,11 @@ class Schemas:
             if is_framed(value):
                 schema_id, payload = unframe(value)
                 record = fastavro.schemaless_reader(io.BytesIO(payload), self._writer(schema_id), self._readers[topic])
-            else:
+            elif plain:
                 record = json.loads(value)
-        except RegistryUnavailableError:
+            else:
+                raise UnreadableError("not in wire format")  # noqa: TRY301
+        except (RegistryUnavailableError, UnreadableError):
             raise
         except Exception as exc:  # noqa: BLE001
             # On broken bytes fastavro raises whatever its decoder runs into.

@@ -134,6 +134,12 @@ class CaseService:
         """From the intake's thread, which ends before the loop does."""
         loop.call_soon_threadsafe(self.deliverer.wake)
 
+    @property
+    def well(self) -> bool:
+        """Started, and every part of it runs."""
+        threads = self._intake is not None and self._intake.alive and self.drainer.alive
+        return self.ready and threads and not any(task.done() for task in self._tasks)
+
     async def stop(self) -> None:
         """Nothing is lost: what waits stays in the database."""
         self.ready = False
@@ -341,7 +347,11 @@ class CaseService:
             forgets = ((reviews.forget, before_ms), (labels.forget, before_ms), (webhook_queue.forget, told_before_ms))
             more = False
             for forget, at_ms in forgets:
-                gone = await self.database.run(partial(forget, before_ms=at_ms, most=FORGET_MAX))
+                try:
+                    gone = await self.database.run(partial(forget, before_ms=at_ms, most=FORGET_MAX))
+                except sqlite3.Error as exc:
+                    log.warning("cases: what is old can't be removed: %r", exc)
+                    break
                 more |= gone == FORGET_MAX
             await asyncio.sleep(1.0 if more else HOUSEKEEPING_S)
 
