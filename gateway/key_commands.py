@@ -13,7 +13,8 @@ from pathlib import Path
 import msgspec
 
 from gateway.api_keys import SCOPES, ApiKey, KeyFile, KeyFileError, create_key, read_keys, revoke_key
-from gateway.contracts.audit import append_audit
+from gateway.cases.outbox import audit_record, send_now
+from gateway.contracts.audit import AUDIT_FILE, append_audit
 from gateway.contracts.settings import load_settings
 
 DAY_MS = 86_400_000
@@ -26,7 +27,7 @@ def keys(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fraudgate keys",
         description="API keys of the gateway and the case service. Only their sha256 is kept: a key is printed once, when it is made."
-        " Gateways and case service follow within a second; each change stands in audit.jsonl beside the file.",
+        " Gateways and case service follow within a second; each change stands in audit.jsonl beside the file and on the topic audit.",
     )
     actions = parser.add_subparsers(dest="action", required=True)
     create = actions.add_parser("create", help="make a key and print it")
@@ -81,7 +82,10 @@ def _audit(path: Path, action: str, key: ApiKey, reason: str) -> None:
     state = msgspec.json.encode({"scopes": key.scopes, "rate_per_s": key.rate_per_s, "expires_at_ms": key.expires_at_ms}).decode()
     revoked = key.revoked_at_ms is not None
     before, after = (state, None) if revoked else (None, state)
-    append_audit(path.parent, action=action, subject=key.name, before=before, after=after, reason=reason)
+    entry = append_audit(path.parent, action=action, subject=key.name, before=before, after=after, reason=reason)
+    record = audit_record(entry.at_ms, entry.who, action, key.name, before, after, reason)
+    if not send_now(load_settings(), record):
+        print(f"Kafka can't be reached: this change stands in {path.parent / AUDIT_FILE} alone", file=sys.stderr)
 
 
 def _show(file: KeyFile, *, as_json: bool) -> None:

@@ -11,15 +11,20 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Sequence
+from typing import Any
 
+import msgspec
 from confluent_kafka import KafkaError, KafkaException, Producer
 
+from gateway.avro import encode
 from gateway.cases.database import Database
 from gateway.cases.errors import OutboxFullError
 from gateway.cases.metrics import CaseMetrics
 from gateway.cases.schemas import Schemas
-from gateway.contracts.registry import RegistryUnavailableError
-from gateway.contracts.topics import LIBRDKAFKA_PARTITIONER
+from gateway.contracts.audit import AuditRecord
+from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry
+from gateway.contracts.settings import Settings
+from gateway.contracts.topics import AUDIT, LIBRDKAFKA_PARTITIONER
 from gateway.contracts.wire import frame
 from gateway.records import Record
 
@@ -30,6 +35,7 @@ POLL_S = 0.5
 RETRY_FIRST_S, RETRY_MAX_S = 0.5, 10.0
 # librdkafka's own retries end after this; ours go on.
 DELIVERY_TIMEOUT_S = 10.0
+SEND_NOW_S = 5.0
 
 
 def put(connection: sqlite3.Connection, records: Sequence[Record], most: int) -> None:
@@ -40,6 +46,30 @@ def put(connection: sqlite3.Connection, records: Sequence[Record], most: int) ->
     connection.executemany(
         "insert into outbox (topic, key, payload) values (?, ?, ?)", [(r.topic, r.key, r.payload) for r in records]
     )
+
+
+def audit_record(
+    at_ms: int,
+    who: str,
+    action: str,
+    subject: str,
+    before: str | None,
+    after: str | None,
+    reason: str,
+    detail: dict[str, Any] | None = None,
+) -> Record:
+    """A record of the topic `audit`."""
+    made = AuditRecord(
+        at_ms=at_ms,
+        who=who,
+        action=action,
+        subject=subject,
+        before=before,
+        after=after,
+        reason=reason,
+        detail="" if detail is None else msgspec.json.encode(detail).decode(),
+    )
+    return Record(AUDIT, action.encode(), encode(AUDIT, msgspec.structs.asdict(made)))
 
 
 class Drainer:
@@ -142,6 +172,20 @@ def producer_options(bootstrap: str) -> dict[str, object]:
         "log_level": 0,
         "error_cb": _ignore,
     }
+
+
+def send_now(settings: Settings, record: Record) -> bool:
+    """One record from a command that a person waits for: whether Kafka has it within SEND_NOW_S."""
+    delivered: list[bool] = []
+    try:
+        value = frame(SchemaRegistry(settings.registry, settings.schemas_path).id_of(record.topic), record.payload)
+        producer = Producer(producer_options(settings.bootstrap))
+        producer.produce(record.topic, value, record.key, on_delivery=lambda error, _: delivered.append(error is None))
+        producer.flush(SEND_NOW_S)
+        producer.purge()
+    except (KafkaException, BufferError, RegistryUnavailableError):
+        return False
+    return delivered == [True]
 
 
 def _ignore(error: KafkaError) -> None:

@@ -23,14 +23,13 @@ from gateway.cases.database import Database
 from gateway.cases.errors import InvalidError, ListFullError
 from gateway.cases.intake import Intake
 from gateway.cases.metrics import CaseMetrics
-from gateway.cases.outbox import Drainer, put
+from gateway.cases.outbox import Drainer, audit_record, put
 from gateway.cases.policy_view import PolicyWatch
 from gateway.cases.reviews import Filter, Order, Verdict
 from gateway.cases.schemas import Schemas
 from gateway.cases.webhook_file import load_webhooks
 from gateway.cases.webhook_queue import WebhookQueue
 from gateway.cases.webhooks import Deliverer, Delivering
-from gateway.contracts.audit import AuditRecord
 from gateway.contracts.label import Label
 from gateway.contracts.lists import (
     EXPIRES_AT_MS_MAX,
@@ -41,7 +40,7 @@ from gateway.contracts.lists import (
 )
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
-from gateway.contracts.topics import AUDIT, LABELS
+from gateway.contracts.topics import LABELS
 from gateway.errors import GatewayError
 from gateway.policy.document import ListDeclaration
 from gateway.records import Record
@@ -354,30 +353,6 @@ class CaseService:
                     break
                 more |= gone == FORGET_MAX
             await asyncio.sleep(1.0 if more else HOUSEKEEPING_S)
-
-
-def audit_record(
-    at_ms: int,
-    who: str,
-    action: str,
-    subject: str,
-    before: str | None,
-    after: str | None,
-    reason: str,
-    detail: dict[str, Any] | None = None,
-) -> Record:
-    """A record of the topic `audit`."""
-    made = AuditRecord(
-        at_ms=at_ms,
-        who=who,
-        action=action,
-        subject=subject,
-        before=before,
-        after=after,
-        reason=reason,
-        detail="" if detail is None else _text(detail),
-    )
-    return Record(AUDIT, action.encode(), encode(AUDIT, msgspec.structs.asdict(made)))
 
 
 def _text(value: dict[str, Any]) -> str:

@@ -16,11 +16,19 @@ from typing import Any
 
 import msgspec
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, Producer, TopicPartition
 
 from deploy.stack import Stack
 from gateway.api_keys import create_key
 from gateway.avro import encode_alert, encode_receipt
+from gateway.cases import reviews
+from gateway.cases.database import Database
+from gateway.cases.intake import Intake
+from gateway.cases.metrics import CaseMetrics
+from gateway.cases.policy_view import load_view
+from gateway.cases.schemas import Schemas
+from gateway.cases.service import now_ms
+from gateway.cases.webhook_queue import WebhookQueue
 from gateway.contracts.decision import Outcome, Receipt
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
@@ -249,6 +257,50 @@ def test_a_change_of_a_list_is_in_kafka_when_it_is_answered_and_is_listed(desk: 
         wait_until(lambda: not listed(), WITHIN_S, "the entry is gone")
     finally:
         changes.close()
+
+
+def test_no_more_reviews_are_open_than_may_be_and_the_next_waits_in_kafka(desk: Desk, tmp_path: Path) -> None:
+    own, metrics, database = desk.settings, CaseMetrics(), Database(tmp_path / "cases.sqlite")
+    group = name("few")
+    start_at_the_end(own, group)
+    intake = Intake(
+        database,
+        Schemas(SchemaRegistry(own.registry)),
+        metrics,
+        WebhookQueue({}, metrics, queue_max=1, dedup_window_ms=1, age_max_ms=1),
+        lambda: load_view(own.policy_path),
+        bootstrap=own.bootstrap,
+        group=group,
+        reviews_max=2,
+        now_ms=now_ms,
+    )
+    ids = [name("few") for _ in range(3)]
+    send(own, *(a_receipt(i, Outcome.REVIEW)[1] for i in ids))
+    intake.start()
+    try:
+        wait_until(lambda: metrics.registry.get_sample_value("fraudgate_cases_intake_paused") == 1, WITHIN_S, "the intake pauses")
+        assert database.call(reviews.open_count) == 2
+        [first, *_] = database.call(lambda c: [row[0] for row in c.execute("select transaction_id from reviews")])
+        database.call(lambda c: reviews.claim(c, first, ANALYST, now_ms() + 60_000, now_ms()))
+        database.call(lambda c: reviews.decide(c, first, ANALYST, "legitimate", "", now_ms()))
+
+        def known() -> set[str]:
+            return database.call(lambda c: {row[0] for row in c.execute("select transaction_id from reviews")})
+
+        wait_until(lambda: known() == set(ids), WITHIN_S, "the third is queued")
+    finally:
+        intake.stop()
+        database.close()
+
+
+def start_at_the_end(settings: Settings, group: str) -> None:
+    """What is on the topics now has been read by the group."""
+    consumer = Consumer({"bootstrap.servers": settings.bootstrap, "group.id": group})
+    topics = consumer.list_topics(timeout=WITHIN_S).topics
+    parts = [TopicPartition(topic, p) for topic in (DECISIONS, ALERTS) for p in topics[topic].partitions]
+    ends = [TopicPartition(p.topic, p.partition, consumer.get_watermark_offsets(p, timeout=WITHIN_S)[1]) for p in parts]
+    consumer.commit(offsets=ends, asynchronous=False)
+    consumer.close()
 
 
 def test_keys_never_stand_in_the_log(desk: Desk) -> None:
