@@ -388,6 +388,8 @@ def _describe_score(schema: dict[str, Any]) -> None:
     refs, components = msgspec.json.schema_components((Transaction, Answer, Problem), ref_template="#/components/schemas/{name}")
     _add_bounds(components["Transaction"]["properties"])
     schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+    # Asked for when the setting api_keys_path is set.
+    schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "fraudgate keys create"}}
     transaction, answer, problem = refs
     by_status: dict[int, list[str]] = {}
     for refusal, status in REFUSAL_STATUS.items():
@@ -407,6 +409,7 @@ def _describe_score(schema: dict[str, Any]) -> None:
         "post": {
             "summary": "Decide one transaction",
             "operationId": "score",
+            "security": [{"key": []}, {}],
             "requestBody": {"required": True, "content": {"application/json": {"schema": transaction}}},
             "responses": responses,
         }
