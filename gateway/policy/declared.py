@@ -123,7 +123,7 @@ class _Reader:
             for route in found.within.get("alerts", []):
                 self._alert(document, route, lists)
         self._unique(list(self._rules), "id")
-        rules = [self._rule(document, rule, lists) for document, rule in self._rules]
+        rules = [self._rule(document, rule, lists) for document, rule in self._rules if not self.problems.enough]
         if policy is None or self.problems.found:
             return None
         return Declared(

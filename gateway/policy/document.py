@@ -134,6 +134,8 @@ class RulesFile(_Written, frozen=True):
     rules: Annotated[list[Rule], Meta(max_length=RULES_MAX)]
 
 
+# What people call them.
+CALLED: dict[type[msgspec.Struct], str] = {Band: "band", ListDeclaration: "list", AlertRoute: "alert", Rule: "rule"}
 S = TypeVar("S", bound=msgspec.Struct)
 
 
@@ -256,7 +258,7 @@ class Document:
     def _value(self, node: yaml.Node, kind: Any, what: str) -> tuple[Any, list[Marked[Any]]] | None:
         within = _struct_of(kind)
         if within is not None and isinstance(node, yaml.SequenceNode):
-            marked = [self.struct(item, within, f"{within.__name__.lower()} {i + 1}") for i, item in enumerate(node.value)]
+            marked = [self.struct(item, within, f"{CALLED[within]} {i + 1}") for i, item in enumerate(node.value)]
             found = [m for m in marked if m is not None]
             right = self._convert([None] * len(marked), _of_nothing(kind), node, what) is not _REFUSED and len(found) == len(marked)
             return ([m.value for m in found], found) if right else None

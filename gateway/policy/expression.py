@@ -44,6 +44,8 @@ from gateway.policy.vocabulary import DERIVED, FUNCTIONS, NAMES, NUMBER_FIELDS, 
 # How deep brackets and operators may lie in each other, and how many words and signs an expression may have.
 DEPTH_MAX = 32
 TOKENS_MAX = 600
+# So many mistakes of one expression are told.
+MISTAKES_MAX = 5
 # A whole number beyond has no exact float64.
 INTEGER_MAX = 2**53
 
@@ -137,7 +139,8 @@ class _Checker:
         self.problems: list[tuple[int, str]] = []
 
     def _wrong(self, node: ast.expr, text: str) -> None:
-        self.problems.append((self._begin + node.col_offset, text))
+        if len(self.problems) < MISTAKES_MAX:
+            self.problems.append((self._begin + node.col_offset, text))
 
     def _too_deep(self, node: ast.expr, depth: int) -> bool:
         if depth > DEPTH_MAX:
@@ -334,7 +337,8 @@ class _Checker:
         if name in FUNCTIONS:
             self._wrong(node, f"{name} is a function: {name}(...)")
         else:
-            self._wrong(node, f"there is no field or feature {name}{did_you_mean(name, NAMES)}")
+            hint = did_you_mean(name, NAMES) if len(self.problems) < MISTAKES_MAX else ""
+            self._wrong(node, f"there is no field or feature {name}{hint}")
         return None
 
     def _constant(self, node: ast.Constant) -> Constant | str | None:

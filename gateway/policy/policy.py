@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from gateway.contracts.decision import SEVERITY, Outcome
 from gateway.contracts.features import FEATURE_NAMES
 from gateway.contracts.lists import ListBook
 from gateway.contracts.reasons import REASONS_MAX, Reason
 from gateway.kernels import rules as kernel
-from gateway.policy.decisions import NO_LISTS, Columns, Decisions, Int64s
+from gateway.policy.decisions import NO_LISTS, Columns, Decisions, Floats, Int64s
 from gateway.policy.declared import DEFAULT_OUTCOME, declared
 from gateway.policy.document import AlertRoute, ListDeclaration, ListKind, Rule, RuleState
 from gateway.policy.folder import SHIPPED, digest_of, read_folder
@@ -27,9 +26,11 @@ from gateway.policy.program import compare_values, compile_rules
 OUTCOMES: tuple[Outcome, ...] = tuple(Outcome)
 DEFAULT_REASON: dict[ListKind, Reason] = {ListKind.BLOCK: Reason.ON_BLOCK_LIST, ListKind.WATCH: Reason.ON_WATCH_LIST}
 _KINDS = {ListKind.ALLOW: kernel.ALLOW, ListKind.BLOCK: kernel.BLOCK, ListKind.WATCH: kernel.WATCH}
-# Shared by all rows without any.
+# Shared by all rows that have none, or just that one.
 _NOTHING: list[str] = []
 _NO_REASONS: list[Reason] = []
+_BY_SCORE: list[Reason] = [Reason.MODEL_SCORE_HIGH]
+_BY_NO_MODEL: list[Reason] = [Reason.NO_MODEL]
 
 
 class Policy:
@@ -89,8 +90,7 @@ class Policy:
         assert matrix.shape == (n, len(FEATURE_NAMES)), "the kernel doesn't check its indices"
         assert len(columns.score) == len(columns.received_at_ms) == n
         bits, masks = self._masks(columns, lists)
-        severity, by_score, ruled = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
-        floors = np.empty((n, 3))
+        by_row, floors = np.empty((4, n), np.int64), np.empty((n, 3))
         count, hits = 0, np.empty((2 * n + 16, 3), np.int64)
         while True:
             count = kernel.decide_rows(
@@ -119,19 +119,18 @@ class Policy:
                 columns.score,
                 masks,
                 has_features,
-                severity,
-                by_score,
-                ruled,
+                by_row,
                 floors,
                 hits,
             )
             if count <= len(hits):
                 break
             hits = np.empty((count, 3), np.int64)
+        severity, by_score, ruled, _ = by_row
         places = severity.tolist()
         told = _Told(n)
         if any(places) or count:
-            self._tell(told, by_score, np.isnan(columns.score), hits[:count].tolist())
+            self._tell(told, by_score, columns.score, hits[:count].tolist())
         return Decisions(
             outcome=[OUTCOMES[place] for place in places],
             severity=severity,
@@ -161,29 +160,32 @@ class Policy:
         bits = np.array([lists.bit(d.id) for d in self.lists], np.int64)
         return lists, bits, sorted(set(self._list_columns[bits != 0].tolist()))
 
-    def _tell(self, told: _Told, by_score: Int64s, no_score: npt.NDArray[np.bool_], hits: list[tuple[int, int, int]]) -> None:
+    def _tell(self, told: _Told, by_score: Int64s, score: Floats, hits: list[tuple[int, int, int]]) -> None:
         """Fills in the hits and reasons of the rows that have any: the most severe reasons first, among equals lists, score, rules."""
-        found: dict[int, list[tuple[int, Reason]]] = {}
+        scored = np.flatnonzero(by_score)
+        for row, of_row in zip(scored.tolist(), score[scored].tolist(), strict=True):
+            told.reasons[row] = _BY_SCORE if of_row == of_row else _BY_NO_MODEL
+        if not hits:
+            return
+        # By row: how severe, in which turn, why.
+        found: dict[int, list[tuple[int, int, Reason]]] = {}
         for row, kind, i in hits:
             if kind == kernel.HIT_LIST:
                 told.add(told.list_hits, row, self.lists[i].id)
-                reason, asks = self._list_reasons[i], int(self._list_severity[i])
-                if reason is not None and asks:
-                    found.setdefault(row, []).append((asks, reason))
-        for row in np.flatnonzero(by_score).tolist():
-            reason = Reason.NO_MODEL if no_score[row] else Reason.MODEL_SCORE_HIGH
-            found.setdefault(row, []).append((int(by_score[row]), reason))
-        for row, kind, i in hits:
-            if kind == kernel.HIT_RULE:
-                rule, asks = self._evaluated[i], int(self._rule_severity[i])
+                asks, turn, reason = int(self._list_severity[i]), 0, self._list_reasons[i]
+            elif kind == kernel.HIT_RULE:
+                rule = self._evaluated[i]
                 told.add(told.rule_hits, row, rule.id)
-                if asks:
-                    found.setdefault(row, []).append((asks, rule.reason))
-            elif kind != kernel.HIT_LIST:
+                asks, turn, reason = SEVERITY[rule.outcome], 2, rule.reason
+            else:
                 told.add(told.shadow_hits if kind == kernel.HIT_SHADOW else told.rule_errors, row, self._evaluated[i].id)
-        for row, of_row in found.items():
-            of_row.sort(key=lambda f: -f[0])
-            told.reasons[row] = list(dict.fromkeys(reason for _, reason in of_row))[:REASONS_MAX]
+                continue
+            if asks and reason is not None:
+                found.setdefault(row, []).append((asks, turn, reason))
+        for row, reasons in found.items():
+            reasons += [(int(by_score[row]), 1, reason) for reason in told.reasons[row]]
+            reasons.sort(key=lambda r: (-r[0], r[1]))
+            told.reasons[row] = list(dict.fromkeys(reason for _, _, reason in reasons))[:REASONS_MAX]
 
 
 class _Told:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gateway.errors import PolicyRefusedError
 
-# So many are told at once; a file of something else altogether has thousands.
+# So many are told at once, and no more looked for once there are; a file of something else altogether has thousands.
 PROBLEMS_MAX = 50
 
 
@@ -31,6 +31,10 @@ class Problems:
     def __init__(self) -> None:
         self.found: list[Problem] = []
 
+    @property
+    def enough(self) -> bool:
+        return len(self.found) >= PROBLEMS_MAX
+
     def add(self, file: str, line: int, column: int, text: str) -> None:
         self.found.append(Problem(file, line, column, text))
 
@@ -41,7 +45,7 @@ class Problems:
         told = sorted(set(self.found))
         lines = [f"{source}/{problem}" for problem in told[:PROBLEMS_MAX]]
         if len(told) > PROBLEMS_MAX:
-            lines.append(f"and {len(told) - PROBLEMS_MAX} more")
+            lines.append("and more")
         raise PolicyRefusedError("\n".join(lines))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -43,7 +44,9 @@ def policy_files(
 ) -> dict[str, bytes]:
     policy = {"version": 2, "name": name, "bands": list(bands), "lists": list(lists), "alerts": list(alerts)}
     files = {"policy.yaml": policy, "rules/all.yaml": {"rules": list(rules)}}
-    return {name: yaml.safe_dump(data, sort_keys=False, width=10_000).encode() for name, data in files.items()}
+    # By way of JSON, so that nothing is the same object twice, which YAML would write as an alias.
+    plain = json.loads(json.dumps(files))
+    return {name: yaml.safe_dump(data, sort_keys=False, width=10_000).encode() for name, data in plain.items()}
 
 
 def make_policy(*rules: dict[str, Any], **parts: Any) -> Policy:
