@@ -37,7 +37,8 @@ TEXT_LENGTH_MAX = 500
 # What an entry of a list may be compared with: everything that names somebody or some place, not the payment itself.
 LIST_FIELDS: tuple[str, ...] = tuple(f for f in TEXT_FIELDS if f != "transaction_id")
 
-Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="letters, digits, . _ -, at most 64")]
+# In Python "$" alone matches before a last line break too.
+Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$(?!\n)", description="letters, digits, . _ -, at most 64")]
 Prose = Annotated[str, Meta(min_length=1, max_length=TEXT_LENGTH_MAX)]
 Score = Annotated[int, Meta(ge=1, le=RISK_SCORE_MAX + 1, description=f"a risk score; {RISK_SCORE_MAX + 1} is never reached")]
 AmountMinor = Annotated[int, Meta(ge=0, le=AMOUNT_MINOR_MAX, description="minor units of the currency")]
@@ -68,8 +69,9 @@ class Band(_Written, frozen=True):
     challenge: Score
     review: Score
     decline: Score
-    # The outcome when neither a model nor features can be had: approve fails open, the others fail closed.
-    without_model: Outcome
+    without_model: Annotated[
+        Outcome, Meta(description="when neither a model nor features can be had: approve fails open, the others fail closed")
+    ]
 
 
 class ListDeclaration(_Written, frozen=True):
