@@ -1,4 +1,5 @@
-"""`fraudgate bench gateway | spark | all`: the gateway and its peers on this machine, in one run; `bench jobs` is deploy.bench_jobs.
+"""`fraudgate bench gateway | spark | all`: the gateway and its peers on this machine, in one run; `bench jobs` is deploy.bench_jobs,
+`bench policy` deploy.bench_rules.
 
 Flat out first, each service in turn on a core of its own and everything else on the other: CPU a request of the HTTP door and of its
 peers, CPU an event of the Kafka door. Then at constant rates with everything sharing the cores: the latency curve of both doors, at last
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from deploy import bench_jobs
+from deploy import bench_jobs, bench_rules
 from deploy.bench_figures import Figure, as_json, draw, number, ratio, table, worse
 from deploy.bench_jobs import BenchError, Rows
 from deploy.bench_load import Timing, backlog, closed_loop, crowd, open_http, open_kafka, result_of
@@ -280,12 +281,15 @@ def bench(argv: list[str]) -> int:
     """`fraudgate bench NAME`: exit status 1 when something can't be measured."""
     if argv[:1] == ["jobs"]:
         return bench_jobs.bench(argv)
+    if argv[:1] == ["policy"]:
+        return bench_rules.bench(argv[1:])
     parser = argparse.ArgumentParser(
         "fraudgate bench",
-        description="Measure a part of the platform on this machine. `jobs` has options of its own: bench jobs --help.",
+        description="Measure a part of the platform on this machine. `jobs` and `policy` have options of their own: bench jobs --help.",
     )
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     names.add_parser("jobs", help="transactions a second of the Spark streams on one core")
+    names.add_parser("policy", help="what a decision of the policy costs, by rules and batch")
     for name, parts, text in (
         ("all", PARTS, "everything below, in one run: what make bench does"),
         ("gateway", GATEWAY_PARTS, "both doors of the gateway and its peers"),

@@ -125,6 +125,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "share live traffic with the challenger, explore declines, let back in what the guard took out",
         ),
     ),
+    "Policy": (
+        Command("policy", "gateway.policy.commands", "policy", "check a policy's folder, or show what it does in which order"),
+    ),
     "Load": (
         Command(
             "simulate",
@@ -146,7 +149,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "bench",
             "deploy.bench",
             "bench",
-            "measure on this machine: all (gateway, peers, curve, with Spark), gateway, spark, or jobs (the Spark streams on one core)",
+            "measure on this machine: all (gateway, peers, curve, with Spark), gateway, spark, jobs (Spark on one core), or policy",
             spark=True,
         ),
     ),

@@ -74,10 +74,11 @@ def declared(files: Mapping[str, bytes], source: str) -> Declared:
 @dataclass
 class _Reader:
     problems: Problems = field(default_factory=Problems)
-    _policy: tuple[Document, Marked[PolicyFile]] | None = None
-    # The lists of a policy.yaml that is otherwise wrong, so that what names them isn't told to be wrong too.
-    _lists: dict[str, str] = field(default_factory=dict)
+    _policy: Document | None = None
+    _whole: PolicyFile | None = None
     _rules: list[tuple[Document, Marked[Rule]]] = field(default_factory=list)
+    # Some rule can't be read, so that its id isn't known.
+    _rules_lack: bool = False
 
     def policy_file(self, name: str, data: bytes) -> None:
         document = Document(name, data, self.problems)
@@ -93,15 +94,16 @@ class _Reader:
                     document.problem(key, f"rules stand in files of their own, {RULES_FOLDER}/*.yaml")
                     return
         found = document.struct(root, PolicyFile, "policy")
+        self._policy = document
         if found is not None:
-            self._policy = document, found
+            self._whole = found.value
+            self._bands(document, found.within["bands"])
 
     def rules_file(self, name: str, data: bytes) -> None:
         document = Document(name, data, self.problems)
         root = document.root()
-        found = None if root is None else document.struct(root, RulesFile, "file")
-        if found is not None:
-            self._rules += [(document, rule) for rule in found.within["rules"]]
+        self._rules_lack |= root is None or document.struct(root, RulesFile, "file") is None
+        self._rules += [(document, marked) for marked in document.found if isinstance(marked.value, Rule)]
 
     def checked(self) -> Declared | None:
         """Everything, None when any of it is wrong."""
@@ -109,28 +111,28 @@ class _Reader:
             document, rule = self._rules[RULES_MAX]
             document.problem(rule.node, f"more than {RULES_MAX} rules")
             return None
-        policy = None
         lists: dict[str, str] | None = None
         if self._policy is not None:
-            document, found = self._policy
-            policy = found.value
-            self._bands(document, found.within["bands"])
-            self._unique([(document, m) for m in found.within.get("lists", [])], "id")
-            self._unique([(document, m) for m in found.within.get("alerts", [])], "name")
-            for declaration in found.within.get("lists", []):
+            document = self._policy
+            declarations = [m for m in document.found if isinstance(m.value, ListDeclaration)]
+            routes = [m for m in document.found if isinstance(m.value, AlertRoute)]
+            self._unique([(document, m) for m in declarations], "id")
+            self._unique([(document, m) for m in routes], "name")
+            for declaration in declarations:
                 self._list(document, declaration)
-            lists = {d.id: d.field for d in policy.lists}
-            for route in found.within.get("alerts", []):
+            # Where one can't be read nobody knows which lists there are.
+            lists = {m.value.id: m.value.field for m in declarations} if self._whole is not None else None
+            for route in routes:
                 self._alert(document, route, lists)
         self._unique(list(self._rules), "id")
         rules = [self._rule(document, rule, lists) for document, rule in self._rules if not self.problems.enough]
-        if policy is None or self.problems.found:
+        if self._whole is None or self.problems.found:
             return None
         return Declared(
-            name=policy.name,
-            bands=tuple(policy.bands),
-            lists=tuple(policy.lists),
-            alerts=tuple(policy.alerts),
+            name=self._whole.name,
+            bands=tuple(self._whole.bands),
+            lists=tuple(self._whole.lists),
+            alerts=tuple(self._whole.alerts),
             rules=tuple(rule for rule in rules if rule is not None),
         )
 
@@ -169,12 +171,12 @@ class _Reader:
         elif declaration.kind is ListKind.BLOCK and declaration.outcome is Outcome.APPROVE:
             document.problem(nodes["outcome"], "a block list asks for more than approve")
 
-    def _alert(self, document: Document, found: Marked[AlertRoute], lists: Mapping[str, str]) -> None:
+    def _alert(self, document: Document, found: Marked[AlertRoute], lists: Mapping[str, str] | None) -> None:
         route = found.value
-        rules = {rule.value.id for _, rule in self._rules}
-        for name, ids, known in (("rules", route.rules, rules), ("lists", route.lists, set(lists))):
+        rules = None if self._rules_lack else {rule.value.id for _, rule in self._rules}
+        for name, ids, known in (("rules", route.rules, rules), ("lists", route.lists, lists)):
             for one in ids:
-                if one not in known:
+                if known is not None and one not in known:
                     document.problem(found.nodes[name], f"the policy has no {name[:-1]} {one!r}{did_you_mean(one, known)}")
         if not (route.outcomes or route.rules or route.lists):
             document.problem(found.node, "an alert names outcomes, rules or lists: it would tell of every payment")
@@ -185,7 +187,6 @@ class _Reader:
             return rule, parse(rule.when, lists or {}), document.file
         except ExpressionError as exc:
             for offset, text in exc.problems:
-                # Without a policy.yaml that can be read nobody knows what lists there are.
                 if lists is not None or "declares no list" not in text:
                     document.problem_within(node, offset, f"rule {rule.id!r}: {text}")
             return None

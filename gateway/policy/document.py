@@ -152,10 +152,11 @@ class Marked(Generic[S]):
 
 
 class Document:
-    """One file. What is wrong goes to `problems`, and whatever it is part of is None."""
+    """One file. What is wrong goes to `problems`, and whatever it is part of is None; `found` are the structs that are right, all kinds."""
 
     def __init__(self, file: str, data: bytes, problems: Problems) -> None:
         self.file = file
+        self.found: list[Marked[Any]] = []
         self._problems = problems
         self._constructor = yaml.constructor.SafeConstructor()
         self.text = ""
@@ -255,7 +256,11 @@ class Document:
             if of.required and name not in nodes:
                 self.problem(node, f"{what} lacks {name}")
                 right = False
-        return Marked(kind(**values), node, nodes, within) if right else None
+        if not right:
+            return None
+        marked = Marked(kind(**values), node, nodes, within)
+        self.found.append(marked)
+        return marked
 
     def _value(self, node: yaml.Node, kind: Any, what: str) -> tuple[Any, list[Marked[Any]]] | None:
         within = _struct_of(kind)

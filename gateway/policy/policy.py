@@ -200,7 +200,10 @@ class _Told:
 
     @staticmethod
     def add(of: list[list[str]], row: int, one: str) -> None:
-        of[row] = [*of[row], one]
+        if of[row] is _NOTHING:
+            of[row] = [one]
+        else:
+            of[row].append(one)
 
 
 def load_policy(path: str) -> Policy:

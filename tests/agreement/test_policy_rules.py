@@ -13,6 +13,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ POLICY_SOURCES = sorted((Path(__file__).resolve().parents[2] / "gateway/policy")
 LISTS = (make_list("cards", "watch", outcome="approve"), make_list("devices", "watch", "device_id", outcome="approve"))
 FIELDS = {"cards": "card_id", "devices": "device_id"}
 STANDING: dict[str, str | list[str]] = {"cards": ["card-1", "card-2"], "devices": ["device-1"]}
-TEXTS = {
+TEXTS: dict[str, list[Any]] = {
     "card_id": [f"card-{i}" for i in range(4)],
     "merchant_id": ["m", "mm", "merchant-with-a-longer-name"],
     "device_id": [None, "device-1", "device-2", "m"],

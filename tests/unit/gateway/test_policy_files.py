@@ -120,6 +120,8 @@ def test_the_place_in_an_expression_is_found_however_yaml_writes_it(written: str
 def test_all_problems_of_all_files_are_told_at_once_in_order() -> None:
     policy = HEAD.replace("review: 700", "review: 100").replace("name: test", "name: 5\nnmae: x")
     rules = RULE.replace("WHEN", "nope > 1 or nope_too > 1").replace("state: live", "state: alive").replace("  text: d\n", "")
+    rules += RULE.replace("rules:\n", "").replace("r1", "r2").replace("WHEN", 'nope > 1 or card_id in list("l")')
+    policy += "alerts: [{name: a, rules: [gone, r1]}]\n"
     files = {"policy.yaml": policy.encode(), "rules/a.yaml": rules.encode(), "rules/b.yaml": b"rules: 7\n", "stray.yaml": b"x"}
     with pytest.raises(PolicyRefusedError) as caught:
         Policy(files, "folder")
@@ -128,6 +130,7 @@ def test_all_problems_of_all_files_are_told_at_once_in_order() -> None:
         "folder/policy.yaml:3:1: policy has no 'nmae'; did you mean name?",
         "folder/rules/a.yaml:2:3: rule 1 lacks text",
         "folder/rules/a.yaml:3:10: rule 1's state: must be one of live, shadow, off; did you mean live?",
+        "folder/rules/a.yaml:12:9: rule 'r2': there is no field or feature nope",
         "folder/rules/b.yaml:1:8: file's rules: expected `array`, got `int`",
         "folder/stray.yaml:1:1: a policy has policy.yaml and rules/*.yaml",
     ]
