@@ -82,6 +82,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("capacity", "deploy.capacity", "capacity", "measure memory and rebuild time of a population of cards", spark=True),
     ),
     "Policy": (
+        Command("policy", "gateway.policy.commands", "policy", "check a policy's folder, or show what it does in which order"),
         Command(
             "backtest",
             "deploy.history.backtest_command",
@@ -124,9 +125,6 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "route",
             "share live traffic with the challenger, explore declines, let back in what the guard took out",
         ),
-    ),
-    "Policy": (
-        Command("policy", "gateway.policy.commands", "policy", "check a policy's folder, or show what it does in which order"),
     ),
     "Load": (
         Command(

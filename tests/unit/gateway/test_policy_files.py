@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +345,41 @@ def test_an_alert_takes_the_decisions_that_it_names() -> None:
     assert taking(Outcome.REVIEW, ["r1", "r2"], []) == ["causes", "both"]
     assert taking(Outcome.APPROVE, ["r2"], ["bad"]) == ["causes"]
     assert taking(Outcome.REVIEW, ["r2"], ["good"]) == []
+
+
+# The page.
+
+PAGE = Path(__file__).resolve().parents[3] / "docs/policy.md"
+
+
+def test_the_expressions_of_the_page_are_right() -> None:
+    page = PAGE.read_text()
+    block = page.split("### Expressions\n\n")[1].split("\n\n")[0]
+    lists = {"trusted-merchants": "merchant_id", "blocked-cards": "card_id"}
+    lines = [line.strip() for line in block.splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        parse(line, lists)
+    for now in re.findall(r"^\| `\{.*\}` \| `(.*)` \|$", page, re.MULTILINE):
+        parse(now, {})
+    for inline in ("x in [1, 2]", 'mcc not in ["5411"]', 'card_id in list("blocked-cards")'):
+        assert f"`{inline}`" in page
+        parse(re.sub(r"\bx\b", "score", inline), lists)
+
+
+def test_the_parts_of_a_policy_on_the_page_make_one_that_loads() -> None:
+    page = PAGE.read_text()
+    parts = [
+        yaml.safe_load(part) for part in re.findall(r"^(    (?:bands|lists|rules|alerts):\n(?:    .*\n)+)", page, re.MULTILINE)
+    ]
+    found = {name: value for part in parts for name, value in part.items()}
+    assert set(found) == {"bands", "lists", "rules", "alerts"}
+    device = make_list("blocked-devices", "block", "device_id")
+    policy = {"version": 2, "name": "page", "bands": found["bands"], "lists": [*found["lists"], device], "alerts": found["alerts"]}
+    rules = [*found["rules"], make_rule("score > 1", "device-many-cards")]
+    Policy({"policy.yaml": yaml.safe_dump(policy).encode(), "rules/a.yaml": yaml.safe_dump({"rules": rules}).encode()}, "page")
+
+
+def test_the_page_has_the_rules_that_ship() -> None:
+    told = re.findall(r"^\| `([a-z-]+)` \| .* \| (\w+) \|$", PAGE.read_text(), re.MULTILINE)
+    assert sorted(told) == sorted((rule.id, rule.outcome.value) for rule in load_policy("").rules)
