@@ -205,6 +205,35 @@ class Metrics:
         self.explore_spent_minor = Gauge(
             "fraudgate_explore_spent_minor", "Of the day's loss cap spent by all gateways, as far as known", registry=registry
         )
+        self.lists_version = Gauge(
+            "fraudgate_lists_version",
+            "Changes of lists that are in force, an offset of list_changes; -1 while no lists are known",
+            registry=registry,
+        )
+        self.lists_entries = Gauge("fraudgate_lists_entries", "Entries of all lists, expired ones included", registry=registry)
+        self.lists_lag = Gauge(
+            "fraudgate_lists_lag_records", "Changes of lists not yet in force, as far as known", registry=registry
+        )
+        self.lists_missing = Gauge(
+            "fraudgate_lists_missing", "Changes of lists that the topic no longer had when they were read", registry=registry
+        )
+        self.lists_trouble = Gauge(
+            "fraudgate_lists_trouble",
+            "1 while the lists may not be what they should be: changes are missing, or the topic is another",
+            registry=registry,
+        )
+        self.lists_skipped = Counter(
+            "fraudgate_lists_skipped",
+            "Changes of lists not in force: malformed, or the lists are full",
+            ["reason"],
+            registry=registry,
+        )
+        self.list_hits = Counter("fraudgate_list_hits", "Decisions on an entity that stands on a list", ["list"], registry=registry)
+        self.shadow_hits = Counter("fraudgate_shadow_hits", "Rules in shadow that would have fired", ["rule"], registry=registry)
+        self.rule_errors = Counter("fraudgate_rule_errors", "Rules that could not be evaluated", ["rule"], registry=registry)
+        self.policy_loads = Counter(
+            "fraudgate_policy_loads", "Policies read after the start: taken into use, or refused", ["outcome"], registry=registry
+        )
         self.build_info = Gauge(
             "fraudgate_build_info", "What runs", ["version", "feature_fingerprint", "policy_digest"], registry=registry
         )

@@ -23,7 +23,7 @@ SOCKET, LAST, DEPARTED = ".sock", ".last", "departed"
 ASK_TIMEOUT_S = 1.0
 ANSWER_BYTES_MAX = 16 * 1024 * 1024
 # The rest of the gauges are amounts, which add up.
-SMALLEST = frozenset({"fraudgate_redis_ready"})
+SMALLEST = frozenset({"fraudgate_redis_ready", "fraudgate_lists_version"})
 LARGEST = frozenset(
     {
         "fraudgate_build_info",
@@ -33,6 +33,10 @@ LARGEST = frozenset(
         "fraudgate_guard_out",
         "fraudgate_guard_evidence",
         "fraudgate_explore_spent_minor",
+        "fraudgate_lists_entries",
+        "fraudgate_lists_lag_records",
+        "fraudgate_lists_missing",
+        "fraudgate_lists_trouble",
     }
 )
 _GAUGE = "gauge"

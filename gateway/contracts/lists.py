@@ -219,7 +219,11 @@ class ListBook:
 
 
 def book_of_blocks(
-    version: int, digest: str, places: Mapping[str, tuple[int, int]], blocks: Iterable[tuple[str, Mapping[str, _Entry]]]
+    version: int,
+    digest: str,
+    places: Mapping[str, tuple[int, int]],
+    blocks: Iterable[tuple[str, Mapping[str, _Entry]]],
+    entries_max: int = LIST_ENTRIES_MAX,
 ) -> ListBook:
     """The book that a process wrote down as `places` and `blocks`. Its shards differ: texts hash differently in each process."""
     fields: dict[str, _Shards] = {}
@@ -228,7 +232,11 @@ def book_of_blocks(
         for value, entry in block.items():
             shards[hash(value) % SHARDS][value] = entry
     return ListBook(
-        version=version, digest=digest, fields=fields, places={k: _Place(bit, entries) for k, (bit, entries) in places.items()}
+        version=version,
+        digest=digest,
+        fields=fields,
+        places={list_id: _Place(bit, entries) for list_id, (bit, entries) in places.items()},
+        entries_max=entries_max,
     )
 
 

@@ -299,6 +299,11 @@ class Settings:
         return Path(self.spool_dir).expanduser().absolute() if self.spool_dir else self.home_path / "spool"
 
     @property
+    def lists_path(self) -> Path:
+        """What the gateways keep of the lists, for a start without Kafka."""
+        return self.home_path / "lists" / "book"
+
+    @property
     def schemas_path(self) -> Path:
         """The local copy of the schema registry's answers."""
         return self.home_path / "schemas"
