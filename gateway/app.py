@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -17,11 +18,13 @@ from fastapi.openapi.utils import get_openapi
 
 from gateway.admission import AdaptiveLimit
 from gateway.api_keys import KeyBook
+from gateway.audit import AuditForwarder, policy_loaded, policy_refused
 from gateway.avro import SchemaBook
 from gateway.batcher import Batcher
 from gateway.connections import Connections, Limits
 from gateway.contracts.decision import Answer
 from gateway.contracts.features import FINGERPRINT
+from gateway.contracts.lists import NO_VERSION, ListBook
 from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry
 from gateway.contracts.routing import Verdict, default_routing
 from gateway.contracts.settings import EXACTLY_ONCE, Settings
@@ -41,10 +44,12 @@ from gateway.guard import Guard
 from gateway.http import SCORE_PATH, Receive, Scope, ScoreDoor, Send
 from gateway.kafka import KafkaDoor
 from gateway.kafka_link import Link
+from gateway.lists import ChangeReader, ListFollower
 from gateway.loop_watch import LoopWatch
 from gateway.metrics import Metrics
 from gateway.model import Live, Model, ModelSlot
-from gateway.policy import load_policy
+from gateway.policy import Policy
+from gateway.policy_slot import open_policy
 from gateway.publisher import Publisher
 from gateway.reasons import Reasoner
 from gateway.recent import RecentDecisions
@@ -68,6 +73,8 @@ DRAIN_S = 10.0
 REDIS_WAIT_S = 1.0
 REDIS_POLL_S = 0.01
 SCHEMAS_RETRY_S = 2.0
+# How long a start waits for the topic of list changes, and for all that it holds once it answers.
+LISTS_REACH_S, LISTS_WAIT_S = 1.0, 30.0
 
 
 class Gateway:
@@ -81,8 +88,12 @@ class Gateway:
     def __init__(self, settings: Settings, *, kafka: bool = True, consume: bool = True) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.policy = load_policy(settings.policy_path)
-        self.schemas = SchemaBook(SchemaRegistry(settings.registry, settings.schemas_path))
+        self.policies = open_policy(settings.policy_path, on_change=self._policy_changed, on_refused=self._policy_refused)
+        registry = SchemaRegistry(settings.registry, settings.schemas_path)
+        self.schemas = SchemaBook(registry)
+        self.lists = ListFollower(
+            settings.bootstrap, ChangeReader(registry), self.metrics, settings.lists_path, on_book=self._lists_changed
+        )
         self.models = ModelSlot(
             settings.models_path,
             on_change=self._model_changed,
@@ -97,11 +108,9 @@ class Gateway:
         *door_links, spare_link = self.links
         self.unobserved = Unobserved(Store(spare_link, claim_ttl_ms), self.metrics)
         ask = asker(spare_link)
-        self.guard = Guard(self.models, settings.models_path, self.metrics, self.policy.digest, alert=self._tell_of_guard, ask=ask)
+        self.guard = Guard(self.models, settings.models_path, self.metrics, alert=self._tell_of_guard, ask=ask)
         self.shadow_topic = ShadowTopic(settings.bootstrap, self.schemas, self.metrics)
-        self.slack = Slack(
-            self.policy, self.metrics, self.shadow_topic.publish, self.guard, idle=lambda: self.batcher.in_flight == 0
-        )
+        self.slack = Slack(self.metrics, self.shadow_topic.publish, self.guard, idle=lambda: self.batcher.in_flight == 0)
         cap = LossCap(time.monotonic, STALE_S)
         self.shared_cap = SharedCap(cap, self.models, ask, self.metrics)
         self.explorer = Explorer(cap, self.metrics, lambda: time.time_ns() // 1_000_000)
@@ -112,7 +121,7 @@ class Gateway:
             Scorer(
                 Store(link, claim_ttl_ms),
                 self.models,
-                self.policy,
+                self.policies,
                 self.metrics,
                 recent,
                 self.unobserved,
@@ -149,6 +158,7 @@ class Gateway:
             batch_interval_s=settings.batch_interval_ms / 1000,
         )
         self.keys = KeyBook(Path(settings.api_keys_path).expanduser()) if settings.api_keys_path else None
+        self.audit_forwarder = AuditForwarder(settings.models_path, settings.audit_cursor_path, self.publisher.send)
         self.door = ScoreDoor(self.batcher, self.metrics, settings.decision_budget_ms, keys=self.keys)
         self.connections = Connections(
             Limits(settings.connections_max, settings.request_timeout_ms / 1000, settings.keep_alive_s), self.metrics
@@ -171,7 +181,7 @@ class Gateway:
         # Set when there are other workers to add up with.
         self.worker_metrics: WorkerMetrics | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self.metrics.build_info.labels(CODE_VERSION, FINGERPRINT, self.policy.digest).set(1)
+        self._note_build()
         self.api = _make_api(self)
 
     def _open_spool(self) -> Spool:
@@ -214,13 +224,19 @@ class Gateway:
         """Ready when this returns, at worst degraded: nothing here waits long for a component that is down."""
         for link in self.links:
             link.start()
+        self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self.lists.start)
         await self.models.refresh()
         await asyncio.to_thread(warm)
         await self._wait_for_redis()
+        await asyncio.to_thread(self.lists.wait, LISTS_REACH_S, LISTS_WAIT_S)
         self.publisher.start()
+        self.publisher.send([policy_loaded(self.policies.policy, None)])
         self.slack.start()
         forever = (
             self.models.watch(),
+            self.policies.watch(),
+            self.audit_forwarder.run(),
             self.unobserved.run(),
             self.connections.watch(),
             self.loop_watch.run(),
@@ -273,6 +289,7 @@ class Gateway:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await asyncio.to_thread(self.lists.stop)
         await asyncio.to_thread(self.slack.stop)
         await asyncio.to_thread(self.shadow_topic.close)
         await self.publisher.stop(DRAIN_S)
@@ -290,6 +307,8 @@ class Gateway:
             missing.append("redis")
         if self.models.model is None:
             missing.append("model")
+        if self.policies.live.lists.version == NO_VERSION or self.lists.trouble is not None:
+            missing.append("lists")
         if self.kafka is not None and not self.kafka.connected:
             missing.append("kafka")
         return missing
@@ -302,6 +321,25 @@ class Gateway:
             except RegistryUnavailableError:
                 await asyncio.sleep(SCHEMAS_RETRY_S)
         log.info("gateway: knows its schemas")
+
+    def _policy_changed(self, policy: Policy, before: Policy) -> None:
+        self.metrics.policy_loads.labels("used").inc()
+        self._note_build()
+        self.publisher.send([policy_loaded(policy, before.digest)])
+
+    def _policy_refused(self, why: str) -> None:
+        self.metrics.policy_loads.labels("refused").inc()
+        self.publisher.send([policy_refused(self.settings.policy_path, self.policies.policy.digest, why)])
+
+    def _note_build(self) -> None:
+        self.metrics.build_info.clear()
+        self.metrics.build_info.labels(CODE_VERSION, FINGERPRINT, self.policies.policy.digest).set(1)
+
+    def _lists_changed(self, book: ListBook) -> None:
+        """In the thread that follows the lists."""
+        with contextlib.suppress(RuntimeError):
+            # The loop of a process that is ending takes no more.
+            self._loop.call_soon_threadsafe(self.policies.use_lists, book)
 
     def _live_changed(self, live: Live) -> None:
         self.metrics.challenger_share.set(live.share)
@@ -340,7 +378,9 @@ def _make_api(gateway: Gateway) -> FastAPI:
             "degraded": gateway.degraded(),
             "model": None if model is None else {"name": model.ref.name, "version": model.ref.version, "digest": model.digest},
             "model_refused": gateway.models.refused,
-            "policy": {"name": gateway.policy.name, "digest": gateway.policy.digest},
+            "policy": {"name": gateway.policies.policy.name, "digest": gateway.policies.policy.digest},
+            "policy_refused": gateway.policies.refused,
+            "lists": _lists_status(gateway),
             "feature_fingerprint": FINGERPRINT,
             "code_version": CODE_VERSION,
         }
@@ -364,6 +404,11 @@ def _make_api(gateway: Gateway) -> FastAPI:
 
     api.openapi = openapi  # type: ignore[method-assign]
     return api
+
+
+def _lists_status(gateway: Gateway) -> dict[str, Any]:
+    book = gateway.policies.live.lists
+    return {"version": book.version, "digest": book.digest, "entries": book.entries, "trouble": gateway.lists.trouble}
 
 
 def _routing_status(gateway: Gateway) -> dict[str, Any]:

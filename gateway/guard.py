@@ -185,7 +185,7 @@ def evidence_of(counts: dict[str, int]) -> Evidence:
 
 @dataclass(slots=True)
 class Pair:
-    """What was seen of one champion and one challenger under one policy. `seen` are the cards of `day`, by thing."""
+    """What was seen of one champion and one challenger. `seen` are the cards of `day`, by thing."""
 
     key: str
     challenger: Model
@@ -217,7 +217,6 @@ class Guard:
         slot: ModelSlot,
         model_dir: Path,
         metrics: Metrics,
-        policy_digest: str,
         *,
         alert: Callable[[Verdict], None] = lambda _: None,
         ask: Ask | None = None,
@@ -226,7 +225,6 @@ class Guard:
         self._slot = slot
         self._dir = model_dir
         self._metrics = metrics
-        self._policy_digest = policy_digest
         self._alert = alert
         self._ask = ask
         self._now_ms = now_ms
@@ -274,7 +272,8 @@ class Guard:
                 pair.waiting.append(Sighting(thing, how, card, day, merchant or "" if thing == 0 else ""))
 
     def _pair_of(self, champion: Model, challenger: Model) -> Pair:
-        text = f"{champion.digest}:{challenger.digest}:{self._policy_digest}"
+        # Not by policy: each payment was decided twice under the same one, whichever it was, and a policy may change many times a day.
+        text = f"{champion.digest}:{challenger.digest}"
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         if self._pair is None or self._pair.key != key:
             self._pair = Pair(key, challenger)

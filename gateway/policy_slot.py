@@ -39,7 +39,7 @@ class Steering:
 
 class PolicySlot:
     """`live` is read by the scorers, once a batch. Everything here is called on the event loop. `path` is the setting, empty: nothing to
-    watch. `on_change` is called with a policy that has come into use, `on_refused` with why one couldn't.
+    watch. `on_change` is called with a policy that has come into use and the one before, `on_refused` with why one couldn't.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class PolicySlot:
         lists: ListBook = UNKNOWN,
         seen: Signature | None = None,
         load: Callable[[str], Policy] = load_policy,
-        on_change: Callable[[Policy], None] = lambda _: None,
+        on_change: Callable[[Policy, Policy], None] = lambda *_: None,
         on_refused: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`seen` is the signature that the files had before `policy` was loaded from them."""
@@ -96,15 +96,23 @@ class PolicySlot:
         self.refused = None
         if policy.digest == self.policy.digest:
             return
+        before = self.policy
         self.live = Steering(policy, self.live.lists)
         log.info("policy: %s (sha256 %s) decides", policy.name, policy.digest)
-        self._on_change(policy)
+        self._on_change(policy, before)
 
     async def watch(self, poll_s: float = POLL_S) -> None:
         """Refreshes until cancelled."""
         while True:
             await asyncio.sleep(poll_s)
             await self.refresh()
+
+
+def open_policy(path: str, *, on_change: Callable[[Policy, Policy], None], on_refused: Callable[[str], None]) -> PolicySlot:
+    """A slot with the policy at `path`, the one that ships when it is empty. Raises `PolicyRefusedError`."""
+    # Before it is read: what is written meanwhile is read again.
+    seen = signature(path) if path else None
+    return PolicySlot(load_policy(path), path, seen=seen, on_change=on_change, on_refused=on_refused)
 
 
 def signature(path: str) -> Signature:

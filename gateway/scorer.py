@@ -26,9 +26,10 @@ from gateway.kernels.intake import CARD
 from gateway.kernels.points import points
 from gateway.metrics import Metrics
 from gateway.model import ORT_ERRORS, Live, Model, ModelSlot
-from gateway.policy import NO_LISTS, OUTCOMES, Columns, Policy
+from gateway.policy import OUTCOMES, Columns, Decisions
+from gateway.policy_slot import PolicySlot
 from gateway.reasons import Reasoner
-from gateway.receipts import Decided, encode_receipts
+from gateway.receipts import Decided, Tail, encode_receipts
 from gateway.recent import RecentDecisions
 from gateway.requests import Requests
 from gateway.slack import Scored as ScoredBatch
@@ -88,6 +89,16 @@ class _Scored:
     by_challenger: npt.NDArray[np.bool_] | None = None
 
 
+def _tails(decisions: Decisions) -> list[Tail] | None:
+    """What the receipts alone say of lists, shadow rules and errors, by row; None where nobody has any of it."""
+    if not (any(decisions.list_hits) or any(decisions.shadow_hits) or any(decisions.rule_errors)):
+        return None
+    return [
+        (tuple(lists), tuple(shadow), tuple(errors))
+        for lists, shadow, errors in zip(decisions.list_hits, decisions.shadow_hits, decisions.rule_errors, strict=True)
+    ]
+
+
 class Scorer:
     """`now_ms` is the wall clock, `clock_s` the monotonic one. `slack` takes what is to be scored by others after the answer."""
 
@@ -95,7 +106,7 @@ class Scorer:
         self,
         store: Store,
         models: ModelSlot,
-        policy: Policy,
+        policies: PolicySlot,
         metrics: Metrics,
         recent: RecentDecisions,
         unobserved: Unobserved,
@@ -110,7 +121,7 @@ class Scorer:
     ) -> None:
         self._store = store
         self._models = models
-        self._policy = policy
+        self._policies = policies
         self._metrics = metrics
         self._recent = recent
         self._unobserved = unobserved
@@ -212,7 +223,9 @@ class Scorer:
             score=np.full(len(fresh), np.nan) if probability is None else np.floor(probability * 1000 + 0.5),
             received_at_ms=np.fromiter((job.received_ms for job in fresh), np.int64, len(fresh)),
         )
-        decisions = self._policy.decide(columns, has_features=observation is not None, lists=NO_LISTS)
+        # One policy and one state of the lists for the whole batch, and for all that is said of it.
+        steering = self._policies.live
+        decisions = steering.policy.decide(columns, has_features=observation is not None, lists=steering.lists)
         severity, outcomes, reasons_of = decisions.severity, decisions.outcome, decisions.reasons
         propensity = _CERTAIN[: len(fresh)] if len(fresh) <= _READY_ROWS else np.ones(len(fresh))
         if live.routing.explore_share > 0 and probability is not None and self._explorer is not None:
@@ -255,10 +268,12 @@ class Scorer:
                 seq=np.full((len(fresh), len(ENTITIES)), -1) if observation is None else observation.seq[rows],
                 label_changes=np.full((len(fresh), len(LABELLED)), -1) if observation is None else observation.label_changes[rows],
                 tiles_age_ms=None if observation is None else observation.tiles_age_ms,
-                policy_digest=self._policy.digest,
+                policy_digest=steering.policy.digest,
                 code_version=self._code_version,
                 admit_us=np.rint((timing.started_s - received_s) * 1e6).astype(np.int64),
                 steps_us=timing.steps_us,
+                tails=_tails(decisions),
+                lists_version=steering.lists.version,
             )
         )
         refs = [None if m is None else m.ref for m in scored.models]
@@ -296,13 +311,21 @@ class Scorer:
             if unobserved:
                 self._unobserved.add(job, packed)
         self._store.record(records)
-        self._count(fresh, outcomes, decisions.rule_hits, degraded, timing)
+        self._count(fresh, outcomes, decisions, degraded, timing)
         if probability is not None:
             self._routed(scored, len(fresh))
             if self._slack is not None and (live.shadows or live.challenger is not None):
                 self._slack.add(
                     ScoredBatch(
-                        live, requests, rows, matrix, columns.received_at_ms, probability, scored.by_challenger, decisions.severity
+                        live,
+                        steering,
+                        requests,
+                        rows,
+                        matrix,
+                        columns.received_at_ms,
+                        probability,
+                        scored.by_challenger,
+                        decisions.severity,
                     )
                 )
 
@@ -371,15 +394,22 @@ class Scorer:
         return [stale if is_stale else without_model for is_stale in observation.stale[rows].tolist()]
 
     def _count(
-        self, jobs: Sequence[Job], outcomes: list[Outcome], rule_hits: list[list[str]], degraded: list[list[str]], timing: _Timing
+        self, jobs: Sequence[Job], outcomes: list[Outcome], decisions: Decisions, degraded: list[list[str]], timing: _Timing
     ) -> None:
         metrics, door = self._metrics, jobs[0].door.value
         for outcome, n in Counter(outcomes).items():
             metrics.decisions.labels(outcome.value, door).inc(n)
         for kind, n in Counter(kind for kinds in degraded for kind in kinds).items():
             metrics.degraded.labels(kind).inc(n)
-        for rule, n in Counter(rule for rules in rule_hits if rules for rule in rules).items():
-            metrics.rule_hits.labels(rule).inc(n)
+        for hits, counter in (
+            (decisions.rule_hits, metrics.rule_hits),
+            (decisions.list_hits, metrics.list_hits),
+            (decisions.shadow_hits, metrics.shadow_hits),
+            (decisions.rule_errors, metrics.rule_errors),
+        ):
+            if any(hits):
+                for hit, n in Counter(hit for of_row in hits for hit in of_row).items():
+                    counter.labels(hit).inc(n)
         metrics.batch_rows.observe(door, [len(jobs)])
         metrics.step_ms.observe("features", [(timing.observed_s - timing.started_s) * 1000])
         metrics.step_ms.observe("model", [(timing.modelled_s - timing.observed_s) * 1000])

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from gateway.guard import Guard
 from gateway.metrics import Metrics
 from gateway.model import ORT_ERRORS, Live, Model
-from gateway.policy import NO_LISTS, Columns, Policy
+from gateway.policy import Columns
+from gateway.policy_slot import Steering
 from gateway.requests import Requests
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,10 @@ Publish = Callable[[Sequence[tuple[Requests, Int64s]], Sequence[tuple[Model, Flo
 
 @dataclass(slots=True, eq=False)
 class Scored:
-    """A batch that was decided: `rows` of `requests`, the rest by row. `severity` is what the policy came to."""
+    """A batch that was decided, by `steering`: `rows` of `requests`, the rest by row. `severity` is what the policy came to."""
 
     live: Live
+    steering: Steering
     requests: Requests
     rows: Int64s
     matrix: npt.NDArray[np.float32]
@@ -62,7 +64,6 @@ class Slack:
 
     def __init__(
         self,
-        policy: Policy,
         metrics: Metrics,
         publish: Publish,
         guard: Guard | None = None,
@@ -70,7 +71,6 @@ class Slack:
         idle: Callable[[], bool] = lambda: True,
         batches_max: int = BATCHES_MAX,
     ) -> None:
-        self._policy = policy
         self._metrics = metrics
         self._publish = publish
         self._guard = guard
@@ -194,7 +194,7 @@ class Slack:
                 other[mask] = found
         score, other_score = (np.floor(p * 1000 + 0.5) for p in (batch.probability, other))
         columns = Columns(batch.requests, batch.rows, batch.matrix, other_score, batch.received_at_ms)
-        severity = self._policy.decide(columns, has_features=True, lists=NO_LISTS).severity
+        severity = batch.steering.policy.decide(columns, has_features=True, lists=batch.steering.lists).severity
         guard.sighted(
             live,
             batch.requests,

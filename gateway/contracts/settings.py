@@ -304,6 +304,11 @@ class Settings:
         return self.home_path / "lists" / "book"
 
     @property
+    def audit_cursor_path(self) -> Path:
+        """How far the audit file of the models has been forwarded to the topic `audit`."""
+        return self.home_path / "audit" / "cursor"
+
+    @property
     def schemas_path(self) -> Path:
         """The local copy of the schema registry's answers."""
         return self.home_path / "schemas"

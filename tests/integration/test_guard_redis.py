@@ -44,7 +44,7 @@ def asking(cluster: Cluster, use: Callable[[Ask], Awaitable[None]]) -> None:
 
 
 def make_guard(folder: Path, ask: Ask) -> Guard:
-    return Guard(ModelSlot(folder), folder, Metrics(), "policy", ask=ask, now_ms=lambda: NOW_MS)
+    return Guard(ModelSlot(folder), folder, Metrics(), ask=ask, now_ms=lambda: NOW_MS)
 
 
 def test_a_card_that_two_gateways_saw_counts_once_and_merchants_are_bounded(cluster: Cluster, tmp_path: Path) -> None:

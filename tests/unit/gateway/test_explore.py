@@ -16,6 +16,7 @@ from gateway.job import Job, Result
 from gateway.metrics import Metrics
 from gateway.model import ModelSlot
 from gateway.policy import load_policy
+from gateway.policy_slot import PolicySlot
 from gateway.recent import RecentDecisions
 from gateway.redis_link import RedisUnavailableError
 from gateway.scorer import Scorer
@@ -51,7 +52,7 @@ class Harness:
         scorer = Scorer(
             store,
             self.slot,
-            load_policy(""),
+            PolicySlot(load_policy("")),
             self.metrics,
             RecentDecisions(600, clock_s=lambda: 0.0),
             Unobserved(store, Metrics()),

@@ -135,9 +135,7 @@ class Harness:
         self.metrics = Metrics()
         self.alerts: list[Verdict] = []
         self.now_ms = NOW_MS
-        self.guard = Guard(
-            self.slot, models, self.metrics, "policy", alert=self.alerts.append, ask=redis, now_ms=lambda: self.now_ms
-        )
+        self.guard = Guard(self.slot, models, self.metrics, alert=self.alerts.append, ask=redis, now_ms=lambda: self.now_ms)
 
     def see(self, first: int, count: int, *, they_decline: bool, we_decline: bool, card: str | None = None) -> None:
         """Payments of cards of their own, or of one."""

@@ -14,6 +14,7 @@ from gateway.job import Job, Result, Verdict
 from gateway.metrics import Metrics
 from gateway.model import ModelSlot, load_model
 from gateway.policy import load_policy
+from gateway.policy_slot import PolicySlot
 from gateway.reasons import ASKED_ROWS_MAX
 from gateway.recent import RecentDecisions
 from gateway.scorer import Scorer
@@ -44,7 +45,7 @@ def make_scorer(store: StubStore, models: ModelSlot, clock_s: float = 0.0, unobs
     return Scorer(
         store,  # type: ignore[arg-type]
         models,
-        load_policy(""),
+        PolicySlot(load_policy("")),
         Metrics(),
         RecentDecisions(600, clock_s=lambda: clock_s),
         Unobserved(store, Metrics()) if unobserved is None else unobserved,  # type: ignore[arg-type]

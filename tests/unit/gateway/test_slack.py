@@ -19,6 +19,7 @@ from gateway.job import Job, requests_of
 from gateway.metrics import Metrics
 from gateway.model import Model, ModelSlot
 from gateway.policy import load_policy
+from gateway.policy_slot import PolicySlot
 from gateway.recent import RecentDecisions
 from gateway.requests import Requests
 from gateway.scorer import Scorer
@@ -69,7 +70,7 @@ async def decide(slot: ModelSlot, jobs: list[Job], slack: Slack | None) -> list[
     scorer = Scorer(
         store,
         slot,
-        load_policy(""),
+        PolicySlot(load_policy("")),
         Metrics(),
         RecentDecisions(600, clock_s=lambda: 0.0),
         Unobserved(store, Metrics()),
@@ -92,7 +93,7 @@ async def test_answers_and_receipts_are_the_same_with_three_shadows_and_without(
     write_manifest(models, whole)
     with_shadows(models, 3)
     await slot.refresh()
-    slack = Slack(load_policy(""), metrics, published)
+    slack = Slack(metrics, published)
     slack.start()
     beside = await decide(slot, jobs, slack)
     await until(lambda: len(published.scores) == 3, 30)
@@ -118,7 +119,7 @@ async def test_a_shadow_that_raises_costs_the_others_nothing_and_is_counted(mode
 
     broken.probability = fail  # type: ignore[method-assign, assignment]
     published, metrics = Published(), Metrics()
-    slack = Slack(load_policy(""), metrics, published)
+    slack = Slack(metrics, published)
     slack.start()
     first, second = make_jobs(8), make_jobs(16)[8:]
     assert all(await decide(slot, first, slack))
@@ -140,7 +141,7 @@ async def test_a_slow_shadow_costs_the_oldest_batches_their_scores_and_no_answer
         go.wait(60)
 
     metrics = Metrics()
-    slack = Slack(load_policy(""), metrics, slow, batches_max=3)
+    slack = Slack(metrics, slow, batches_max=3)
     slack.start()
     jobs = make_jobs(80)
     assert all(await decide(slot, jobs[:8], slack))
@@ -166,7 +167,7 @@ async def test_a_bug_in_one_batch_leaves_the_thread_alive(models: Path) -> None:
         if len(calls) == 1:
             raise KeyError("a bug")
 
-    slack = Slack(load_policy(""), Metrics(), publish)
+    slack = Slack(Metrics(), publish)
     slack.start()
     jobs = make_jobs(8)
     await decide(slot, jobs[:3], slack)
@@ -189,7 +190,7 @@ async def test_the_guard_sees_what_either_model_would_have_decided_whoever_answe
             seen.append(args)
 
     jobs = make_jobs(64)
-    slack = Slack(load_policy(""), Metrics(), Published(), Watching(slot, models, Metrics(), "p"))
+    slack = Slack(Metrics(), Published(), Watching(slot, models, Metrics()))
     added: list[Scored] = []
     slack.add = added.append  # type: ignore[method-assign, assignment]
     await decide(slot, jobs, slack)
@@ -221,7 +222,7 @@ async def test_shadows_wait_for_an_idle_moment_and_the_guards_pairs_do_not(model
         return not busy.is_set()
 
     metrics = Metrics()
-    slack = Slack(load_policy(""), metrics, published, Watching(slot, models, metrics, "p"), idle=idle)
+    slack = Slack(metrics, published, Watching(slot, models, metrics), idle=idle)
     slack.start()
     await decide(slot, make_jobs(8), slack)
     await until(lambda: len(published.scores) == 2, 30)
