@@ -138,20 +138,22 @@ class AuditForwarder:
     def _read(self, fd: int) -> tuple[list[Record], bytes]:
         """The next whole lines, and what the cursor is to say once they are sent; empty when there are none."""
         with self._file.open("rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            at = _position(fd, inode)
+            stat = os.fstat(file.fileno())
+            at = _position(fd, stat)
             file.seek(at)
             data = file.read(READ_BYTES_MAX)
         end = data.rfind(NEWLINE) + 1
         records = [record for line in data[:end].split(NEWLINE) if line and (record := _forwarded(line)) is not None]
-        return records, f"{inode} {at + end}\n".encode().ljust(CURSOR_BYTES) if end else b""
+        return records, f"{stat.st_ino} {at + end}\n".encode().ljust(CURSOR_BYTES) if end else b""
 
 
-def _position(fd: int, inode: int) -> int:
-    """Where to go on in the file `inode`; the beginning of another file than the last time's."""
+def _position(fd: int, stat: os.stat_result) -> int:
+    """Where to go on in the file; the beginning of another one than the last time's, which a shorter one is too."""
     fields = os.pread(fd, CURSOR_BYTES, 0).split()
-    if len(fields) == 2 and all(field.isdigit() for field in fields) and int(fields[0]) == inode:
-        return int(fields[1])
+    if len(fields) == 2 and all(field.isdigit() for field in fields):
+        inode, at = map(int, fields)
+        if inode == stat.st_ino and at <= stat.st_size:
+            return at
     return 0
 
 

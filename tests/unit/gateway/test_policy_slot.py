@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gateway.contracts.lists import ListBook
+from gateway.avro import receipt_of
+from gateway.contracts.lists import ListAction, ListBook, book_as_of
 from gateway.errors import PolicyRefusedError
+from gateway.job import Job, Result
 from gateway.lists import UNKNOWN
+from gateway.metrics import Metrics
+from gateway.model import ModelSlot
 from gateway.policy import Policy
-from gateway.policy_slot import PolicySlot, open_policy, signature
+from gateway.policy_slot import PolicySlot, Steering, open_policy, signature
+from gateway.recent import RecentDecisions
+from gateway.requests import Requests
+from gateway.scorer import Scorer
+from gateway.store import Observation
+from gateway.unobserved import Unobserved
+from tests.unit.contracts.test_lists import make_change
+from tests.unit.gateway.factories import NOW_MS, StubStore, make_job, make_observation, make_transaction
+from tests.unit.gateway.policy_factories import NEVER_BY_SCORE, make_list, make_policy, make_rule
 from tests.unit.gateway.policy_files import change_policy, write_policy
 
 pytestmark = pytest.mark.anyio
@@ -44,7 +59,7 @@ def watched(tmp_path: Path) -> Watched:
 async def test_a_changed_policy_decides_from_the_next_batch_on(watched: Watched) -> None:
     slot, first = watched.slot, watched.slot.live
     await watched.look()
-    assert slot.live is first
+    assert watched.slot.live is first
     change_policy(watched.path, "two")
     await watched.look()
     assert slot.policy.name == "two"
@@ -58,7 +73,7 @@ async def test_a_policy_that_can_not_be_used_is_refused_once_and_the_old_one_sta
     good = change_policy(watched.path, None)
     await watched.look()
     await watched.look()
-    assert slot.live is first
+    assert watched.slot.live is first
     assert len(watched.refusals) == 1
     assert slot.refused == watched.refusals[0]
     assert str(watched.path) in slot.refused
@@ -66,8 +81,8 @@ async def test_a_policy_that_can_not_be_used_is_refused_once_and_the_old_one_sta
     # The same again is no news, and nothing is wrong any more.
     good()
     await watched.look()
-    assert slot.refused is None
-    assert slot.live is first
+    assert watched.slot.refused is None
+    assert watched.slot.live is first
 
 
 async def test_files_that_are_still_being_written_are_left_alone(watched: Watched) -> None:
@@ -75,7 +90,7 @@ async def test_files_that_are_still_being_written_are_left_alone(watched: Watche
     for text in ("a", "b", "c"):
         change_policy(watched.path, text)
         await slot.refresh()
-        assert slot.live is first
+        assert watched.slot.live is first
     await slot.refresh()
     assert slot.policy.name == "c"
 
@@ -146,3 +161,80 @@ def test_a_folder_differs_when_a_file_in_it_does_or_it_is_another(tmp_path: Path
     link.unlink()
     seen.append(signature(str(link)))
     assert len(set(seen)) == len(seen)
+
+
+class SteppingStore(StubStore):
+    """Lets others run while a batch waits for Redis, as it does."""
+
+    async def observe(
+        self, batch: Sequence[Job], _requests: Requests, _timeout_s: float, update: bool = True
+    ) -> Observation | None:
+        for _ in range(len(batch) % 3):
+            await asyncio.sleep(0)
+        return make_observation(len(batch))
+
+
+async def test_no_batch_is_decided_by_two_policies_or_two_states_of_the_lists(tmp_path: Path) -> None:
+    lists = (make_list("seen", "watch"),)
+    policies = [
+        make_policy(
+            make_rule("amount_minor >= 0", f"live-{i}"),
+            make_rule("amount_minor >= 0", f"shadow-{i}", state="shadow"),
+            bands=NEVER_BY_SCORE,
+            lists=lists,
+        )
+        for i in range(4)
+    ]
+    digests = {policy.digest: i for i, policy in enumerate(policies)}
+    changes = [make_change(f"card-{i % 3}", "seen", action=ListAction.REMOVE if i % 5 > 2 else ListAction.ADD) for i in range(60)]
+    slot = PolicySlot(policies[0], lists=ListBook())
+    models, metrics, recent = ModelSlot(tmp_path), Metrics(), RecentDecisions(600, clock_s=lambda: 0.0)
+
+    def make_scorer() -> Scorer:
+        store: Any = SteppingStore(None)
+        unobserved = Unobserved(store, metrics)
+        return Scorer(
+            store, models, slot, metrics, recent, unobserved, feature_budget_ms=40, code_version="t", now_ms=lambda: NOW_MS
+        )
+
+    results: list[Result] = []
+    deciding = 0
+
+    async def door(prefix: str) -> None:
+        nonlocal deciding
+        deciding += 1
+        scorer = make_scorer()
+        for n in range(60):
+            batch = [make_job(make_transaction(f"{prefix}-{n}-{i}", card_id=f"card-{i % 4}")) for i in range(1 + n % 7)]
+            results.extend(await scorer.decide(batch))
+            await asyncio.sleep(0)
+        deciding -= 1
+
+    async def steer() -> int:
+        n = 0
+        while deciding or not n:
+            slot.live = Steering(policies[n % len(policies)], slot.live.lists)
+            await asyncio.sleep(0)
+            if n % 2 and slot.live.lists.version < len(changes):
+                slot.use_lists(slot.live.lists.applied([(slot.live.lists.version, changes[slot.live.lists.version])]))
+            n += 1
+        return n
+
+    _, _, exchanged = await asyncio.gather(door("a"), door("b"), steer())
+    assert len(results) == 2 * sum(1 + n % 7 for n in range(60))
+    books = [book_as_of(list(enumerate(changes)), version) for version in range(len(changes) + 1)]
+    seen = set()
+    for result in results:
+        assert result.receipt is not None
+        assert result.answer is not None
+        receipt = receipt_of(result.receipt)
+        mark = digests[receipt.policy_digest]
+        seen.add((mark, receipt.lists_version))
+        assert result.answer.rule_hits == receipt.rule_hits == [f"live-{mark}"]
+        assert receipt.shadow_hits == [f"shadow-{mark}"]
+        card = receipt.transaction.card_id
+        assert receipt.list_hits == books[receipt.lists_version].lists_of("card_id", card, receipt.received_at_ms)
+    assert exchanged > 50
+    assert len(seen) > 50
+    hits = metrics.registry.get_sample_value("fraudgate_shadow_hits_total", {"rule": "shadow-0"})
+    assert hits == sum(mark == 0 for mark in (digests[receipt_of(r.receipt or b"").policy_digest] for r in results))
