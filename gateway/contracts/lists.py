@@ -5,8 +5,8 @@ partition and in one order for ever. The *version* of a book is the offset of th
 can make the book of any version again (`book_as_of`), and receipts carry the version.
 
 A `ListBook` is never changed: `applied` returns another that shares what stayed the same. An entity field's entries lie in SHARDS
-dictionaries by hash, of which a change copies one: 0.03 ms at a million entries, and nobody who reads waits. A read is one look-up a value,
-a tenth of a microsecond (`masks`).
+dictionaries by hash, of which a change copies one: 0.01 ms at a million entries, and nobody who reads waits. A read is one look-up a value,
+0.2 microseconds (`masks`).
 """
 
 from __future__ import annotations
@@ -168,9 +168,9 @@ class ListBook:
         out = np.zeros(len(values), np.int64)
         if shards is None:
             return out
-        for i, value in enumerate(values):
-            # None is in no shard either.
-            entry = shards[hash(value) % SHARDS].get(value)  # type: ignore[arg-type]
+        # None is in no shard either.
+        entries = [shards[hash(value) % SHARDS].get(value) for value in values]  # type: ignore[arg-type]
+        for i, entry in enumerate(entries):
             if entry is not None:
                 out[i] = entry if isinstance(entry, int) else _bits_at(entry, at_ms if isinstance(at_ms, int) else int(at_ms[i]))
         return out
