@@ -35,8 +35,10 @@ RECEIPT_DDL = (
     "routed_by string, policy_decision string, propensity double, "
     "list_hits array<string>, shadow_hits array<string>, rule_errors array<string>, lists_version bigint"
 )
-# Of a receipt's transaction only what gold needs to count a decline for its entities.
-RECEIPT_ENTITIES_DDL = "event_time_ms bigint, card_id string, customer_id string, merchant_id string, device_id string, ip string"
+# Of a receipt's transaction only what a decline is counted for: gold's entities, and for bursts the card's BIN.
+RECEIPT_ENTITIES_DDL = (
+    "event_time_ms bigint, card_id string, customer_id string, merchant_id string, device_id string, ip string, card_bin string"
+)
 LABEL_DDL = (
     "transaction_id string, card_id string, is_fraud boolean, source string, state string, reported_at_ms bigint, "
     "amount_minor bigint, effective_at_ms bigint"

@@ -65,6 +65,14 @@ class Metrics:
         self.drift_reference = Gauge(
             "fraudgate_jobs_drift_reference", "1 while the champion has training rows to compare with", registry=r
         )
+        self.bursts = Counter("fraudgate_jobs_bursts", "Bursts of declines that began, by entity", ["entity"], registry=r)
+        self.bursts_active = Gauge("fraudgate_jobs_bursts_active", "Bursts of declines that go on", registry=r)
+        self.burst_entities = Gauge(
+            "fraudgate_jobs_burst_entities", "Merchants, devices and BINs whose declines are remembered", registry=r
+        )
+        self.burst_evicted = Counter(
+            "fraudgate_jobs_burst_evicted", "Of those, forgotten to make room: their bursts may be missed", registry=r
+        )
 
     def batch(self, query: str, seconds: float) -> None:
         self.batch_seconds.labels(query).observe(seconds)

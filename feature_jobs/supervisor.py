@@ -1,4 +1,4 @@
-"""One driver process, four queries and drift: starts them, restarts what fails, stops them gracefully, and reports their progress."""
+"""One driver process, four queries, drift and bursts: starts them, restarts what fails, stops them gracefully, reports progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from pyspark.sql import SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 from pyspark.sql.streaming.readwriter import DataStreamWriter
 
-from feature_jobs import bronze, drift, gold, labels, lake, silver
+from feature_jobs import bronze, burst_stream, drift, gold, labels, lake, silver
+from feature_jobs.alert_topic import AlertsUnavailableError
+from feature_jobs.burst_stream import Bursts
 from feature_jobs.drift import COMMITS_A_LOOK, Drift
 from feature_jobs.labels import Labels
 from feature_jobs.metrics import Metrics
@@ -27,8 +29,8 @@ from gateway.contracts.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# Drift is no Spark query: it follows the table that silver writes.
-QUERIES = (bronze.QUERY, silver.QUERY, gold.QUERY, labels.QUERY, drift.QUERY)
+# Drift and bursts are no Spark queries: they follow the table that silver writes.
+QUERIES = (bronze.QUERY, silver.QUERY, gold.QUERY, labels.QUERY, drift.QUERY, burst_stream.QUERY)
 LOOK_S = 0.25
 BACKOFF_S_MIN = 1.0
 BACKOFF_S_MAX = 30.0
@@ -38,7 +40,10 @@ FAILURES_MAX = 20
 DRAIN_S_MAX = 20.0
 PROGRESS_REFRESH_S = 2.0
 RESTORE_S = 5.0
-DRIFT_S = 5.0
+# How often followers look when they have caught up, by name.
+FOLLOW_S = {drift.QUERY: 5.0, burst_stream.QUERY: 1.0}
+FOLLOW_ERRORS = (*READ_ERRORS, AlertsUnavailableError, RegistryUnavailableError)
+assert COMMITS_A_LOOK == burst_stream.COMMITS_A_LOOK
 
 
 class GaveUpError(RuntimeError):
@@ -59,6 +64,15 @@ class Runner:
     batch_seen: int = -1
 
 
+@dataclass
+class Follower:
+    """What follows a table without Spark; `follow` reads what has come, at most COMMITS_A_LOOK commits, and returns how many."""
+
+    name: str
+    follow: Callable[[], int]
+    at: float = 0.0
+
+
 class Supervisor:
     """`run` returns when `stop` is set; `run_once` when everything that is there now has been processed."""
 
@@ -71,8 +85,11 @@ class Supervisor:
         self._labels: Labels | None = None
         self._refreshed_at = 0.0
         self._restored_at = 0.0
-        self._drift = Drift(settings, metrics) if drift.QUERY in queries else None
-        self._drift_at = 0.0
+        follow: dict[str, Callable[[], int]] = {
+            drift.QUERY: Drift(settings, metrics).follow,
+            burst_stream.QUERY: Bursts(settings, metrics).follow,
+        }
+        self._followers = [Follower(name, follow[name]) for name in QUERIES if name in queries and name in follow]
         self.stop = threading.Event()
         makers = {
             bronze.QUERY: self._make_bronze,
@@ -113,7 +130,7 @@ class Supervisor:
                     self._look_after(runner)
                 self._refresh_progress()
                 self._restore_labels()
-                self._follow_drift()
+                self._follow()
         finally:
             self._drain()
 
@@ -135,7 +152,7 @@ class Supervisor:
                     continue
                 self._note_progress(runner)
                 break
-        self._follow_drift_through()
+        self._follow_through()
 
     def _look_after(self, runner: Runner) -> None:
         query = runner.query
@@ -226,31 +243,33 @@ class Supervisor:
             self._restored_at = now
             self._labels.restore()
 
-    def _follow_drift(self) -> None:
+    def _follow(self) -> None:
         """Receipts that have come since the last look. What can't be read or written now is tried again: nothing else waits for it."""
-        now = time.monotonic()
-        if self._drift is None or now < self._drift_at:
-            return
-        try:
-            read = self._drift.follow()
-        except READ_ERRORS as exc:
-            self._metrics.restarts.labels(drift.QUERY).inc()
-            self._metrics.up.labels(drift.QUERY).set(0)
-            self._drift_at = now + BACKOFF_S_MAX
-            log.warning("drift: next try in %.0f s: %s", BACKOFF_S_MAX, exc)
-            return
-        self._metrics.up.labels(drift.QUERY).set(1)
-        # A backlog is read without pauses, a part at a time.
-        self._drift_at = now if read == COMMITS_A_LOOK else now + DRIFT_S
+        for follower in self._followers:
+            now = time.monotonic()
+            if now < follower.at:
+                continue
+            try:
+                read = follower.follow()
+            except FOLLOW_ERRORS as exc:
+                self._metrics.restarts.labels(follower.name).inc()
+                self._metrics.up.labels(follower.name).set(0)
+                follower.at = now + BACKOFF_S_MAX
+                log.warning("%s: next try in %.0f s: %s", follower.name, BACKOFF_S_MAX, exc)
+                continue
+            self._metrics.up.labels(follower.name).set(1)
+            # A backlog is read without pauses, a part at a time.
+            follower.at = now if read == COMMITS_A_LOOK else now + FOLLOW_S[follower.name]
 
-    def _follow_drift_through(self) -> None:
+    def _follow_through(self) -> None:
         """All receipts that are there. What can't be read or written now is made up for by the next start."""
-        try:
-            while self._drift is not None and not self.stop.is_set() and self._drift.follow():
-                pass
-        except READ_ERRORS as exc:
-            self._metrics.restarts.labels(drift.QUERY).inc()
-            log.error("drift: the receipts that are left wait for the next start: %s", exc)  # noqa: TRY400
+        for follower in self._followers:
+            try:
+                while not self.stop.is_set() and follower.follow():
+                    pass
+            except FOLLOW_ERRORS as exc:
+                self._metrics.restarts.labels(follower.name).inc()
+                log.error("%s: the receipts that are left wait for the next start: %s", follower.name, exc)  # noqa: TRY400
 
     def _drain(self) -> None:
         """Let running batches end, within `DRAIN_S_MAX`, then stop the queries."""

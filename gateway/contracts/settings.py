@@ -242,6 +242,23 @@ class Settings:
     spark_java_options: str = _setting(
         "", "more options of the driver's JVM, for instance a flight recording; they override the project's own"
     )
+    burst_window_s: int = _setting(
+        600, "sliding window in which declines of one merchant, device or card BIN make a burst, s", least=10, most=86_400
+    )
+    burst_declines_merchant: int = _setting(
+        50,
+        "declines at one merchant within that window that make a burst, of which one alert tells; 0: none do",
+        least=0,
+        most=1_000,
+    )
+    burst_declines_device: int = _setting(10, "the same of one device", least=0, most=1_000)
+    burst_declines_bin: int = _setting(100, "the same of the cards of one BIN", least=0, most=1_000)
+    burst_entities_max: int = _setting(
+        100_000,
+        "merchants, devices and BINs whose declines are remembered; of more the quietest are forgotten",
+        least=100,
+        most=10_000_000,
+    )
     spark_memory_mb: int = _setting(1536, "heap of the local Spark driver, MiB", least=512, most=262_144)
 
     @property

@@ -33,6 +33,10 @@ TRAINING_SET = "training_set"
 # model_version (of the champion whose training rows were compared with), decisions_version (of the table decisions): one row a measure
 # and ten minutes of event time, and one for each alarm where it begins.
 DRIFT = "drift"
+# burst_id, state (begun or ended), entity (merchant_id, device_id or card_bin), entity_value, began_ms (event time of its first decline),
+# at_ms, decided_at_ms and transaction_id (of the decline with which it was one), declines, window_ms, decisions_version (of the table
+# decisions): one row where a burst of declines begins, of which an alert tells, and one where it ends.
+BURSTS = "bursts"
 # The fields of a change of a list (contracts.lists.ListChange), then partition, offset, kafka_timestamp, batch_id: every change, once. A
 # change's offset plus one is the version of the lists after it.
 LIST_CHANGES = "list_changes"
@@ -41,7 +45,7 @@ AUDIT = "audit"
 
 TABLES: tuple[str, ...] = (
     *(BRONZE, SILVER, QUARANTINE, DECISIONS, LABELS, LABEL_CHANGES, LIST_CHANGES, AUDIT),
-    *(GOLD_ENTITY_HOUR, GOLD_DECISIONS, FEATURES, TRAINING_SET, DRIFT),
+    *(GOLD_ENTITY_HOUR, GOLD_DECISIONS, FEATURES, TRAINING_SET, DRIFT, BURSTS),
 )
 
 
