@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from deltalake import write_deltalake
+from deltalake import DeltaTable, write_deltalake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
 
-from feature_jobs.gold import LABEL_COLUMNS, label_precedence
+from feature_jobs.gold import LABEL_COLUMNS, Gold, label_precedence
 from feature_jobs.known_labels import label_changes, standing
 from feature_jobs.label_changes import KNOWN_COLUMNS, LABEL_SCHEMA, PAYMENT_COLUMNS, changes_of
+from feature_jobs.lake import DDL, TRANSACTION_DDL, create_tables
+from feature_jobs.metrics import Metrics
 from feature_jobs.session import build_session
 from gateway.contracts import tables
 from gateway.contracts.label import SOURCES, STATES, Label, precedence_of
@@ -162,3 +166,36 @@ def test_gold_orders_all_labels_as_the_contract_does(spark: SparkSession) -> Non
     order = [row["offset"] for row in frame.collect()]
     # (1, None) and (1, 1) would tie, and say the same; none of these do.
     assert order == sorted(range(len(labels)), key=lambda n: precedence_of(labels[n]))
+
+
+@pytest.mark.spark
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_gold_keeps_what_stands_whatever_comes_in_which_batch(spark: SparkSession, tmp_path: Path) -> None:
+    rnd = random.Random(4)
+    labels = [
+        msgspec.structs.replace(
+            label(rnd.choice(STATES), rnd.choice(SOURCES), rnd.random() < 0.5, rnd.randrange(1, 9), rnd.choice([None, 3, 7])),
+            transaction_id=f"t{n % 40}",
+        )
+        for n in range(160)
+    ]
+    own = Settings(home=str(tmp_path))
+    create_tables(spark, own)
+    gold = Gold(spark, own, Metrics())
+    columns = [name for name in LABEL_SCHEMA.names if name not in ("partition", "offset", "kafka_timestamp")]
+    empty = StructType.fromDDL(f"t struct<{TRANSACTION_DDL}, scored_by string>, d struct<{DDL[tables.DECISIONS]}>")
+    assert isinstance(empty, StructType)
+    for batch_id in range(3):
+        rows = table_of(labels[batch_id::3]).drop_columns("kafka_timestamp")
+        came = spark.createDataFrame(rows).select(
+            F.lit("l").alias("kind"),
+            F.current_timestamp().alias("kafka_timestamp"),
+            *(F.lit(None).cast(field.dataType).alias(field.name) for field in empty.fields),
+            F.struct(*columns).alias("l"),
+        )
+        gold.write(came, batch_id)
+    held = DeltaTable(tables.table_uri(own.tables, tables.GOLD_DECISIONS)).to_pyarrow_table().to_pylist()
+    strongest = {one.transaction_id: one for one in sorted(labels, key=precedence_of)}
+    assert {row["transaction_id"]: (row["is_fraud"], row["label_source"], row["label_state"]) for row in held} == {
+        i: (one.is_fraud, one.source, one.state) for i, one in strongest.items()
+    }

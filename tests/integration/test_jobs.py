@@ -1,8 +1,9 @@
-"""The four streams on real Kafka, Redis and registry, with the driver killed twice on the way. One pass serves all tests here."""
+"""The streams on real Kafka, Redis and registry, with the driver killed twice on the way. One pass serves all tests here."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import secrets
@@ -31,15 +32,18 @@ from gateway.contracts.label import Label, precedence_of
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.tiles import tiles_of
-from gateway.contracts.topics import DECISIONS, LABELS, LIBRDKAFKA_PARTITIONER, TRANSACTIONS
+from gateway.contracts.topics import ALERTS, DECISIONS, LABELS, LIBRDKAFKA_PARTITIONER, TRANSACTIONS
 from gateway.contracts.transaction import Transaction, encode_json
 from gateway.contracts.wire import frame
 from loadtest.encoding import avro_encoder
 from tests.helpers import run_command, running_command
+from tests.receipts import read_topic
 
 pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(360)]
 
 ROWS = 3_000
+# Declines that make a burst: the others' merchants stay below, and all cards with a BIN have the same one.
+MERCHANT_DECLINES, BIN_DECLINES = 15, 100
 HOUR_MS = 3_600_000
 
 
@@ -198,6 +202,10 @@ def streamed(stack: Stack, settings: Settings, tmp_path_factory: pytest.TempPath
         silver_trigger_ms=200,
         gold_trigger_ms=500,
         labels_trigger_ms=5_000,
+        burst_window_s=6 * 3_600,
+        burst_declines_merchant=MERCHANT_DECLINES,
+        burst_declines_device=0,
+        burst_declines_bin=BIN_DECLINES,
     )
     sent = make_sent(f"jobs{secrets.token_hex(3)}")
     third = ROWS // 3
@@ -326,3 +334,19 @@ def test_gold_joins_each_transaction_with_its_decision_and_the_label_that_stands
         label = newest.get(t.transaction_id)
         assert (row["card_id"], row["amount_minor"], row["decision"]) == (t.card_id, t.amount_minor, receipt.decision.value)
         assert row["is_fraud"] == (None if label is None else label.is_fraud)
+
+
+def test_declines_at_one_merchant_and_of_one_bin_are_one_alert_each_whatever_was_killed(streamed: Streamed) -> None:
+    declined = [t for t, r in zip(streamed.sent.transactions, streamed.sent.receipts, strict=True) if r.decision == Outcome.DECLINE]
+    at_merchant = Counter(t.merchant_id for t in declined)
+    expected = {("merchant_id", m) for m, n in at_merchant.items() if n >= MERCHANT_DECLINES}
+    assert 0 < len(expected) < len(at_merchant)
+    begun = [row for row in streamed.table(tables.BURSTS) if row["state"] == "begun"]
+    own = [row for row in begun if row["entity_value"].startswith(streamed.sent.run)]
+    assert Counter((row["entity"], row["entity_value"]) for row in own) == Counter(expected)
+    assert sum(t.card_bin is not None for t in declined) >= BIN_DECLINES
+    assert ("card_bin", "123456") in {(row["entity"], row["entity_value"]) for row in begun}
+    # What a kill made come twice is word for word the same.
+    alerts = [json.loads(d) for d in {a["detail"] for a in read_topic(streamed.settings, ALERTS) if a["kind"] == "burst"}]
+    assert Counter((a["entity"], a["value"]) for a in alerts if a["value"].startswith(streamed.sent.run)) == Counter(expected)
+    assert {a["id"] for a in alerts} >= {row["burst_id"] for row in begun}
