@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
@@ -20,6 +21,7 @@ from gateway.contracts.settings import Settings
 from gateway.policy import load_policy
 from model_export.cost import CostModel
 from tests.factories_backtest import AS_OF_MS, DAY_MS, PLANTED, RING, START_MS, Payment, write_history, write_policies, write_policy
+from tests.unit.deploy.test_evaluate import make_rows, write
 
 NO_BOOKS = ListBooks([])
 
@@ -252,3 +254,56 @@ def test_what_cannot_be_meant_is_refused_with_its_reason(argv: list[str], said: 
 
 def test_what_has_a_cost_comes_first_among_what_can_be_known() -> None:
     assert list(Known) == [Known.FRAUD, Known.GENUINE, Known.YOUNG, Known.UNSEEN]
+
+
+def test_a_public_data_set_is_replayed_with_features_and_scores_made_from_what_was_known(
+    local: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = make_rows()
+    file = write(tmp_path / "payments.parquet", rows)
+    large = "amount_minor > 6000"
+    policies = Path(local.home) / "policies"
+    current = write_policy(policies / "current", "current", [])
+    new = write_policy(policies / "new", "new", [("large", "live", large, "decline")])
+    found = run(capsys, new, "--policy", current, "--data", file)
+    # By default the newest month: these begin in April and end on the 20th of May.
+    may = rows["TX_DATETIME"] >= np.datetime64("2018-05-01")
+    over, fraud = rows["TX_AMOUNT"] > 60, rows["TX_FRAUD"] == 1
+    assert found["payments"] == may.sum()
+    assert found["known"] == known(fraud=int((may & fraud).sum()), genuine=int((may & ~fraud).sum()))
+    [rule] = found["new"]["rules"]
+    assert rule["by_known"] == known(fraud=int((may & over & fraud).sum()), genuine=int((may & over & ~fraud).sum()))
+    # Models that know nothing of a payment's own fate still pass fewer of the frauds than of the good payments.
+    passed = found["current"]["outcomes"]["approve"]
+    assert passed["fraud"] / found["known"]["fraud"] < passed["genuine"] / found["known"]["genuine"]
+    assert (found["current"]["logged"], found["left_out"]) == (0, {})
+    assert "no policy had a hand" in found["note"]
+
+
+def test_public_data_without_a_time_to_train_on_before_it_are_refused(
+    local: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "payments.parquet", make_rows())
+    policy = write_policy(Path(local.home) / "policy", "current", [])
+    assert backtest([str(policy), "--data", str(file), "--from", "2018-04-01", "--to", "2018-04-03"]) == 1
+    assert "to train a model on" in capsys.readouterr().err
+    assert backtest([str(policy), "--data", str(file), "--from", "2019-04-01"]) == 1
+    assert "no payments of that time" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_handbooks_august_is_backtested_with_the_shipped_policy_and_a_rule_for_each_scenario(
+    local: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(Settings().data_dir) / "handbook-2018-04-to-08.parquet"
+    if not path.exists():
+        pytest.skip(f"{path} is not there: the public data sets are optional")
+    new = write_policy(Path(local.home) / "policy", "new", [("amount-220", "live", "amount_minor > 22_000", "decline")])
+    found = run(capsys, new, "--data", path)
+    [rule] = found["new"]["rules"]
+    # The book's first scenario: every payment above 220 is a fraud.
+    assert rule["by_known"]["genuine"] == 0
+    assert rule["by_known"]["fraud"] > 0
+    assert list(found["days"])[0] == "2018-08-01"
+    assert list(found["days"])[-1] == "2018-08-31"
