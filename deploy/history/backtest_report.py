@@ -145,11 +145,19 @@ def as_text(r: Report) -> str:
     if b.changed:
         lines += ["", *_grid(["changed", "payments", "frauds", "good", "unknown", "saved", "lost", "for example"], _change_rows(b))]
     for name, side in ((CURRENT, b.current), (NEW, b.new)):
-        lines += ["", *_grid([f"{name}: {side.policy.name}", *HEAD[1:]], [_cells(t) for t in side.tallies.values()])]
+        lines += ["", *_tally_lines(f"{name}: {side.policy.name}", side)]
     pairs = b.new.pairs.most_common(PAIRS_SHOWN)
     if pairs:
         lines += ["", *_grid(["new: met the same payments", "hits"], [[" + ".join(pair), f"{n:,}"] for pair, n in pairs])]
     return "\n".join([*lines, "", r.note])
+
+
+def _tally_lines(title: str, side: Side) -> list[str]:
+    """A line for each rule and list that met anything, and the names of the others."""
+    met = [t for t in side.tallies.values() if t.hits.sum() or t.errors]
+    others = [t.id for t in side.tallies.values() if not (t.hits.sum() or t.errors)]
+    lines = _grid([title, *HEAD[1:]], [_cells(t) for t in met])
+    return [*lines, f"without a hit: {', '.join(others)}"] if others else lines
 
 
 def _side_line(name: str, side: Side) -> str:
