@@ -1,4 +1,4 @@
-"""Stream 3: per entity and hour sums, and one row a transaction with its decision and newest label.
+"""Stream 3: per entity and hour sums, and one row a transaction with its decision and the label that stands.
 
 One query reads silver, decisions and labels, so that a batch holds what arrived of all three, in whatever order. Both tables are
 written by MERGE, fenced by (txnAppId, txnVersion) as session settings, which Delta honours for MERGE: a replayed batch adds nothing.

@@ -39,7 +39,7 @@ FLAGGED = np.array([False, True, False, True])
 class Logged:
     """Receipts whose labels have had their time, (rows,) each.
 
-    `card` numbers the card; `is_fraud` is the newest label, False without one, and means nothing where it isn't `seen`; `seen`: the
+    `card` numbers the card; `is_fraud` is the label that stands, False without one, and means nothing where it isn't `seen`; `seen`: the
     payment was let through; `chance`: under which it was, 1 where nothing stopped it, 0 where exploration couldn't.
     """
 
