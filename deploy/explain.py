@@ -18,16 +18,18 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from deploy.history.list_books import read_books
 from deploy.receipts import CannotExplainError, Loaded, Logged, model_of, receipt_in_file, receipt_in_tables
 from gateway.contracts.decision import Outcome, risk_score
 from gateway.contracts.feature_reasons import MODEL_REASONS
 from gateway.contracts.features import FEATURE_NAMES
+from gateway.contracts.lists import ListBook
 from gateway.contracts.reasons import CARDHOLDER_TEXT, REASON_TEXT
 from gateway.contracts.settings import load_settings
 from gateway.contracts.transaction import CHANNELS
 from gateway.counterfactual import CHANGES_MAX, Change, decide_cases, find_counterfactual
 from gateway.errors import PolicyRefusedError
-from gateway.policy import Policy, load_policy
+from gateway.policy import NO_LISTS, Policy, load_policy
 from gateway.what_if import Case
 
 FEATURES_SHOWN = 12
@@ -85,6 +87,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     decision: str
     reasons: list[str]
     rule_hits: list[str]
+    list_hits: list[str]
     degraded: list[str]
     model: str
     probability: float
@@ -117,7 +120,9 @@ def explain(argv: Sequence[str]) -> int:
         else:
             receipt = receipt_in_file(sys.stdin.read() if args.receipt == "-" else Path(args.receipt).read_text())
         with model_of(settings, receipt) as loaded:
-            found = explanation_of(receipt, loaded, policy)
+            known = receipt.lists_version is not None and receipt.lists_version > 0
+            lists = read_books(settings).at(receipt.lists_version or 0) if known else NO_LISTS
+            found = explanation_of(receipt, loaded, policy, lists)
     except (CannotExplainError, PolicyRefusedError, OSError) as exc:
         print(f"fraudgate explain: {exc}", file=sys.stderr)
         return 1
@@ -125,8 +130,8 @@ def explain(argv: Sequence[str]) -> int:
     return 0
 
 
-def explanation_of(receipt: Logged, loaded: Loaded, policy: Policy) -> Explanation:
-    """All of it, from what the model and the policy say now."""
+def explanation_of(receipt: Logged, loaded: Loaded, policy: Policy, lists: ListBook = NO_LISTS) -> Explanation:
+    """All of it, from what the model and the policy say now, with the lists of the decision's time."""
     row = receipt.features[None]
     explainer, model = loaded.explainer, loaded.model
     contributions = explainer.contributions(row)
@@ -140,7 +145,7 @@ def explanation_of(receipt: Logged, loaded: Loaded, policy: Policy) -> Explanati
             f"the policy {policy.name!r} is another than the decision's (sha256 {receipt.policy_digest[:12]}...): what is said of "
             "decisions is by this one; name the other with --policy"
         )
-    decided_again, approved_if, why_not = _decided_again(receipt, loaded, policy)
+    decided_again, approved_if, why_not = _decided_again(receipt, loaded, policy, lists)
     by_policy = receipt.policy_decision or receipt.decision
     if by_policy != receipt.decision:
         notes.append(f"the policy came to {by_policy}; it was {receipt.decision} to explore what becomes of such payments")
@@ -152,6 +157,7 @@ def explanation_of(receipt: Logged, loaded: Loaded, policy: Policy) -> Explanati
         decision=receipt.decision,
         reasons=receipt.reasons,
         rule_hits=receipt.rule_hits,
+        list_hits=receipt.list_hits or [],
         degraded=receipt.degraded,
         model=f"{receipt.model_name} {receipt.model_version} ({receipt.route}), sha256 {receipt.model_digest}",
         probability=probability,
@@ -192,20 +198,23 @@ def _by_feature(receipt: Logged, values: npt.NDArray[np.float64], reasons: list[
     ]
 
 
-def _decided_again(receipt: Logged, loaded: Loaded, policy: Policy) -> tuple[str | None, WouldBe | None, str | None]:
+def _decided_again(
+    receipt: Logged, loaded: Loaded, policy: Policy, lists: ListBook
+) -> tuple[str | None, WouldBe | None, str | None]:
     """What the policy decides now, the counterfactual, and why there is none where it wasn't looked for."""
     if receipt.transaction is None:
         return None, None, "the payment isn't in silver yet"
     case = Case(receipt.transaction, receipt.features)
-    decisions, _ = decide_cases(loaded.model, policy, [case])
+    decisions, _ = decide_cases(loaded.model, policy, [case], lists, receipt.received_at_ms)
     outcome = decisions.outcome[0]
     if outcome is Outcome.APPROVE:
         return outcome.value, None, "it is approved"
-    found = find_counterfactual(loaded.model, policy, loaded.explainer.thresholds(), case)
+    thresholds, received_at_ms = loaded.explainer.thresholds(), receipt.received_at_ms
+    found = find_counterfactual(loaded.model, policy, thresholds, case, lists=lists, received_at_ms=received_at_ms)
     if found is None:
         return outcome.value, None, None
     # Nothing is told that wasn't tried.
-    applied, probability = decide_cases(loaded.model, policy, [found.case])
+    applied, probability = decide_cases(loaded.model, policy, [found.case], lists, receipt.received_at_ms)
     assert applied.outcome[0] is Outcome.APPROVE
     before, after = case.row.tolist(), found.case.row.tolist()
     return (
@@ -267,6 +276,8 @@ def readable(e: Explanation, receipt: Logged) -> str:
     ]
     if e.rule_hits:
         lines.append(f"  rules        {', '.join(e.rule_hits)}")
+    if e.list_hits:
+        lines.append(f"  lists        {', '.join(e.list_hits)}")
     if e.degraded:
         lines.append(f"  degraded     {', '.join(e.degraded)}")
     lines += ["", "  contribution  reason"]

@@ -46,7 +46,8 @@ class CannotExplainError(RuntimeError):
 class Logged:
     """What a receipt says, and `transaction` where it is known. `features` is (features,).
 
-    `policy_decision` is what the policy came to, before exploration; None in receipts of before there was any.
+    `policy_decision` is what the policy came to, before exploration; None in receipts of before there was any. So are `list_hits` and
+    `lists_version` in those of before there were lists.
     """
 
     transaction_id: str
@@ -63,6 +64,9 @@ class Logged:
     policy_decision: str | None
     feature_fingerprint: str
     policy_digest: str
+    list_hits: list[str] | None
+    lists_version: int | None
+    received_at_ms: int
     decided_at_ms: int
     features: npt.NDArray[np.float32]
     transaction: Transaction | None
@@ -96,7 +100,8 @@ def receipt_in_file(text: str) -> Logged:
     """A receipt given as JSON, with the fields of schemas/decision.avsc; unknown features are null. Raises `CannotExplainError`."""
     try:
         row = json.loads(text)
-        row.setdefault("policy_decision", None)
+        for name in ("policy_decision", "list_hits", "lists_version"):
+            row.setdefault(name, None)
         return _logged({name: row[name] for name in _COLUMNS}, msgspec.convert(row["transaction"], Transaction))
     except (ValueError, KeyError, TypeError, msgspec.ValidationError) as exc:
         raise CannotExplainError(f"this is no receipt: {exc!r}") from exc

@@ -86,13 +86,20 @@ def decide_cases(
 
 
 def find_counterfactual(
-    model: Scores, policy: Policy, thresholds: Thresholds, case: Case, levers: Sequence[Lever] = LEVERS
+    model: Scores,
+    policy: Policy,
+    thresholds: Thresholds,
+    case: Case,
+    levers: Sequence[Lever] = LEVERS,
+    lists: ListBook = NO_LISTS,
+    received_at_ms: int = 0,
 ) -> Counterfactual | None:
     """The nearest that is approved with at most CHANGES_MAX changes, fewer changes first; None when none was found within the bounds.
 
-    `thresholds` are those of the model's trees; the policy's are added. None too for a case that is approved as it is.
+    `thresholds` are those of the model's trees; the policy's are added. None too for a case that is approved as it is, and for one that
+    `lists` as of `received_at_ms` don't let through: who pays, and where, is nothing that is changed.
     """
-    search = _Search(model, policy, _with_policy(thresholds, policy), levers)
+    search = _Search(model, policy, _with_policy(thresholds, policy), levers, lists, received_at_ms)
     start = _Path(case)
     severity, _ = search.decide([start])
     if severity[0] == APPROVED:
@@ -110,8 +117,11 @@ def find_counterfactual(
 class _Search:
     """What stays the same while a payment is looked at."""
 
-    def __init__(self, model: Scores, policy: Policy, thresholds: Thresholds, levers: Sequence[Lever]) -> None:
+    def __init__(
+        self, model: Scores, policy: Policy, thresholds: Thresholds, levers: Sequence[Lever], lists: ListBook, received_at_ms: int
+    ) -> None:
         self._model, self._policy, self._thresholds, self._levers = model, policy, thresholds, levers
+        self._lists, self._received_at_ms = lists, received_at_ms
         self._left = EVALUATIONS_MAX
 
     def decide(self, paths: Sequence[_Path]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -119,7 +129,8 @@ class _Search:
         self._left -= len(paths)
         severity, probability = [], []
         for i in range(0, len(paths), BATCH):
-            decisions, p = decide_cases(self._model, self._policy, [path.case for path in paths[i : i + BATCH]])
+            cases = [path.case for path in paths[i : i + BATCH]]
+            decisions, p = decide_cases(self._model, self._policy, cases, self._lists, self._received_at_ms)
             severity.append(decisions.severity)
             probability.append(p)
         return np.concatenate(severity), np.concatenate(probability)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import msgspec
@@ -231,7 +232,7 @@ class Document:
 
     def struct(self, node: yaml.Node, kind: type[S], what: str) -> Marked[S] | None:
         """What stands at `node` as a `kind`; `what` names it for people. None when anything about it is wrong."""
-        known = {f.name: f for f in msgspec.structs.fields(kind)}
+        known = _fields_of(kind)
         if not isinstance(node, yaml.MappingNode):
             self.problem(node, f"{what} is written as a mapping of {', '.join(known)}")
             return None
@@ -290,6 +291,12 @@ class Document:
 
 
 _REFUSED = object()
+
+
+@cache
+def _fields_of(kind: type[msgspec.Struct]) -> dict[str, msgspec.structs.FieldInfo]:
+    """By name. Working them out takes longer than reading a rule by them."""
+    return {f.name: f for f in msgspec.structs.fields(kind)}
 
 
 def _of_nothing(kind: Any) -> Any:

@@ -56,6 +56,7 @@ class Home:
             "route": "champion",
             "feature_fingerprint": FINGERPRINT,
             "policy_digest": self.policy.digest,
+            "received_at_ms": t.event_time_ms + 1,
             "decided_at_ms": t.event_time_ms + 5,
             "event_time_ms": t.event_time_ms,
             "features": row[0].tolist(),
@@ -171,6 +172,22 @@ def test_an_older_version_that_lies_in_the_directory_is_found_by_its_digest(home
     found = explained(capsys, "risky")
     assert found["model"].startswith("fraudgate 1 (champion)")
     assert found["notes"] == []
+
+
+def test_a_payment_is_decided_again_with_the_lists_of_its_time(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    row = safe_row()
+    t = payment("listed", row)
+    told = {"decision": "decline", "list_hits": ["blocked-cards"], "lists_version": 1}
+    write(home.settings, tables.DECISIONS, [home.receipt(t, row) | told])
+    write(home.settings, tables.SILVER, [{f: getattr(t, f) for f in FIELDS}])
+    change: dict[str, Any] = {"list_id": "blocked-cards", "entity_field": "card_id", "action": "add", "entity_value": t.card_id}
+    change |= {"expires_at_ms": t.event_time_ms + 2, "reason": "r", "who": "w", "at_ms": 0, "offset": 0}
+    removed = change | {"action": "remove", "offset": 1}
+    write(home.settings, tables.LIST_CHANGES, [change, removed])
+    found = explained(capsys, "listed")
+    assert (found["decided_again"], found["approved_if"], found["notes"]) == ("decline", None, [])
+    assert explain(["listed"]) == 0
+    assert "lists        blocked-cards" in capsys.readouterr().out
 
 
 def test_another_policy_is_said(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
