@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from gateway.contracts.settings import SettingError, load_settings
+from gateway.contracts.settings import Settings, SettingError, client_headers, load_settings
 
 
 def test_defaults_need_no_environment() -> None:
@@ -37,3 +39,21 @@ def test_a_cluster_without_a_host_is_refused_at_the_start() -> None:
     with pytest.raises(SettingError, match="FRAUDGATE_REDIS_URL"):
         load_settings({"FRAUDGATE_REDIS_URL": "redis+cluster://:6379"})
     assert load_settings({"FRAUDGATE_REDIS_URL": "redis+cluster://a:1,b:2"}).redis == "redis+cluster://a:1,b:2"
+
+
+def test_our_own_callers_send_the_key_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("fg_abc\n")
+    assert client_headers(Settings(client_key_path=str(path))) == {"Authorization": "Bearer fg_abc"}
+    assert client_headers(Settings()) == {}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"two keys", b"fg_a\r\nHost: x", b"\xff", b"k" * 129])
+def test_a_file_that_holds_no_key_is_refused_without_showing_it(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SettingError) as caught:
+        client_headers(Settings(client_key_path=str(path)))
+    assert "FRAUDGATE_CLIENT_KEY_PATH" in str(caught.value)
+    assert "fg_a" not in str(caught.value)

@@ -6,6 +6,7 @@ import pytest
 
 from deploy import training
 from deploy.commands import status_table
+from deploy.services import local_services
 from deploy.settings_page import page
 from deploy.stack import ServiceStatus
 from gateway.contracts.settings import Settings, load_settings, settings_env
@@ -67,3 +68,9 @@ def test_a_child_started_elsewhere_gets_the_same_settings() -> None:
 def test_the_page_of_settings_names_units_ranges_and_defaults() -> None:
     assert "| `FRAUDGATE_KAFKA_PARTITIONS` | `4` | 1 to 1,024 |" in page()
     assert "| `FRAUDGATE_REDIS_URL` | empty | text |" in page()
+
+
+def test_up_all_starts_jobs_gateway_and_cases_after_what_they_need() -> None:
+    services = local_services(Settings(cases_port=12345))
+    assert [s.name for s in services.values() if not s.core] == ["jobs", "gateway", "cases"]
+    assert services["cases"].ports == {"FRAUDGATE_CASES_PORT": 12345}

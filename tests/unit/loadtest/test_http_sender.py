@@ -34,6 +34,7 @@ class Server:
     def __init__(self, port: int, answer: Callable[[int], bytes], delay_s: Callable[[int], float]) -> None:
         self.bodies: list[bytes] = []
         self.connections = 0
+        self.heads: list[bytes] = []
         self._port, self._answer, self._delay_s = port, answer, delay_s
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -62,6 +63,7 @@ class Server:
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                self.heads.append(head)
                 length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
                 n = len(self.bodies)
                 self.bodies.append(await reader.readexactly(length))
@@ -174,3 +176,10 @@ def test_a_rate_is_kept_whatever_the_answers_take() -> None:
 def test_only_plain_http_is_spoken() -> None:
     with pytest.raises(ValueError, match="http://"):
         HttpSender("https://example.org")
+
+
+def test_every_request_carries_the_headers_that_were_asked_for() -> None:
+    with serving() as (server, url):
+        HttpSender(url, connections=1, headers={"Authorization": "Bearer fg_abc"}).run(sequence(EVENTS[:3]), Pace())
+    assert len(server.heads) == 3
+    assert all(b"\r\nAuthorization: Bearer fg_abc\r\n" in head for head in server.heads)
