@@ -6,6 +6,7 @@ Its own process, off the scoring path: gateways know nothing of it, and it knows
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 import time
@@ -343,6 +344,8 @@ class CaseService:
         while True:
             before_ms = now_ms() - self.settings.cases_retention_days * DAY_MS
             told_before_ms = now_ms() - self.settings.webhook_dedup_s * 1000
+            with contextlib.suppress(sqlite3.Error):
+                await self.database.run(partial(self.webhooks.give_up, now_ms=now_ms()))
             forgets = ((reviews.forget, before_ms), (labels.forget, before_ms), (webhook_queue.forget, told_before_ms))
             more = False
             for forget, at_ms in forgets:

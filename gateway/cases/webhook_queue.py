@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 DEAD_MAX = 100_000
 FAILURE_LENGTH_MAX = 200
 QUEUE_FULL = "the webhook's queue was full"
+NOT_DEFINED = "the webhook is no longer defined"
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,18 @@ class WebhookQueue:
         query = "select count(*) from deliveries where webhook = ? and state = 'waiting'"
         [[count]] = connection.execute(query, (webhook,))
         return int(count)
+
+    def give_up(self, connection: sqlite3.Connection, now_ms: int) -> int:
+        """What waits longer than it may for a webhook that the file no longer defines is a dead letter. How many those are."""
+        known = list(self.webhooks)
+        gone = connection.execute(
+            "update deliveries set state = 'dead', failure = ?, done_at_ms = ? where state = 'waiting' and created_at_ms < ? "  # noqa: S608
+            f"and webhook not in ({','.join('?' * len(known))})",
+            (NOT_DEFINED, now_ms, now_ms - self._age_max_ms, *known),
+        ).rowcount
+        if gone:
+            _bound_dead(connection)
+        return gone
 
     def due(self, connection: sqlite3.Connection, webhook: str, now_ms: int, most: int) -> tuple[list[Delivery], int | None]:
         """At most `most` that are due, the longest waiting first; and when the next one is due, None without one."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.contracts.settings import Settings, SettingError, client_headers, load_settings
+from gateway.contracts.settings import SettingError, Settings, client_headers, load_settings
 
 
 def test_defaults_need_no_environment() -> None:

@@ -245,6 +245,16 @@ async def test_what_no_longer_fits_into_a_queue_is_a_dead_letter(tmp_path: Path)
     assert sender.count("fraudgate_webhook_overflow_total") == 1
 
 
+async def test_what_waits_for_a_webhook_that_is_gone_ends_as_a_dead_letter(tmp_path: Path) -> None:
+    sender = Sender(tmp_path, {"desk": 1, "other": 1})
+    sender.tell("desk", "t1")
+    sender.tell("other", "t2")
+    sender.queue.webhooks = {name: hook for name, hook in sender.queue.webhooks.items() if name == "other"}
+    assert sender.database.call(lambda c: sender.queue.give_up(c, now_ms())) == 0
+    assert sender.database.call(lambda c: sender.queue.give_up(c, now_ms() + 600_001)) == 1
+    assert sender.states() == {"t1": "dead", "t2": "waiting"}
+
+
 async def test_a_restart_goes_on_with_what_waits(tmp_path: Path) -> None:
     async with listening(Receiver()) as receiver:
         before = Sender(tmp_path, {"desk": receiver.port})
