@@ -1,4 +1,4 @@
-"""Stream 1: every record of transactions, decisions and labels, as it came, once, into the Delta table `bronze`."""
+"""Stream 1: every record of the topics that the jobs read, as it came, once, into the Delta table `bronze`."""
 
 from __future__ import annotations
 

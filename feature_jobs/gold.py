@@ -6,11 +6,13 @@ written by MERGE, fenced by (txnAppId, txnVersion) as session settings, which De
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from delta.exceptions import DeltaConcurrentModificationException
 from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
@@ -31,6 +33,9 @@ TXN_VERSION = "spark.databricks.delta.write.txnVersion"
 USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 # Bronze-sized bounds: what one batch reads of each of the three tables at most.
 MAX_FILES = 1000
+MERGE_ATTEMPTS = 5
+
+log = logging.getLogger(__name__)
 
 ENTITY_FIELDS = ("event_time_ms", *(e.field for e in ENTITIES))
 DECISION_FIELDS = (
@@ -75,7 +80,9 @@ class Gold:
 
     def _stream(self, table: str, kind: str, columns: tuple[str, ...]) -> DataFrame:
         uri = tables.table_uri(self.settings.tables, table)
-        stream = self.spark.readStream.format("delta").option("maxFilesPerTrigger", MAX_FILES).load(uri)
+        reader = self.spark.readStream.format("delta").option("maxFilesPerTrigger", MAX_FILES)
+        # Commits that change rows are those of fraudgate maintain and erase: they bring nothing new.
+        stream = reader.option("skipChangeCommits", "true").load(uri)
         return stream.select(F.lit(kind).alias("kind"), "kafka_timestamp", F.struct(*columns).alias(kind))
 
     def write(self, batch: DataFrame, batch_id: int) -> None:
@@ -90,9 +97,10 @@ class Gold:
             ).collect()[0]
             if not bounds["rows"]:
                 return
-            if bounds["oldest_ms"] is not None:
-                self._merge_entity_hours(batch, batch_id, bounds["oldest_ms"], bounds["newest_ms"])
-            self._merge_decisions(batch, batch_id)
+            oldest_ms, newest_ms = bounds["oldest_ms"], bounds["newest_ms"]
+            if oldest_ms is not None:
+                _whatever_else_commits(lambda: self._merge_entity_hours(batch, batch_id, oldest_ms, newest_ms))
+            _whatever_else_commits(lambda: self._merge_decisions(batch, batch_id))
             self.metrics.freshness_seconds.labels(QUERY).set(time.time() - bounds["arrived_ms"] / 1000)
         finally:
             batch.unpersist()
@@ -220,3 +228,16 @@ def _place(column: Column, numbers: Mapping[str, int]) -> Column:
     """The number of a text, -1 for one that has none."""
     pairs = F.create_map(*(F.lit(x) for pair in numbers.items() for x in pair))
     return F.coalesce(F.try_element_at(pairs, column), F.lit(-1))
+
+
+def _whatever_else_commits(merge: Callable[[], None]) -> None:
+    """Merges again when files that it read were rewritten meanwhile (fraudgate maintain, erase). The fence keeps it from adding twice."""
+    for attempt in range(MERGE_ATTEMPTS):
+        try:
+            merge()
+        except DeltaConcurrentModificationException:
+            if attempt == MERGE_ATTEMPTS - 1:
+                raise
+            log.warning("gold: files were rewritten during a merge; it is done again")
+        else:
+            return

@@ -72,7 +72,9 @@ class Labels:
             raise CheckpointLostError(
                 f"{self._uri(tables.LABEL_CHANGES)} has rows and {self.checkpoint.uri} is gone: remove that table too"
             )
-        stream = self.spark.readStream.format("delta").option("maxBytesPerTrigger", BATCH_BYTES_MAX).load(self._uri(tables.LABELS))
+        reader = self.spark.readStream.format("delta").option("maxBytesPerTrigger", BATCH_BYTES_MAX)
+        # Commits that change rows are those of fraudgate maintain and erase: they bring nothing new.
+        stream = reader.option("skipChangeCommits", "true").load(self._uri(tables.LABELS))
         return stream.writeStream.queryName(QUERY).option("checkpointLocation", self.checkpoint.uri).foreachBatch(self.write)
 
     def write(self, batch: DataFrame, batch_id: int) -> None:

@@ -39,10 +39,18 @@ RECEIPT_DDL = (
 RECEIPT_ENTITIES_DDL = (
     "event_time_ms bigint, card_id string, customer_id string, merchant_id string, device_id string, ip string, card_bin string"
 )
+# The receipt as it came, its hashes (gateway.contracts.chain), and since when it is without the customer's data (fraudgate erase).
+CHAIN_DDL = "payload binary, schema_id int, content_sha256 binary, chain_sha256 binary, erased_at_ms bigint"
 LABEL_DDL = (
     "transaction_id string, card_id string, is_fraud boolean, source string, state string, reported_at_ms bigint, "
     "amount_minor bigint, effective_at_ms bigint"
 )
+# contracts.lists.ListChange and contracts.audit.AuditRecord.
+LIST_CHANGE_DDL = (
+    "list_id string, entity_field string, action string, entity_value string, expires_at_ms bigint, "
+    "reason string, who string, at_ms bigint"
+)
+AUDIT_DDL = "at_ms bigint, who string, action string, subject string, before string, after string, reason string, detail string"
 
 DDL: dict[str, str] = {
     tables.BRONZE: (
@@ -51,8 +59,10 @@ DDL: dict[str, str] = {
     ),
     tables.SILVER: f"{TRANSACTION_DDL}, scored_by string, {SOURCE_DDL}",
     tables.QUARANTINE: f"reason string, field string, topic string, value binary, {SOURCE_DDL}",
-    tables.DECISIONS: f"{RECEIPT_DDL}, {RECEIPT_ENTITIES_DDL}, {SOURCE_DDL}",
+    tables.DECISIONS: f"{RECEIPT_DDL}, {RECEIPT_ENTITIES_DDL}, {CHAIN_DDL}, {SOURCE_DDL}",
     tables.LABELS: f"{LABEL_DDL}, {SOURCE_DDL}",
+    tables.LIST_CHANGES: f"{LIST_CHANGE_DDL}, {SOURCE_DDL}",
+    tables.AUDIT: f"{AUDIT_DDL}, {SOURCE_DDL}",
     tables.LABEL_CHANGES: (
         "transaction_id string, event_time_ms bigint, customer_id string, merchant_id string, is_fraud boolean, source string, "
         "state string, reported_at_ms bigint, change int, place bigint, partition int, offset bigint, kafka_timestamp timestamp, "
@@ -76,6 +86,12 @@ PROPERTIES: dict[str, str] = {
 }
 
 
+def retention(settings: Settings) -> dict[str, str]:
+    """Properties that keep every version readable for as long as is promised; fraudgate maintain removes what is older."""
+    kept = f"interval {settings.time_travel_days} days"
+    return {"delta.logRetentionDuration": kept, "delta.deletedFileRetentionDuration": kept}
+
+
 # Columns whose least and greatest value each file's entry in the log keeps: those that a reader selects by.
 STATISTICS: dict[str, str] = {
     tables.BRONZE: "offset,kafka_timestamp,ingested_at,batch_id",
@@ -83,6 +99,9 @@ STATISTICS: dict[str, str] = {
     tables.QUARANTINE: "reason,kafka_timestamp,batch_id",
     tables.DECISIONS: "transaction_id,event_time_ms,kafka_timestamp,batch_id",
     tables.LABELS: "transaction_id,reported_at_ms,kafka_timestamp,batch_id",
+    tables.LIST_CHANGES: "list_id,offset,kafka_timestamp,batch_id",
+    # Of what can be long, subject and detail, nothing.
+    tables.AUDIT: "at_ms,action,offset,kafka_timestamp,batch_id",
     tables.LABEL_CHANGES: "transaction_id,event_time_ms,kafka_timestamp,applied_at_ms,batch_id",
     tables.GOLD_ENTITY_HOUR: "entity,hour",
     tables.GOLD_DECISIONS: "transaction_id,event_time_ms,kafka_timestamp,batch_id",
@@ -117,17 +136,25 @@ def create_tables(spark: SparkSession, settings: Settings) -> None:
             if lacking:
                 added = ", ".join(f"{f.name} {f.dataType.simpleString()}" for f in lacking)
                 spark.sql(f"alter table delta.`{uri}` add columns ({added})")
+            given = DeltaTable.forPath(spark, uri).detail().select("properties").collect()[0]["properties"]
+            changed = ", ".join(f"'{key}' = '{value}'" for key, value in retention(settings).items() if given.get(key) != value)
+            if changed:
+                spark.sql(f"alter table delta.`{uri}` set tblproperties ({changed})")
             continue
         builder = DeltaTable.createIfNotExists(spark).location(uri).addColumns(StructType.fromDDL(ddl))
         if name in PARTITIONED_BY:
             builder = builder.partitionedBy(*PARTITIONED_BY[name])
-        for key, value in (PROPERTIES | {"delta.dataSkippingStatsColumns": STATISTICS[name]}).items():
+        for key, value in (PROPERTIES | retention(settings) | {"delta.dataSkippingStatsColumns": STATISTICS[name]}).items():
             builder = builder.property(key, value)
         builder.execute()
 
 
-def append(rows: DataFrame, uri: str, app_id: str, batch_id: int, query: str) -> None:
+def append(
+    rows: DataFrame, uri: str, app_id: str, batch_id: int, query: str, heads: dict[str, tuple[int, str]] | None = None
+) -> None:
     """Append `rows` to the table once, however often this batch is replayed. One file a partition of the table.
+
+    `heads` is noted with the commit (feature_jobs.chain).
 
     One task writes: a micro-batch is small, and each further file costs every reader.
     """
@@ -137,7 +164,7 @@ def append(rows: DataFrame, uri: str, app_id: str, batch_id: int, query: str) ->
         .mode("append")
         .option("txnAppId", app_id)
         .option("txnVersion", batch_id)
-        .option("userMetadata", commit_note(query, batch_id))
+        .option("userMetadata", commit_note(query, batch_id, heads))
         .save(uri)
     )
 
@@ -152,8 +179,8 @@ def per_batch(value: int, beside: str) -> Column:
     return F.concat(F.lit(str(value)), nothing).cast("bigint")
 
 
-def commit_note(query: str, batch_id: int) -> str:
-    return json.dumps({"query": query, "batch_id": batch_id})
+def commit_note(query: str, batch_id: int, heads: dict[str, tuple[int, str]] | None = None) -> str:
+    return json.dumps({"query": query, "batch_id": batch_id} | ({} if heads is None else {"heads": heads}))
 
 
 def checkpoint(spark: SparkSession, settings: Settings, query: str) -> Checkpoint:

@@ -158,7 +158,9 @@ def _load(settings: Settings, from_ms: int | None, to_ms: int | None) -> Logged:
     known = pc.greater_equal(silver["event_time_ms"], -(2**62) if from_ms is None else from_ms - PAST_MS)
     silver = silver.filter(pc.and_(known, pc.less(silver["event_time_ms"], 2**62 if to_ms is None else to_ms + PAST_MS)))
     silver = silver.sort_by([("event_time_ms", "ascending"), ("transaction_id", "ascending")])
-    receipts = receipts.filter(pc.equal(receipts["feature_fingerprint"], FINGERPRINT))
+    # What was erased on request has no features.
+    whole = pc.is_valid(receipts["features"])
+    receipts = receipts.filter(pc.and_(whole, pc.equal(receipts["feature_fingerprint"], FINGERPRINT)))
     if not receipts.num_rows:
         raise NoReceiptsError(f"no receipt has the features of this version ({FINGERPRINT})")
     row = pc.fill_null(pc.index_in(receipts["transaction_id"], silver["transaction_id"].combine_chunks()), -1).to_numpy()

@@ -20,10 +20,10 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.avro.functions import from_avro, to_avro
 
-from feature_jobs.lake import LABEL_DDL, RECEIPT_DDL, RECEIPT_ENTITIES_DDL
+from feature_jobs.lake import AUDIT_DDL, LABEL_DDL, LIST_CHANGE_DDL, RECEIPT_DDL, RECEIPT_ENTITIES_DDL
 from gateway.contracts import transaction as tx
 from gateway.contracts.reasons import Refusal
-from gateway.contracts.topics import DECISIONS, LABELS, SCORED_HEADER, TOPICS, TRANSACTIONS
+from gateway.contracts.topics import AUDIT, DECISIONS, LABELS, LIST_CHANGES, SCORED_HEADER, TOPICS, TRANSACTIONS
 from gateway.contracts.wire import HEADER
 
 INTEGER_FIELDS = ("event_time_ms", "amount_minor")
@@ -31,7 +31,11 @@ COORDINATES = ("latitude", "longitude")
 JSON_OPTIONS = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false", "mode": "PERMISSIVE"}
 LABEL_FIELDS = tuple(part.split()[0] for part in LABEL_DDL.split(", "))
 LABEL_OPTIONAL_FIELDS = frozenset({"amount_minor", "effective_at_ms"})
+LIST_CHANGE_FIELDS = tuple(part.split()[0] for part in LIST_CHANGE_DDL.split(", "))
+AUDIT_FIELDS = tuple(part.split()[0] for part in AUDIT_DDL.split(", "))
 RECEIPT_FIELDS = tuple(part.split()[0] for part in RECEIPT_DDL.split(", "))
+# Topics whose records are kept as they are: the columns of each, also of plain JSON.
+KEPT_AS_THEY_ARE = {LABELS: LABEL_DDL, LIST_CHANGES: LIST_CHANGE_DDL, AUDIT: AUDIT_DDL}
 RECEIPT_ENTITY_FIELDS = tuple(part.split()[0] for part in RECEIPT_ENTITIES_DDL.split(", "))
 
 
@@ -72,8 +76,9 @@ def _choose(cases: Iterable[tuple[Column, Column]]) -> Column:
 def parse(bronze: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame:
     """One row a record of bronze: where it came from, then
 
-    `reason` and `field` (null: valid), `t` / `d` / `l` (the struct of a transaction, receipt or label; null for the other topics and
-    for refusals), `scored_by`, `dedup_key`, and `value` (the original bytes, null unless refused).
+    `reason` and `field` (null: valid), `t` / `d` / `l` / `c` / `a` (the struct of a transaction, receipt, label, list change or audit
+    record; null for the other topics and for refusals), `scored_by`, `dedup_key`, `value` (the original bytes, null unless refused), and
+    of receipts `payload` (the Avro record's bytes) and `schema_id`.
     """
     framed = _decoded(_framed(bronze), schemas)
     typed = _typed(framed)
@@ -81,6 +86,7 @@ def parse(bronze: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame:
     kept = typed.withColumn("reason", _reason()).withColumn("field", F.when(refused, _field()))
     own_id = F.coalesce(F.col("t.transaction_id"), F.col("d.transaction_id"))
     position = F.concat_ws(":", "topic", "partition", "offset")
+    is_receipt = ~refused & (F.col("topic") == DECISIONS)
     return kept.select(
         "topic",
         "partition",
@@ -91,7 +97,7 @@ def parse(bronze: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame:
         "field",
         F.when(~refused, F.col("t")).alias("t"),
         F.when(~refused, F.col("d")).alias("d"),
-        F.when(~refused, F.col("l")).alias("l"),
+        *(F.when(~refused, F.col(name)).alias(name) for name in ("l", "c", "a")),
         F.when(
             F.col("topic") == TRANSACTIONS,
             _scored_by(),
@@ -99,6 +105,8 @@ def parse(bronze: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame:
         # What has no transaction_id, and each label, is nobody's duplicate.
         F.when(~refused & own_id.isNotNull(), F.concat_ws("/", "topic", own_id)).otherwise(position).alias("dedup_key"),
         F.when(refused, F.col("value")).alias("value"),
+        F.when(is_receipt, _payload()).alias("payload"),
+        F.when(is_receipt, F.col("schema_id").cast("int")).alias("schema_id"),
     )
 
 
@@ -144,7 +152,7 @@ def _framed(bronze: DataFrame) -> DataFrame:
 
 
 def _decoded(framed: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame:
-    """Adds `v` (the JSON of a transaction as a variant), `twice` (a key is repeated), `json_label`, and one `avro_<topic>` each."""
+    """Adds `v` (the JSON of a transaction as a variant), `twice` (a key is repeated), `json_<topic>` and `avro_<topic>`."""
     nonce = secrets.token_hex(16)
     wrapped = F.concat(F.lit("["), F.col("text"), F.lit(f',"{nonce}"]'))
     is_transaction = F.col("topic") == TRANSACTIONS
@@ -155,9 +163,8 @@ def _decoded(framed: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame
     lenient = F.from_json(wrapped, "array<string>", JSON_OPTIONS)
     twice = F.col("v").isNull() & is_transaction & (F.size(lenient) == 2) & (F.element_at(lenient, 2) == nonce)
     rows = rows.withColumn("twice", F.coalesce(F.when(F.col("v").isNull() & F.col("text").isNotNull(), twice), F.lit(False)))
-    rows = rows.withColumn(
-        "json_label", F.when(F.col("topic") == LABELS, F.from_json("text", LABEL_DDL, JSON_OPTIONS | {"mode": "PERMISSIVE"}))
-    )
+    for topic, ddl in KEPT_AS_THEY_ARE.items():
+        rows = rows.withColumn(f"json_{topic}", F.when(F.col("topic") == topic, F.from_json("text", ddl, JSON_OPTIONS)))
     for topic, by_id in schemas.items():
         # A projection of their own: each later mention of a record would decode it again.
         for schema_id, writer in sorted(by_id.items()):
@@ -172,6 +179,10 @@ def _decoded(framed: DataFrame, schemas: dict[str, dict[int, str]]) -> DataFrame
         rows = rows.withColumn(f"avro_{topic}", _choose(branches)).withColumn(
             f"known_{topic}", (F.col("topic") == topic) & F.coalesce(known, F.lit(False))
         )
+    # A topic of which nobody has registered a schema has plain JSON only.
+    for topic in KEPT_AS_THEY_ARE.keys() - schemas.keys():
+        record = F.lit(None).cast(f"struct<{KEPT_AS_THEY_ARE[topic].replace(' ', ': ').replace(',: ', ', ')}>")
+        rows = rows.withColumn(f"avro_{topic}", record).withColumn(f"known_{topic}", F.lit(False))
     return rows
 
 
@@ -212,7 +223,7 @@ def _plain(schema: dict[str, Any]) -> bool:
 
 
 def _typed(rows: DataFrame) -> DataFrame:
-    """Adds `t`, `d`, `l`, `shape` (schema text of the variant), `shaped` (it is a transaction's) and `texts` (all text of `t`)."""
+    """Adds the structs `t`, `d`, `l`, `c`, `a`; `shape` (schema text of the variant), `shaped` (a transaction's), `texts` (of `t`)."""
     rows = rows.withColumn("shape", F.schema_of_variant("v")).withColumn("shaped", F.col("shape").rlike(SHAPE_PATTERN))
     from_variant = F.struct(*(F.try_variant_get("v", f"$.{name}", _sql_type(name)).alias(name) for name in tx.FIELDS))
     avro = F.col(f"avro_{TRANSACTIONS}")
@@ -222,11 +233,13 @@ def _typed(rows: DataFrame) -> DataFrame:
         *(decision[name].alias(name) for name in RECEIPT_FIELDS),
         *(decision["transaction"][name].alias(name) for name in RECEIPT_ENTITY_FIELDS),
     )
-    label = F.coalesce(F.col(f"avro_{LABELS}"), F.col("json_label"))
+    label, change, audit = (F.coalesce(F.col(f"avro_{topic}"), F.col(f"json_{topic}")) for topic in KEPT_AS_THEY_ARE)
     rows = (
         rows.withColumn("t", F.when(F.col("shaped"), from_variant).when(avro["transaction_id"].isNotNull(), from_record))
         .withColumn("d", F.when(decision["transaction_id"].isNotNull(), receipt))
         .withColumn("l", F.when(_label_is_right(label), F.struct(*(label[name].alias(name) for name in LABEL_FIELDS))))
+        .withColumn("c", F.when(_change_is_right(change), F.struct(*(change[name].alias(name) for name in LIST_CHANGE_FIELDS))))
+        .withColumn("a", F.when(audit["action"].isNotNull(), F.struct(*(audit[name].alias(name) for name in AUDIT_FIELDS))))
     )
     return rows.withColumn("texts", F.concat_ws("\n", *(F.col("t")[name] for name in tx.TEXT_FIELDS)))
 
@@ -245,6 +258,12 @@ def _label_is_right(label: Column) -> Column:
     )
 
 
+def _change_is_right(change: Column) -> Column:
+    """As far as Spark looks; who makes lists of the changes looks again (contracts.lists.check_change)."""
+    required = (change[name].isNotNull() for name in LIST_CHANGE_FIELDS if name != "expires_at_ms")
+    return reduce(lambda so_far, is_there: so_far & is_there, required, change["action"].isin("add", "remove"))
+
+
 def _reason() -> Column:
     """The reason code by the documented precedence, null when the record is valid."""
     return F.when(
@@ -259,8 +278,7 @@ def _reason() -> Column:
     ).otherwise(
         _choose(
             [
-                ((F.col("topic") == DECISIONS) & F.col("d").isNotNull(), F.lit(None).cast("string")),
-                ((F.col("topic") == LABELS) & F.col("l").isNotNull(), F.lit(None).cast("string")),
+                (_any(F.col(name).isNotNull() for name in ("d", "l", "c", "a")), F.lit(None).cast("string")),
                 (
                     F.col("framed") & F.col("schema_id").isNotNull() & ~_known_id(),
                     F.lit(Refusal.UNKNOWN_SCHEMA_ID.value),
@@ -274,7 +292,7 @@ def _reason() -> Column:
 
 
 def _known_id() -> Column:
-    return F.col(f"known_{TRANSACTIONS}") | F.col(f"known_{DECISIONS}") | F.col(f"known_{LABELS}")
+    return _any(F.col(f"known_{topic}") for topic in (TRANSACTIONS, DECISIONS, *KEPT_AS_THEY_ARE))
 
 
 def _avro_reason() -> Column:

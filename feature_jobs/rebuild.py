@@ -27,7 +27,7 @@ ROWS_PER_PARTITION = 100_000
 # Bronze reads in order: when a record was read this long after a moment, so were the receipts decided until then.
 RECEIPTS_WITHIN_MS = 5_000
 # The tables whose rows tell how far silver has got.
-FROM_BRONZE = (tables.SILVER, tables.QUARANTINE, tables.DECISIONS, tables.LABELS)
+FROM_BRONZE = (tables.SILVER, tables.QUARANTINE, tables.DECISIONS, tables.LABELS, tables.LIST_CHANGES, tables.AUDIT)
 PER_EVENT = ("event_time_ms", "amount_minor", "from_kafka", "arrived_ms", "decided_ms", "latitude", "longitude")
 
 

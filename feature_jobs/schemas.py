@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry, UnknownSchemaError
 from gateway.contracts.settings import Settings
-from gateway.contracts.topics import DECISIONS, LABELS, TOPICS, TRANSACTIONS
+from gateway.contracts.topics import AUDIT, DECISIONS, LABELS, LIST_CHANGES, TOPICS, TRANSACTIONS
 
-READ_TOPICS = (TRANSACTIONS, DECISIONS, LABELS)
+READ_TOPICS = (TRANSACTIONS, DECISIONS, LABELS, LIST_CHANGES, AUDIT)
 
 
 @dataclass

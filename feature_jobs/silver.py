@@ -11,13 +11,14 @@ import time
 from dataclasses import dataclass
 
 import msgspec
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.streaming.readwriter import DataStreamWriter
 
 from feature_jobs import lake, redis_client
+from feature_jobs.chain import Chain, content_column
 from feature_jobs.metrics import Metrics
-from feature_jobs.parse import LABEL_FIELDS, parse, receipt_columns
+from feature_jobs.parse import AUDIT_FIELDS, LABEL_FIELDS, LIST_CHANGE_FIELDS, parse, receipt_columns
 from feature_jobs.rebuild import RECEIPTS_WITHIN_MS, next_epoch, rebuild, rebuild_late
 from feature_jobs.restore import RestoreJob
 from feature_jobs.schemas import SchemaBook
@@ -25,12 +26,18 @@ from feature_jobs.tiles import RedisUnavailableError, TileJob, patient, write_ti
 from gateway.contracts import layout, tables
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.settings import Settings
-from gateway.contracts.topics import DECISIONS, LABELS, TRANSACTIONS
+from gateway.contracts.topics import AUDIT, DECISIONS, LABELS, LIST_CHANGES, TRANSACTIONS
 from gateway.contracts.transaction import FIELDS
 
 QUERY = "silver"
 # Where the epoch of the tiles is kept when it isn't the checkpoint's own any more.
 TILES = f"{QUERY}/tiles"
+# Tables of records that are kept as they are: topic, struct of the parser and its fields.
+KEPT = (
+    (tables.LABELS, LABELS, "l", LABEL_FIELDS),
+    (tables.LIST_CHANGES, LIST_CHANGES, "c", LIST_CHANGE_FIELDS),
+    (tables.AUDIT, AUDIT, "a", AUDIT_FIELDS),
+)
 # Redis restarts that one batch bears before it is replayed.
 ATTEMPTS_MAX = 5
 
@@ -59,6 +66,7 @@ class Silver:
         held = None if self.checkpoint.fresh else lake.load_epoch(self.spark, self.settings, TILES)
         self.epoch = held or self.checkpoint.epoch
         self.progress: layout.Progress | None = None
+        self.chain = Chain(self.spark, self._uri(tables.DECISIONS))
 
     def writer(self) -> DataStreamWriter:
         """The stream, not started yet and without a trigger. Raises `CheckpointLostError`."""
@@ -71,6 +79,8 @@ class Silver:
             self.spark.readStream.format("delta")
             .option("maxBytesPerTrigger", f"{self.settings.silver_batch_mb_max}m")
             .option("maxFilesPerTrigger", 100_000)
+            # Commits that change rows are those of fraudgate maintain and erase: they bring nothing new.
+            .option("skipChangeCommits", "true")
             .load(self._uri(tables.BRONZE))
         )
         rows = parse(bronze, self.schemas.by_topic)
@@ -114,21 +124,23 @@ class Silver:
         outputs = (
             (tables.SILVER, new, transactions),
             (tables.QUARANTINE, refused, batch.where("reason is not null").select("reason", "field", "topic", "value", *source)),
-            (
-                tables.DECISIONS,
-                counts.get((DECISIONS, None), 0),
-                valid.where(F.col("topic") == DECISIONS).select(*receipt_columns(), *source),
-            ),
-            (
-                tables.LABELS,
-                counts.get((LABELS, None), 0),
-                valid.where(F.col("topic") == LABELS).select(*(f"l.{name}" for name in LABEL_FIELDS), *source),
+            *(
+                (
+                    table,
+                    counts.get((topic, None), 0),
+                    valid.where(F.col("topic") == topic).select(*(f"{struct}.{name}" for name in fields), *source),
+                )
+                for table, topic, struct, fields in KEPT
             ),
         )
         for table, rows, frame in outputs:
             if rows:
                 lake.append(frame, self._uri(table), self.checkpoint.app_id(table), batch_id, QUERY)
                 self.metrics.rows.labels(table).inc(rows)
+        receipts = counts.get((DECISIONS, None), 0)
+        if receipts:
+            self._write_decisions(valid.where(F.col("topic") == DECISIONS), batch_id, stamp)
+            self.metrics.rows.labels(tables.DECISIONS).inc(receipts)
         newest_ms = max((row["newest_ms"] for row in counted if row["topic"] == TRANSACTIONS), default=0)
         ingested_ms = max((row["ingested_ms"] for row in counted), default=0)
         self._write_tiles(transactions if new else None, batch_id, now_ms, newest_ms, ingested_ms)
@@ -139,6 +151,15 @@ class Silver:
             oldest_ms = min(row["oldest_ms"] for row in counted)
             self.metrics.freshness_seconds.labels(QUERY).set(time.time() - oldest_ms / 1000)
             self.metrics.freshness_seconds.labels("bronze").set((max(row["ingested_ms"] for row in counted) - oldest_ms) / 1000)
+
+    def _write_decisions(self, receipts: DataFrame, batch_id: int, stamp: Column) -> None:
+        """Append the batch's receipts with their hashes, unless the table holds them."""
+        rows = receipts.select(*receipt_columns(), "payload", "schema_id", "partition", "offset", "kafka_timestamp", stamp)
+        linked = self.chain.link(rows.withColumn("content_sha256", content_column()), batch_id)
+        if linked is not None:
+            app_id = self.checkpoint.app_id(tables.DECISIONS)
+            lake.append(linked.rows, self._uri(tables.DECISIONS), app_id, batch_id, QUERY, linked.heads)
+            self.chain.written()
 
     def _uri(self, table: str) -> str:
         return tables.table_uri(self.settings.tables, table)

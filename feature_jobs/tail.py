@@ -1,7 +1,7 @@
 """Follows a Delta table commit by commit, without Spark: the rows that each version added, in order.
 
 Reads the table's log one file at a time, so that a look costs a millisecond however many files the table has. Only for tables that are
-appended to: what a commit removes is not looked at.
+appended to: commits that change rows are passed over.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ class Tail:
                 actions: list[dict[str, Any]] = [json.loads(line) for line in stream.read().splitlines() if line]
         except FileNotFoundError:
             return None
-        parts = []
+        parts: list[pa.Table] = []
+        # A commit that changes rows brings none: an erasure, or what its retention is over for.
+        if any(a["remove"]["dataChange"] for a in actions if "remove" in a):
+            return pa.table({})
         for action in actions:
             if (add := action.get("add")) is not None and add["dataChange"]:
                 with self._files.open_input_file(unquote(add["path"])) as file:

@@ -231,6 +231,19 @@ class Settings:
         least=1,
         most=3600,
     )
+    time_travel_days: int = _setting(
+        30,
+        "how long every version of the Delta tables can be read, and what was erased is still in old files, days",
+        least=1,
+        most=3650,
+    )
+    decisions_keep_days: int = _setting(
+        400, "how long receipts are kept in the table decisions, days since Kafka took them; 0: for ever", least=0, most=36_500
+    )
+    bronze_keep_days: int = _setting(
+        90, "how long raw records are kept in bronze and quarantine, likewise; 0: for ever", least=0, most=36_500
+    )
+    maintain_hours: int = _setting(6, "time between two rounds of fraudgate maintain, hours", least=1, most=8784)
     spark_cores: int = _setting(2, "threads of the local Spark driver", least=1, most=256)
     spark_optimise_calls: int = _setting(
         0,

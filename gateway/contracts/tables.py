@@ -10,8 +10,9 @@ BRONZE = "bronze"
 SILVER = "silver_transactions"
 # reason, field, topic, partition, offset, kafka_timestamp, value (original bytes), batch_id: what the feature jobs refused.
 QUARANTINE = "quarantine"
-# The fields of a receipt (its transaction flattened is not repeated: join on transaction_id), then partition, offset,
-# kafka_timestamp, batch_id; one row a transaction_id.
+# The fields of a receipt (its transaction flattened is not repeated: join on transaction_id), payload (the receipt's Avro record without
+# its frame), schema_id, content_sha256 and chain_sha256 (contracts.chain; null in rows from before there was a chain), erased_at_ms
+# (null, or since when the customer's data are gone), then partition, offset, kafka_timestamp, batch_id; one row a transaction_id.
 DECISIONS = "decisions"
 # The fields of a label, then partition, offset, kafka_timestamp, batch_id.
 LABELS = "labels"
@@ -42,10 +43,13 @@ BURSTS = "bursts"
 LIST_CHANGES = "list_changes"
 # The fields of contracts.audit.AuditRecord, then partition, offset, kafka_timestamp, batch_id: who changed what, when and why.
 AUDIT = "audit"
+# partition, batch_id, offset, chain_sha256, rows, at_ms: where the chain of a partition of `decisions` (contracts.chain) goes on from
+# after `rows` older rows were deleted in time.
+CHAIN_ANCHORS = "chain_anchors"
 
 TABLES: tuple[str, ...] = (
     *(BRONZE, SILVER, QUARANTINE, DECISIONS, LABELS, LABEL_CHANGES, LIST_CHANGES, AUDIT),
-    *(GOLD_ENTITY_HOUR, GOLD_DECISIONS, FEATURES, TRAINING_SET, DRIFT, BURSTS),
+    *(GOLD_ENTITY_HOUR, GOLD_DECISIONS, FEATURES, TRAINING_SET, DRIFT, BURSTS, CHAIN_ANCHORS),
 )
 
 

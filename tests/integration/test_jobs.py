@@ -23,6 +23,7 @@ from confluent_kafka import Producer
 from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 
+from deploy.history.verify import verify
 from deploy.stack import Stack
 from gateway.avro import encode_receipt
 from gateway.contracts import layout, tables
@@ -257,6 +258,15 @@ def test_receipts_and_labels_are_there_once(streamed: Streamed) -> None:
     decisions = streamed.own(tables.DECISIONS)
     assert Counter(row["transaction_id"] for row in decisions) == Counter(r.transaction_id for r in streamed.sent.receipts)
     assert len(streamed.own(tables.LABELS)) == len(streamed.sent.labels)
+
+
+def test_the_chain_of_receipts_holds_over_kills_and_replayed_batches(streamed: Streamed) -> None:
+    verdict = verify(streamed.settings)
+    assert (verdict.broken, verdict.older, verdict.unbounded) == (0, 0, []), verdict.breaks
+    assert verdict.chained == rows_of(streamed.settings, tables.DECISIONS) >= ROWS
+    by_id = {receipt.transaction_id: receipt for receipt in streamed.sent.receipts}
+    for row in streamed.own(tables.DECISIONS):
+        assert row["payload"] == encode_receipt(by_id[row["transaction_id"]])
 
 
 def test_tiles_in_redis_equal_a_recount(streamed: Streamed) -> None:

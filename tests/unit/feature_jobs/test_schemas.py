@@ -32,7 +32,13 @@ class FakeRegistry(SchemaRegistry):
 def test_each_topic_knows_its_own_ids_only() -> None:
     book = SchemaBook(FakeRegistry())
     assert book.refresh()
-    assert {topic: list(ids) for topic, ids in book.by_topic.items()} == {"transactions": [1], "decisions": [2], "labels": [3]}
+    assert {topic: list(ids) for topic, ids in book.by_topic.items()} == {
+        "transactions": [1],
+        "decisions": [2],
+        "labels": [3],
+        "list_changes": [4],
+        "audit": [5],
+    }
 
 
 def test_a_new_version_is_reported_once() -> None:
