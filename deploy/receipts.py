@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,20 +20,15 @@ import pyarrow.dataset as ds
 from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 
-from feature_jobs.training_set import local
+from deploy.history.lake import uri_of
+from deploy.history.models import Kept, NoModelError, model_by_digest
 from gateway.contracts import tables
 from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
-from gateway.contracts.model_meta import EXPLANATION_FILE, GOLDEN_FILE, METADATA_FILE, ModelMetadata
+from gateway.contracts.model_meta import EXPLANATION_FILE, GOLDEN_FILE
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import FIELDS, Transaction
-from gateway.errors import ModelRefusedError
 from gateway.explain import Explainer, load_explainer
-from gateway.model import Model, load_package
-from model_export.errors import ModelExportError
-from model_export.package import verify_package
-
-# A model that is looked into serves none.
-NO_ROUTE = "none"
+from gateway.model import Model
 
 
 class CannotExplainError(RuntimeError):
@@ -110,7 +103,7 @@ def receipt_in_file(text: str) -> Logged:
 def _row(settings: Settings, name: str, columns: list[str], chosen: ds.Expression) -> dict[str, Any] | None:
     """The row of a table that is chosen, None without one or without the table."""
     try:
-        table = DeltaTable(local(tables.table_uri(settings.tables, name)))
+        table = DeltaTable(uri_of(settings, name))
     except TableNotFoundError:
         return None
     rows = table.to_pyarrow_dataset()
@@ -137,53 +130,23 @@ def model_of(settings: Settings, receipt: Logged) -> Iterator[Loaded]:
         raise CannotExplainError(
             f"no model scored {receipt.transaction_id}: it was decided without ({', '.join(receipt.degraded)})"
         )
-    for path in sorted(settings.models_path.glob(f"*/{METADATA_FILE}")):
-        if _digest(path) == receipt.model_digest:
-            yield _load(path.parent, receipt.model_name, receipt.model_version)
-            return
-    with tempfile.TemporaryDirectory(prefix="fraudgate-explain-") as tmp:
-        folder = Path(tmp) / "model"
-        _download(settings, receipt.model_name, receipt.model_version, folder)
-        if _digest(folder / METADATA_FILE) != receipt.model_digest:
-            raise CannotExplainError(
-                f"{receipt.model_name} version {receipt.model_version} in the registry is another model than the receipt's, whose sha256 "
-                f"is {receipt.model_digest}"
-            )
-        yield _load(folder, receipt.model_name, receipt.model_version)
-
-
-def _digest(metadata: Path) -> str | None:
     try:
-        return msgspec.json.decode(metadata.read_bytes(), type=ModelMetadata).onnx_sha256
-    except (OSError, msgspec.DecodeError):
-        return None
-
-
-def _download(settings: Settings, name: str, version: str, folder: Path) -> None:
-    # Loading MLflow's client takes some seconds, which only a model that isn't here any more is worth.
-    from model_export.registry import Registry
-
-    registry = Registry(settings.mlflow)
-    try:
-        registry.check()
-        found = registry.find_version(name, version)
-        if found is None:
-            raise CannotExplainError(f"{name} version {version} is neither in {settings.models_path} nor in the registry")
-        registry.download(found, folder)
-    except ModelExportError as exc:
-        raise CannotExplainError(f"{name} version {version} is not in {settings.models_path}, and {exc}") from exc
-
-
-def _load(folder: Path, name: str, version: str) -> Loaded:
-    try:
-        entry = verify_package(folder, name, version)
-        model = load_package(folder, entry, NO_ROUTE)
-        if EXPLANATION_FILE not in entry.files:
-            raise CannotExplainError(
-                f"{name} version {version} was exported without an explanation; train anew with: fraudgate train"
-            )
-        with np.load(folder / GOLDEN_FILE, allow_pickle=False) as golden:
-            explainer = load_explainer((folder / EXPLANATION_FILE).read_bytes(), golden["features"], golden["probability"])
-    except (ModelExportError, ModelRefusedError, ValueError) as exc:
+        with model_by_digest(settings, receipt.model_name, receipt.model_version, receipt.model_digest) as kept:
+            yield Loaded(kept.model, explainer_of(kept))
+    except NoModelError as exc:
         raise CannotExplainError(str(exc)) from exc
-    return Loaded(model, explainer)
+
+
+def explainer_of(kept: Kept) -> Explainer:
+    """What explains a model, also where that takes too long for the gateway. Raises `CannotExplainError`."""
+    if kept.model.explainer is not None:
+        return kept.model.explainer
+    name, version = kept.model.ref.name, kept.model.ref.version
+    path = kept.folder / EXPLANATION_FILE
+    if not path.exists():
+        raise CannotExplainError(f"{name} version {version} was exported without an explanation; train anew with: fraudgate train")
+    try:
+        with np.load(kept.folder / GOLDEN_FILE, allow_pickle=False) as golden:
+            return load_explainer(path.read_bytes(), golden["features"], golden["probability"])
+    except (OSError, ValueError) as exc:
+        raise CannotExplainError(f"{name} version {version}: {exc}") from exc

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 import redis
 from confluent_kafka import Consumer, TopicPartition
@@ -25,6 +27,7 @@ from deploy.explain import explanation_of
 from deploy.history.backtest import compare
 from deploy.history.backtest_rows import DeltaHistory
 from deploy.history.list_books import read_books
+from deploy.history.upkeep import order_receipts, vacuum
 from deploy.receipts import model_of, receipt_in_tables
 from deploy.stack import Stack
 from gateway.contracts import layout, tables
@@ -36,6 +39,7 @@ from gateway.contracts.topics import DECISIONS
 from gateway.policy import load_policy
 from loadtest.adapters import Dataset
 from model_export.cost import CostModel
+from tests.factories_model import make_model_dir
 from tests.helpers import local_settings, run_command, wait_until
 from tests.receipts import Recount, read_topic
 
@@ -229,6 +233,48 @@ def test_an_unchanged_policy_decides_every_receipt_again_as_it_did(pipeline: Pip
     assert sum(history.left_out.values()) == 0
     assert found.current.as_logged == found.current.logged == found.payments
     assert found.changed == 0
+
+
+@pytest.mark.slow
+def test_every_decision_comes_out_identical_after_model_and_policy_have_changed_and_files_were_rewritten(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """Of the demo and the replays, with kills among them; then one changed byte is found."""
+    settings = pipeline.settings
+    wait_until(lambda: not decisions_missing(pipeline), 120, "every receipt stands in its table")
+    policy = tmp_path / "policy"
+    for name, text in load_policy("").files.items():
+        (policy / name).parent.mkdir(parents=True, exist_ok=True)
+        (policy / name).write_bytes(text.replace(b"challenge: 600", b"challenge: 10"))
+    changed = dataclasses.replace(settings, policy_path=str(policy))
+    Stack(changed).restart("gateway")
+    make_model_dir(settings.models_path, version="1000", seed=7)
+    ended = run_command(changed, "maintain", "--once", timeout_s=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    order_receipts(settings, always=True)
+    vacuum(settings, tables.DECISIONS, hours=0)
+    ended = run_command(changed, "replay-decision", "--all", "--json", timeout_s=300)
+    report = json.loads(ended.stdout)
+    assert (report["different"], report["not_replayed"]) == ([], {})
+    assert report["identical"] == report["decisions"] >= LIVE * 0.9
+    assert ended.returncode == 0
+    ended = run_command(changed, "audit", timeout_s=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    pipeline.stack.stop(["jobs"])
+    change_a_byte(settings)
+    ended = run_command(changed, "audit", timeout_s=300)
+    assert ended.returncode == 1
+    assert "BROKEN in 1 places" in ended.stdout
+
+
+def change_a_byte(settings: Settings) -> None:
+    """Of one payload, in the file itself: the log knows nothing of it."""
+    path = Path(DeltaTable(tables.table_uri(settings.tables, tables.DECISIONS)).file_uris()[0])
+    rows = pq.read_table(path, partitioning=None)
+    payloads = rows["payload"].to_pylist()
+    payloads[17] = payloads[17][:-9] + bytes([payloads[17][-9] ^ 1]) + payloads[17][-8:]
+    place = rows.schema.get_field_index("payload")
+    pq.write_table(rows.set_column(place, rows.schema.field(place), pa.array([payloads], rows.schema.field(place).type)), path)
 
 
 def decisions_missing(pipeline: Pipeline) -> int:
