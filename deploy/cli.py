@@ -56,6 +56,18 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("cases", "gateway.cases.commands", "cases", "run the case service: review queue, labels, lists, webhooks"),
         Command("keys", "gateway.key_commands", "keys", "make, list and revoke API keys: create, list, revoke"),
     ),
+    "Receipts": (
+        Command("why", "deploy.history.why", "why", "the story of one decision, from its receipt: path, rules, features, labels"),
+        Command("replay-decision", "deploy.history.replay", "replay_decision", "recompute decisions from their receipts"),
+        Command("audit", "deploy.history.audit", "audit", "verify every receipt's hash and chain, or show who changed what"),
+        Command(
+            "maintain",
+            "deploy.history.maintain",
+            "maintain",
+            "retention, compaction and vacuum of the Delta tables, every few hours",
+        ),
+        Command("erase", "deploy.history.erase", "erase", "erase one customer's data; the receipts' chain still verifies"),
+    ),
     "Features": (
         Command("jobs", "feature_jobs.commands", "jobs", "run the Spark streams: bronze, silver, Redis, gold", spark=True),
         Command(

@@ -14,13 +14,13 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from deltalake.exceptions import DeltaError
 
+from deploy.repeating import HOUR_S, repeat
 from feature_jobs.matured import Matured, newly_matured
 from feature_jobs.training_set import DAY_MS, LABEL_DELAY_DAYS, NoHistoryError, write_training_set
 from gateway.contracts.decision import Route
@@ -35,7 +35,6 @@ from model_export.versions import ModelVersion
 LABELS_MIN = 100
 HOURS_MAX = 24 * 366
 LOCK_FILE = ".retrain.lock"
-HOUR_S = 3600
 
 
 class RetrainRunningError(RuntimeError):
@@ -117,18 +116,6 @@ def _alone(home: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def repeat(once: Callable[[], int], every_s: float, stop: threading.Event, clock_s: Callable[[], float] = time.monotonic) -> int:
-    """Calls `once` at once and then every `every_s` seconds, counted from the beginning of each call, until `stop` is set.
-
-    Returns 0: what an attempt came to was told when it was made.
-    """
-    while not stop.is_set():
-        began = clock_s()
-        once()
-        stop.wait(max(0.0, every_s - (clock_s() - began)))
-    return 0
 
 
 def retrain(argv: list[str]) -> int:

@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from msgspec import structs
 
 from deploy import retraining
-from deploy.retraining import LOCK_FILE, Plan, RetrainRunningError, attempt, repeat
+from deploy.repeating import repeat
+from deploy.retraining import LOCK_FILE, Plan, RetrainRunningError, attempt
 from deploy.stack import Stack
 from gateway.contracts import tables
 from gateway.contracts.audit import read_audit
