@@ -17,6 +17,7 @@ from deploy.history.models import NoModelError, model_by_digest
 from deploy.history.policies import Books, NoPolicyError, Policies
 from deploy.receipts import CannotExplainError, Loaded, Logged, explainer_of
 from gateway.contracts import tables
+from gateway.contracts.decision import Outcome
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.reasons import REASON_TEXT
 from gateway.contracts.settings import Settings
@@ -145,7 +146,7 @@ def _looked_into(
 def _with_lists(explanation: Explanation, receipt: dict[str, Any]) -> Explanation:
     """The counterfactual knows no lists: what one of them asks for no change of the payment changes."""
     hits = receipt.get("list_hits") or []
-    if not hits or explanation.approved_if is None:
+    if not hits or receipt["decision"] == Outcome.APPROVE.value:
         return explanation
     why_not = f"it stands on {', '.join(hits)}, whatever the payment is like"
     return msgspec.structs.replace(explanation, approved_if=None, why_not=why_not)

@@ -105,7 +105,7 @@ def _in_words(story: Story) -> str:
         sentences.append(f"{_listed([f'{rule.kind} {rule.id}' for rule in live])} hit.")
     else:
         sentences.append("No rule and no list had anything to say.")
-    sentences.append(f"The most severe of all that is what the policy came to: {by_policy}.")
+    sentences.append(f"Together the policy came to: {by_policy}.")
     if by_policy != r["decision"]:
         sentences.append(
             f"It was answered {r['decision']} to explore what becomes of such payments (probability {r['propensity']:g})."

@@ -237,6 +237,7 @@ def test_why_names_lists_by_the_policy_of_the_time(settings: Settings, capsys: p
     out = capsys.readouterr().out
     assert "DECLINE" in out
     assert "block list of card_id blocked-cards: Cards that are known to be in other hands." in out
+    assert "what would have changed it: it stands on blocked-cards, whatever the payment is like" in out
 
 
 def test_why_as_of_a_time_knows_what_was_known_then(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
