@@ -41,7 +41,7 @@ from gateway.contracts.topics import DECISIONS, LABELS, TRANSACTIONS
 # Places that one audit record and one statement name.
 PLACES_MAX = 10_000
 # Tables with a transaction_id of which the customer's rows go.
-BY_TRANSACTION = (tables.LABELS, tables.GOLD_DECISIONS, tables.FEATURES, tables.TRAINING_SET)
+BY_TRANSACTION = (tables.LABELS, tables.GOLD_DECISIONS, tables.FEATURES, tables.TRAINING_SET, tables.BURSTS)
 # Raw records, found by the ids in their bytes, of the topics that name customers.
 RAW = (tables.BRONZE, tables.QUARANTINE)
 RAW_TOPICS = (TRANSACTIONS, DECISIONS, LABELS)
@@ -107,6 +107,7 @@ def erase_person(
     yield f"{tables.LABEL_CHANGES}: the customer taken out of {_forget_in_label_changes(settings, person):,} rows"
     rows = sum(_delete_rows(settings, tables.GOLD_ENTITY_HOUR, "entity_id", ids, entity) for entity, ids in person.entities.items())
     yield f"{tables.GOLD_ENTITY_HOUR}: {rows:,} rows deleted"
+    yield f"{tables.BURSTS}: {_delete_rows(settings, tables.BURSTS, 'entity_value', person.entities['device']):,} rows of devices deleted"
     yield f"Redis: {erase_in_redis(settings, person):,} values deleted"
     yield f"{tables.SILVER}: {_delete_rows(settings, tables.SILVER, 'transaction_id', person.transactions):,} rows deleted"
     listed = _count(settings, tables.LIST_CHANGES, ds.field("entity_value").isin(person.ids))

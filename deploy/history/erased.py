@@ -21,7 +21,7 @@ from gateway.contracts.settings import Settings
 ERASED = "customer_erased"
 # Of `decisions`: what is emptied. The rest says what was decided, by what, and when.
 ERASED_COLUMNS = (
-    *("event_time_ms", "card_id", "customer_id", "merchant_id", "device_id", "ip"),
+    *("event_time_ms", "card_id", "customer_id", "merchant_id", "device_id", "ip", "card_bin"),
     *("features", "observed_seq", "label_changes", "payload"),
 )
 _KEPT_DIGEST_BYTES = 16

@@ -37,7 +37,8 @@ ATTEMPTS_MAX = 8
 RETRY_S = 0.5
 COMPACTED = (
     *(tables.BRONZE, tables.SILVER, tables.QUARANTINE, tables.LABELS, tables.LABEL_CHANGES, tables.LIST_CHANGES, tables.AUDIT),
-    *(tables.GOLD_ENTITY_HOUR, tables.GOLD_DECISIONS, tables.FEATURES, tables.TRAINING_SET, tables.DRIFT, tables.CHAIN_ANCHORS),
+    *(tables.GOLD_ENTITY_HOUR, tables.GOLD_DECISIONS, tables.FEATURES, tables.TRAINING_SET, tables.DRIFT, tables.BURSTS),
+    tables.CHAIN_ANCHORS,
 )
 NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 WRITER = WriterProperties(max_row_group_size=ROW_GROUP_ROWS, compression="ZSTD")
