@@ -1,7 +1,7 @@
 """The lists of a process on its disk: one file, written whole beside the old one and renamed. Called by gateway/lists.py.
 
-Written in pieces of some thousand entries: a process that decides meanwhile waits for one of them at most. A million entries are 30 MB
-and take half a second.
+Written in pieces of some thousand entries: a process that decides meanwhile waits for one of them at most (what a million entries take:
+tests/unit/gateway/test_lists_file.py).
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def test_the_api_describes_score_and_the_metrics_count(served: Settings) -> None
     status, api = request(served, "GET", "/openapi.json")
     assert status == 200
     score = api["paths"]["/score"]["post"]
-    assert set(score["responses"]) == {"200", "400", "408", "409", "413", "422", "429", "431", "503"}
+    assert set(score["responses"]) == {"200", "400", "401", "403", "408", "409", "413", "422", "429", "431", "503"}
     assert api["components"]["schemas"]["Transaction"]["properties"]["amount_minor"]["minimum"] == AMOUNT_MINOR_MIN
     assert request(served, "GET", "/healthz")[0] == 200
     status, problem = request(served, "GET", "/score")

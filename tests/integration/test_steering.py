@@ -49,7 +49,7 @@ pytestmark = pytest.mark.integration
 WITHIN_S = 60.0
 # The issue's own figure.
 IN_FORCE_WITHIN_S = 1.0
-RELOADS = 6
+RELOADS = 4
 LISTS = (make_list("bad-cards", "block"), make_list("seen-cards", "watch"))
 
 
@@ -248,9 +248,17 @@ def test_a_policy_that_can_not_be_used_is_refused_with_its_place_and_the_old_one
     wait_for_policy(own, before)
     replace_file(rules, good.replace("amount_minor >= 0", "amount_minr >= 0", 1))
     place = "rules/all.yaml:"
-    wait_until(lambda: refused(own) is not None, WITHIN_S, "a worker refuses the policy")
-    told = refused(own)
-    assert told is not None
+    said: list[str] = []
+
+    def refuses() -> bool:
+        # The other worker may answer the next time, a moment behind this one.
+        found = refused(own)
+        if found is not None:
+            said.append(found)
+        return found is not None
+
+    wait_until(refuses, WITHIN_S, "a worker refuses the policy")
+    [told] = said
     assert place in told
     line, column = told.partition(place)[2].split(":")[:2]
     assert int(line) > 0
