@@ -1,7 +1,7 @@
 """`fraudgate replay-decision`: recompute decisions from their receipts, whatever serves now. Identical, or what differs.
 
 Each receipt gives the payment, the feature values, and what decided: the model by its digest, the policy by its digest, the lists by their
-version. About 20 microseconds a decision once a model is loaded, and what reading the receipt costs.
+version. Receipts that share them are decided together.
 """
 
 from __future__ import annotations

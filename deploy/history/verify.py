@@ -1,7 +1,7 @@
 """Is the table `decisions` what the feature jobs wrote? Hash, columns and chain of each row; what was erased must say by whom.
 
 Two passes: one over everything, in whatever order it lies, for hashes and columns; one over places and hashes, by partition, for the chain.
-Called by `fraudgate audit`. About 60 microseconds a row, most of it reading Avro; memory: a batch, and 100 bytes a row of one partition.
+Called by `fraudgate audit`. About 150 microseconds a row, most of it reading Avro; memory: a batch, and 100 bytes a row of one partition.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,15 @@ from gateway.counterfactual import decide_cases
 from gateway.model import Model, load_model
 from gateway.policy import Policy, load_policy
 from gateway.what_if import Case
-from tests.factories_history import amended, make_receipt, read_rows, rewrite_decisions, write_decisions, write_rows
+from tests.factories_history import (
+    amended,
+    make_receipt,
+    read_rows,
+    rewrite_decisions,
+    write_decisions,
+    write_many_decisions,
+    write_rows,
+)
 from tests.factories_model import make_model_dir, risky_row, safe_row
 from tests.unit.gateway.factories import NOW_MS, make_transaction
 
@@ -269,3 +278,23 @@ def test_why_and_its_libraries_keep_spark_and_mlflow_out() -> None:
     code = "import sys; import deploy.history.why, deploy.history.audit, deploy.history.replay, deploy.history.erase; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ).stdout.split()
     assert not {"mlflow", "pyspark", "xgboost", "sklearn"} & set(loaded)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_look_up_among_a_million_receipts_costs_less_than_three_seconds(tmp_path: Path) -> None:
+    """Of CPU, from the command's start to its end: what else runs on the machine doesn't count."""
+    env = {
+        "FRAUDGATE_HOME": str(tmp_path),
+        "FRAUDGATE_REGISTRY_URL": "http://127.0.0.1:9",
+        "FRAUDGATE_MLFLOW_URL": "http://127.0.0.1:9",
+    }
+    settings = load_settings(env)
+    write_many_decisions(settings, 1_000_000)
+    order_receipts(settings, always=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    argv = [sys.executable, "-m", "deploy.cli", "why", "m0654321"]
+    told = subprocess.run(argv, capture_output=True, text=True, check=True, env=os.environ | env)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert told.stdout.startswith("APPROVE  m0654321")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
