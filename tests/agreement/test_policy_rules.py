@@ -163,7 +163,7 @@ class Writer:
         if kind < 4:
             right = self.number(depth - 1)
             op = r.choice("+-*/")
-            return f"({self.number(depth - 1)} {op} {'3' if right == '0' else right})"
+            return f"({self.number(depth - 1)} {op} {'3' if right.strip('-') == '0' else right})"
         if kind == 4:
             return f"-{self.number(depth - 1)}"
         if kind == 5:
