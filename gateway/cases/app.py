@@ -123,6 +123,11 @@ def make_app(service: CaseService) -> FastAPI:
         log.error("cases: the database failed", exc_info=exc)
         return problem(DatabaseFailedError())
 
+    @api.exception_handler(Exception)
+    async def failed(_: Request, exc: Exception) -> Response:
+        # A bug: the server logs it with its traceback, the caller learns no more than that.
+        return problem(GatewayError())
+
     @api.get("/healthz", summary="Alive")
     async def healthz() -> dict[str, str]:
         return {"status": "alive"}

@@ -254,6 +254,19 @@ async def test_decided_reviews_are_forgotten_after_their_time_and_open_ones_neve
         assert (await ask(app, "GET", "/v1/reviews/b"))[0] == 200
 
 
+async def test_a_bug_is_a_problem_too_and_shows_nothing_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with a_service(tmp_path) as (service, app):
+
+        async def broken(*_: object) -> None:
+            raise KeyError("secret")
+
+        monkeypatch.setattr(service, "lists", broken)
+        # For the server's log; it was answered before.
+        with pytest.raises(KeyError):
+            await ask(app, "GET", "/v1/lists")
+        assert 'reason="internal"' in service.metrics.text().decode()
+
+
 async def test_the_api_describes_itself(tmp_path: Path) -> None:
     with a_service(tmp_path) as (_, app):
         status, schema, _ = await ask(app, "GET", "/openapi.json")
