@@ -40,8 +40,7 @@ SEND_NOW_S = 5.0
 
 def put(connection: sqlite3.Connection, records: Sequence[Record], most: int) -> None:
     """Into the outbox, in order. Raises `OutboxFullError` when more than `most` would wait."""
-    [[waiting]] = connection.execute("select count(*) from outbox")
-    if waiting + len(records) > most:
+    if _count(connection) + len(records) > most:
         raise OutboxFullError
     connection.executemany(
         "insert into outbox (topic, key, payload) values (?, ?, ?)", [(r.topic, r.key, r.payload) for r in records]
@@ -125,9 +124,9 @@ class Drainer:
 
     def _drain(self, producer: Producer) -> int:
         """How many of the oldest were delivered. Raises what kept the next from it."""
-        rows = self._database.call(_oldest)
+        rows, waiting = self._database.call(_oldest)
+        self._metrics.outbox.set(waiting)
         if not rows:
-            self._metrics.outbox.set(0)
             return 0
         failed: dict[int, KafkaError] = {}
         done: set[int] = set()
@@ -150,8 +149,7 @@ class Drainer:
                 break
             acknowledged.append(row["seq"])
         if acknowledged:
-            waiting = self._database.call(lambda c: _take_off(c, acknowledged[-1]))
-            self._metrics.outbox.set(waiting)
+            self._metrics.outbox.set(self._database.call(lambda c: _take_off(c, acknowledged[-1])))
             self._metrics.outbox_delivered.inc(len(acknowledged))
         if len(acknowledged) < len(rows):
             producer.purge()
@@ -192,11 +190,18 @@ def _ignore(error: KafkaError) -> None:
     """What a producer meets comes out of its deliveries."""
 
 
-def _oldest(connection: sqlite3.Connection) -> list[sqlite3.Row]:
-    return connection.execute("select seq, topic, key, payload from outbox order by seq limit ?", (BATCH_MAX,)).fetchall()
+def _oldest(connection: sqlite3.Connection) -> tuple[list[sqlite3.Row], int]:
+    """Some, and how many there are."""
+    rows = connection.execute("select seq, topic, key, payload from outbox order by seq limit ?", (BATCH_MAX,)).fetchall()
+    return rows, _count(connection)
 
 
 def _take_off(connection: sqlite3.Connection, seq: int) -> int:
+    """How many are left."""
     connection.execute("delete from outbox where seq <= ?", (seq,))
+    return _count(connection)
+
+
+def _count(connection: sqlite3.Connection) -> int:
     [[waiting]] = connection.execute("select count(*) from outbox")
     return int(waiting)

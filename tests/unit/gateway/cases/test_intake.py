@@ -11,18 +11,22 @@ import pytest
 
 from gateway.avro import encode, encode_receipt
 from gateway.cases.app import BoundedBodies
+from gateway.cases.errors import OutboxFullError
 from gateway.cases.intake import Intake
 from gateway.cases.metrics import CaseMetrics
+from gateway.cases.outbox import Drainer, put
 from gateway.cases.schemas import Schemas
 from gateway.cases.service import CaseService, now_ms
 from gateway.cases.webhook_file import Webhook
 from gateway.cases.webhook_queue import WebhookQueue
 from gateway.contracts.decision import Outcome
 from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry, UnknownSchemaError
-from gateway.contracts.topics import ALERTS, DECISIONS, TOPICS
+from gateway.contracts.topics import ALERTS, AUDIT, DECISIONS, LABELS, TOPICS
 from gateway.contracts.wire import frame
+from gateway.records import Record
+from tests.helpers import until
 from tests.integration.test_jobs import make_receipt
-from tests.unit.gateway.cases.factories import VIEW, a_service
+from tests.unit.gateway.cases.factories import VIEW, a_service, outbox
 from tests.unit.gateway.factories import make_transaction
 
 pytestmark = pytest.mark.anyio
@@ -143,3 +147,18 @@ async def test_a_body_that_does_not_arrive_is_answered_408() -> None:
 
     await BoundedBodies(app, 0.01)({"type": "http", "headers": []}, receive, send)
     assert sent[0]["status"] == 408 and b"request_timeout" in sent[1]["body"]
+
+
+async def test_what_waits_for_kafka_is_counted_and_outlives_the_process(tmp_path: Path) -> None:
+    registry = FakeRegistry()
+    with a_service(tmp_path) as (service, _):
+        metrics = CaseMetrics()
+        service.database.call(lambda c: put(c, [Record(LABELS, b"c", b"x"), Record(AUDIT, b"a", b"y")], 2))
+        with pytest.raises(OutboxFullError):
+            service.database.call(lambda c: put(c, [Record(AUDIT, b"a", b"y")], 2))
+        drainer = Drainer(service.database, Schemas(registry), metrics, "127.0.0.1:1")
+        drainer.start()
+        await until(lambda: metrics.registry.get_sample_value("fraudgate_cases_outbox_records") == 2, 20)
+        drainer.stop()
+    with a_service(tmp_path) as (service, _):
+        assert [record.topic for record in outbox(service)] == [LABELS, AUDIT]
