@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 import pyarrow.dataset as ds
 from deltalake.exceptions import DeltaError
 
@@ -51,7 +52,7 @@ def audit(argv: Sequence[str]) -> int:
             print(json.dumps(found, indent=2) if options.json else _table(found))
             return 0
         verdict = verify(settings, within)
-    except (NoTableError, NoSchemaError, DeltaError, OSError) as exc:
+    except (NoTableError, NoSchemaError, DeltaError, pa.ArrowException, OSError) as exc:
         print(f"fraudgate audit: {exc}", file=sys.stderr)
         return 1
     print(_as_json(verdict) if options.json else readable(verdict))

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 from deltalake.exceptions import DeltaError
 
 from deploy.history.again import decide_again, differences, rung
@@ -148,7 +149,7 @@ def replay_decision(argv: Sequence[str]) -> int:
     settings = load_settings()
     try:
         done = replay(settings, options.transaction_id or chosen_ids(settings, options.last, options.sample, options.seed))
-    except (NoTableError, NoReceiptError, NoSchemaError, UnreadableError, DeltaError, OSError) as exc:
+    except (NoTableError, NoReceiptError, NoSchemaError, UnreadableError, DeltaError, pa.ArrowException, OSError) as exc:
         print(f"fraudgate replay-decision: {exc}", file=sys.stderr)
         return 1
     print(_as_json(done) if options.json else readable(done))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 from deltalake.exceptions import DeltaError
 
 from deploy.explain import FEATURES_SHOWN, Explanation
@@ -41,7 +42,7 @@ def why(argv: Sequence[str]) -> int:
     settings = load_settings()
     try:
         story = story_of(settings, find_receipt(settings, options.transaction_id, options.as_of), options.as_of)
-    except (NoReceiptError, NoTableError, NoSchemaError, UnreadableError, DeltaError, OSError) as exc:
+    except (NoReceiptError, NoTableError, NoSchemaError, UnreadableError, DeltaError, pa.ArrowException, OSError) as exc:
         print(f"fraudgate why: {exc}", file=sys.stderr)
         return 1
     print(msgspec.json.format(msgspec.json.encode(story), indent=2).decode() if options.json else readable(story))

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import pytest
 import redis
 from confluent_kafka import Consumer, TopicPartition
@@ -39,6 +37,7 @@ from gateway.contracts.topics import DECISIONS
 from gateway.policy import load_policy
 from loadtest.adapters import Dataset
 from model_export.cost import CostModel
+from tests.factories_history import read_rows, rewrite_decisions
 from tests.factories_model import make_model_dir
 from tests.helpers import local_settings, run_command, wait_until
 from tests.receipts import Recount, read_topic
@@ -268,13 +267,11 @@ def test_every_decision_comes_out_identical_after_model_and_policy_have_changed_
 
 
 def change_a_byte(settings: Settings) -> None:
-    """Of one payload, in the file itself: the log knows nothing of it."""
-    path = Path(DeltaTable(tables.table_uri(settings.tables, tables.DECISIONS)).file_uris()[0])
-    rows = pq.read_table(path, partitioning=None)
-    payloads = rows["payload"].to_pylist()
-    payloads[17] = payloads[17][:-9] + bytes([payloads[17][-9] ^ 1]) + payloads[17][-8:]
-    place = rows.schema.get_field_index("payload")
-    pq.write_table(rows.set_column(place, rows.schema.field(place), pa.array([payloads], rows.schema.field(place).type)), path)
+    """Of one payload."""
+    rows = read_rows(settings, tables.DECISIONS)
+    payload = rows[17]["payload"]
+    rows[17]["payload"] = payload[:-9] + bytes([payload[-9] ^ 1]) + payload[-8:]
+    rewrite_decisions(settings, rows)
 
 
 def decisions_missing(pipeline: Pipeline) -> int:
