@@ -85,7 +85,7 @@ def data_path(settings: Settings, name: str) -> Path:
 def _kafka(settings: Settings) -> Service:
     """One KRaft node that is broker and controller. Its cluster id is drawn at the first start, which formats the directory."""
     data = data_path(settings, "kafka")
-    properties, logging = data / "server.properties", data / "log4j2.properties"
+    properties, logging, release = data / "server.properties", data / "log4j2.properties", data / "release"
 
     def java(main: str, *arguments: str) -> list[str]:
         jars = settings.jars_path / "kafka"
@@ -99,6 +99,7 @@ def _kafka(settings: Settings) -> Service:
         properties.write_text(_kafka_properties(settings, data / "log"))
         logging.write_text(KAFKA_LOGGING)
         if (data / "log/meta.properties").exists():
+            _check_release(data, release)
             return
         # A format that was interrupted leaves a directory without meta.properties, which may be formatted again.
         cluster_id = "f" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]
@@ -106,6 +107,7 @@ def _kafka(settings: Settings) -> Service:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode != 0:
             raise ServiceFilesError(f"Kafka's data directory {data} could not be formatted:\n{done.stdout}{done.stderr}")
+        release.write_text(KAFKA_RELEASE)
 
     def healthy() -> bool:
         if not _listens(settings.host, settings.kafka_port):
@@ -128,6 +130,16 @@ def _kafka(settings: Settings) -> Service:
         ready_within_s=90,
         stop_within_s=20,
     )
+
+
+def _check_release(data: Path, release: Path) -> None:
+    """Raises `ServiceFilesError` for a directory that a later Kafka has formatted, which the broker would end over with a stack trace."""
+    found = release.read_text().strip() if release.exists() else "4.3"
+    if tuple(map(int, found.split("."))) > tuple(map(int, KAFKA_RELEASE.split("."))):
+        raise ServiceFilesError(
+            f"{data} was written by Kafka {found}, and Fraudgate runs {KAFKA_RELEASE} now, which can't read it: move it away, and Kafka "
+            "starts empty (what the feature jobs have taken is in the tables)"
+        )
 
 
 def _kafka_properties(settings: Settings, log_dir: Path) -> str:
@@ -157,6 +169,8 @@ def _kafka_properties(settings: Settings, log_dir: Path) -> str:
     return "".join(f"{name}={value}\n" for name, value in values.items())
 
 
+# The release that formats a data directory. Earlier versions of Fraudgate ran 4.3 and left no note of it.
+KAFKA_RELEASE = "4.2"
 KAFKA_LOGGING = """\
 status = error
 appender.console.type = Console
