@@ -18,7 +18,7 @@ from deploy.history.lake import NoTableError, open_table, rows_of
 from deploy.history.payloads import NoSchemaError
 from deploy.history.verify import BREAKS_MAX, Range, Verdict, fingerprint, verify
 from gateway.contracts import tables
-from gateway.contracts.audit import read_audit
+from gateway.contracts.audit import AuditEntry, read_audit
 from gateway.contracts.instants import instant_ms
 from gateway.contracts.settings import Settings, load_settings
 
@@ -77,8 +77,10 @@ def changes(
         and (within.to_ms is None or entry.at_ms < within.to_ms)
         and action in (None, entry.action)
     ]
-    found = [e for e in found if (who is None or who in e["who"]) and (subject is None or subject in e["subject"])]
-    return sorted(found, key=lambda entry: entry["at_ms"])
+    # What a gateway has forwarded stands in both, and what was forwarded twice, twice in the table.
+    told = {tuple(e[name] for name in AuditEntry.__struct_fields__): e for e in reversed(found)}
+    chosen_of = [e for e in told.values() if (who is None or who in e["who"]) and (subject is None or subject in e["subject"])]
+    return sorted(chosen_of, key=lambda entry: entry["at_ms"])
 
 
 def _table(entries: list[dict[str, Any]]) -> str:

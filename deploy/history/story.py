@@ -18,7 +18,7 @@ from deploy.history.policies import Books, NoPolicyError, Policies
 from deploy.receipts import CannotExplainError, Loaded, Logged, explainer_of
 from gateway.contracts import tables
 from gateway.contracts.decision import Outcome
-from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT
+from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.reasons import REASON_TEXT
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import Transaction
@@ -227,12 +227,6 @@ def as_of_instant(settings: Settings, as_of: str | None) -> pa.Scalar | None:
 
 def ages_of(receipt: dict[str, Any]) -> list[str]:
     """How old what the features were read from was, in words."""
-    lines = []
-    if receipt["tiles_age_ms"] is not None:
-        lines.append(f"history in Redis {receipt['tiles_age_ms'] / 1000:.1f} s old")
-    lines += [
-        f"{entity.name}: {seq:,} payments before it"
-        for entity, seq in zip(ENTITIES, receipt["observed_seq"] or [], strict=False)
-        if seq >= 0
-    ]
-    return lines
+    if receipt["tiles_age_ms"] is None:
+        return []
+    return [f"history in Redis {receipt['tiles_age_ms'] / 1000:.1f} s old"]
