@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -115,6 +116,7 @@ class SchemaRegistry:
         if self._copy_dir is None:
             return
         self._copy_dir.mkdir(parents=True, exist_ok=True)
-        partial = self._copy_dir / f"{name}.{os.getpid()}.partial"
+        # Threads of one process keep the same answer at the same time.
+        partial = self._copy_dir / f"{name}.{os.getpid()}.{threading.get_ident()}.partial"
         partial.write_text(json.dumps(value))
         partial.replace(self._copy_dir / name)

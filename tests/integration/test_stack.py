@@ -62,7 +62,7 @@ def test_status_prints_a_table_and_json(stack: Stack) -> None:
     assert table.returncode == 0, table.stdout + table.stderr
     assert f"redis     running  {stack.pid('redis')}" in table.stdout
     printed = json.loads(run_command(stack.settings, "status", "--json").stdout)
-    assert [entry["name"] for entry in printed] == ["kafka", "redis", "registry", "mlflow", "jobs", "gateway"]
+    assert [entry["name"] for entry in printed] == ["kafka", "redis", "registry", "mlflow", "jobs", "gateway", "cases"]
 
 
 def test_topics_have_the_partitions_of_the_setting(stack: Stack) -> None:
