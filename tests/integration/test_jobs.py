@@ -40,7 +40,7 @@ from loadtest.encoding import avro_encoder
 from tests.helpers import run_command, running_command
 from tests.receipts import read_topic
 
-pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(360)]
+pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(360)]
 
 ROWS = 3_000
 # Declines that make a burst: the others' merchants stay below, and all cards with a BIN have the same one.

@@ -119,6 +119,7 @@ def test_a_replay_2000_a_second_has_the_features_of_a_naive_recount(pipeline: Pi
     assert recount.differences(SAMPLE, seed=1) == []
 
 
+@pytest.mark.slow
 def test_killing_gateway_driver_and_redis_loses_nothing_and_counts_nothing_twice(
     pipeline: Pipeline, handbook: Path, tmp_path: Path
 ) -> None:

@@ -198,6 +198,7 @@ def in_use(own: Settings, digest: str) -> bool:
     return len(named) == 1 and digest in named[0]
 
 
+@pytest.mark.slow
 def test_a_storm_of_reloads_drops_no_decision_and_mixes_none(own: Settings, gateway: RunningCommand) -> None:
     digests = {load_policy(own.policy_path).digest: 0}
     tail, prefix = Decisions(own), name("storm")
