@@ -7,19 +7,16 @@ runs once and ends; a machine without one keeps it running with --every-hours.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import math
-import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from deltalake.exceptions import DeltaError
 
+from deploy.locked import locked
 from deploy.repeating import HOUR_S, repeat
 from feature_jobs.matured import Matured, newly_matured
 from feature_jobs.training_set import DAY_MS, LABEL_DELAY_DAYS, NoHistoryError, write_training_set
@@ -67,7 +64,8 @@ def attempt(settings: Settings, plan: Plan, say: Callable[[str], None] = lambda 
     """
     registry = Registry(settings.mlflow)
     registry.check()
-    with _alone(settings.home_path):
+    busy = RetrainRunningError(f"another fraudgate retrain is at work in {settings.home_path}")
+    with locked(settings.home_path / LOCK_FILE, busy):
         versions = registry.versions(plan.name)
         matured = _matured(settings, plan, last_trained(versions))
         if matured.payments < plan.labels_min:
@@ -101,21 +99,6 @@ def _matured(settings: Settings, plan: Plan, last: ModelVersion | None) -> Matur
         since_as_of_ms=None if last is None else last.training_as_of_ms,
         since_until_ms=None if last is None else last.training_until_ms,
     )
-
-
-@contextlib.contextmanager
-def _alone(home: Path) -> Iterator[None]:
-    """One retraining at a time in `home`; the kernel lets go of the lock when its process ends, however it ends."""
-    home.mkdir(parents=True, exist_ok=True)
-    fd = os.open(home / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise RetrainRunningError(f"another fraudgate retrain is at work in {home}") from exc
-        yield
-    finally:
-        os.close(fd)
 
 
 def retrain(argv: list[str]) -> int:

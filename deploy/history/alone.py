@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+
+from deploy.locked import locked
 
 LOCK_FILE = ".upkeep.lock"
 
@@ -15,16 +14,6 @@ class UpkeepRunningError(RuntimeError):
     """Another maintenance or erasure works on the same tables."""
 
 
-@contextlib.contextmanager
-def alone(home: Path) -> Iterator[None]:
-    """The kernel lets go of the lock when its process ends, however it ends. Raises `UpkeepRunningError`."""
-    home.mkdir(parents=True, exist_ok=True)
-    fd = os.open(home / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise UpkeepRunningError(f"another fraudgate maintain or erase is at work in {home}") from exc
-        yield
-    finally:
-        os.close(fd)
+def alone(home: Path) -> AbstractContextManager[None]:
+    """Entering it raises `UpkeepRunningError` while another works in `home`."""
+    return locked(home / LOCK_FILE, UpkeepRunningError(f"another fraudgate maintain or erase is at work in {home}"))
