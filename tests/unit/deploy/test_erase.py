@@ -132,8 +132,8 @@ def test_the_chain_verifies_and_the_customer_is_in_no_file_after_the_vacuum(
 
 def test_the_others_keep_everything(settings: Settings) -> None:
     published(settings)
-    assert [row["transaction_id"] for row in read_rows(settings, tables.SILVER)] == ["b1", "b2"]
-    assert [row["offset"] for row in read_rows(settings, tables.BRONZE)] == [1, 3, 5, 7, 9, 11, 12]
+    assert sorted(row["transaction_id"] for row in read_rows(settings, tables.SILVER)) == ["b1", "b2"]
+    assert sorted(row["offset"] for row in read_rows(settings, tables.BRONZE)) == [1, 3, 5, 7, 9, 11, 12]
     assert read_rows(settings, tables.QUARANTINE) == []
     kept = {row["transaction_id"]: row for row in read_rows(settings, tables.DECISIONS)}
     assert kept["b1"]["payload"] is not None
@@ -174,7 +174,7 @@ def test_an_interrupted_erasure_is_run_again(settings: Settings) -> None:
     next(steps)
     steps.close()
     published(settings)
-    assert [row["transaction_id"] for row in read_rows(settings, tables.SILVER)] == ["b1", "b2"]
+    assert sorted(row["transaction_id"] for row in read_rows(settings, tables.SILVER)) == ["b1", "b2"]
 
 
 def test_without_yes_it_only_says_what_it_would_do(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
