@@ -42,15 +42,15 @@ def made_up_rows(rows: int = ROWS, seed: int = SEED) -> TrainingSet:
     return TrainingSet(features=x, is_fraud=is_fraud, event_time_ms=times, table="made up", version=0)
 
 
-def make_model(models_path: Path, trees: int = TREES) -> tuple[Path, int]:
-    """Trains and publishes it as champion, version 1. The ONNX file and how many trees it has. Takes some seconds."""
-    data = made_up_rows()
+def make_model(models_path: Path, trees: int = TREES, version: str = "1", seed: int = SEED) -> tuple[Path, int]:
+    """Trains and publishes it as champion. The ONNX file and how many trees it has. Takes some seconds."""
+    data = made_up_rows(seed=seed)
     model = train(data, rounds_max=trees)
-    package = models_path / f"{INCOMING_PREFIX}{REGISTERED_NAME}-1"
+    package = models_path / f"{INCOMING_PREFIX}{REGISTERED_NAME}-{version}"
     package.mkdir(parents=True)
     write_export(export(model.booster, data.features), package)
-    write_metadata(metadata_of(REGISTERED_NAME, "1", data, model, sha256_file(package / MODEL_FILE)), package)
-    entry = verify_package(package, REGISTERED_NAME, "1")
+    write_metadata(metadata_of(REGISTERED_NAME, version, data, model, sha256_file(package / MODEL_FILE)), package)
+    entry = verify_package(package, REGISTERED_NAME, version)
     place(models_path, package, entry)
     publish(models_path, {Route.CHAMPION.value: entry})
     return models_path / entry.directory / MODEL_FILE, model.trees

@@ -156,7 +156,15 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         Command("replay", "loadtest.commands", "replay", "send a public data set through Kafka or HTTP at a chosen speed"),
     ),
-    "Faults": (Command("chaos", "deploy.chaos", "chaos", "a fault on the gateway that runs, and what it cost: overload"),),
+    "Faults": (
+        Command("chaos", "deploy.chaos", "chaos", "a fault on the gateway that runs, and what it cost: overload"),
+        Command(
+            "soak",
+            "deploy.soak.command",
+            "soak",
+            "minutes of constant load, a fault every two of them, and whether every promise was kept",
+        ),
+    ),
     "Benchmarks": (
         Command(
             "bench",

@@ -149,10 +149,10 @@ def history_of(silver: pa.Table, labels: pa.Table | None = None) -> History:
     return History(request, entities, tuple(changes if e.labelled else None for e in ENTITIES))
 
 
-def read_table(settings: Settings, name: str, columns: list[str]) -> pa.Table | None:
-    """Columns of a table as it is now, None when it doesn't exist."""
+def read_table(settings: Settings, name: str, columns: list[str], where: pc.Expression | None = None) -> pa.Table | None:
+    """Columns of a table as it is now, None when it doesn't exist; of the rows for which `where` holds."""
     try:
-        return DeltaTable(local(tables.table_uri(settings.tables, name))).to_pyarrow_table(columns=columns)
+        return DeltaTable(local(tables.table_uri(settings.tables, name))).to_pyarrow_table(columns=columns, filters=where)
     except TableNotFoundError:
         return None
 

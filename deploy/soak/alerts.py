@@ -1,0 +1,87 @@
+"""Which alerts fired during a soak, from Prometheus, and which should have.
+
+Prometheus keeps every alert's state as the series ALERTS; asking for it afterwards takes nothing from what is measured. Where the stack
+has no Prometheus nothing is said, and the report says that.
+"""
+
+from __future__ import annotations
+
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from deploy.soak.plan import KINDS, Happened
+
+STEP_S = 5
+QUERY_TIMEOUT_S = 20.0
+QUERY = 'ALERTS{alertstate="firing"}'
+
+
+class AlertsUnknownError(RuntimeError):
+    """Prometheus doesn't say. The message says why."""
+
+
+@dataclass(frozen=True)
+class Firing:
+    """An alert that fired, in seconds of the measured time. `what` are its labels but for the name, as text."""
+
+    name: str
+    what: str
+    begin_s: float
+    end_s: float
+
+
+class _Series(msgspec.Struct):
+    metric: dict[str, str]
+    values: list[tuple[float, str]]
+
+
+class _Data(msgspec.Struct):
+    result: list[_Series]
+
+
+class _Reply(msgspec.Struct):
+    data: _Data
+
+
+def firings(prometheus_url: str, begin_s: float, end_s: float) -> list[Firing]:
+    """Between two times (seconds since the epoch). Times of what is returned count from `begin_s`. Raises `AlertsUnknownError`."""
+    query = urllib.parse.urlencode({"query": QUERY, "start": begin_s, "end": end_s, "step": STEP_S})
+    try:
+        with urllib.request.urlopen(f"{prometheus_url}/api/v1/query_range?{query}", timeout=QUERY_TIMEOUT_S) as reply:  # noqa: S310
+            found = msgspec.json.decode(reply.read(), type=_Reply)
+    except (OSError, msgspec.DecodeError) as exc:
+        raise AlertsUnknownError(f"{prometheus_url} doesn't tell of alerts: {exc}") from exc
+    return [f for series in found.data.result for f in stretches(series.metric, [at - begin_s for at, _ in series.values])]
+
+
+def stretches(labels: dict[str, str], at_s: Sequence[float]) -> list[Firing]:
+    """One for each stretch of samples that follow each other without a gap."""
+    name = labels.get("alertname", "")
+    what = " ".join(f"{k}={v}" for k, v in sorted(labels.items()) if k not in ("alertname", "alertstate", "__name__"))
+    out: list[Firing] = []
+    for at in at_s:
+        if out and at - out[-1].end_s <= 2 * STEP_S:
+            out[-1] = Firing(name, what, out[-1].begin_s, at)
+        else:
+            out.append(Firing(name, what, at, at))
+    return out
+
+
+def missing(happened: Sequence[Happened], fired: Sequence[Firing]) -> list[str]:
+    """Complaints: alerts that a fault should have set off, which lasted long enough, and that didn't fire in its window."""
+    found = []
+    for fault in happened:
+        kind = KINDS[fault.kind]
+        begin_s, end_s = fault.window
+        if fault.error or fault.end_s - fault.begin_s < kind.alert_after_s:
+            continue
+        found += [
+            f"{name} should have fired during {fault.kind} at {begin_s:.0f} s and didn't"
+            for name in kind.alerts
+            if not any(f.name == name and f.begin_s <= end_s and f.end_s >= begin_s for f in fired)
+        ]
+    return found

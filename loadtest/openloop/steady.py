@@ -1,0 +1,395 @@
+"""`python -m loadtest.openloop.steady`: a constant load through both doors for a long time, sent as a payment service would.
+
+Open loop: payments leave when they are due, whatever becomes of those before. Nine of ten are posted over keep-alive connections, one is
+put on Kafka. What has no answer FIRST_TRY_S after it was sent, loses its connection or is told 503 is sent once more, the same body
+on a new connection; its latency still counts from when it was due. 429 is not sent again. One wake-up a tick (1 ms) reads every answer
+that is there and sends everything that is due; 35 us of CPU a payment.
+
+Tells `start_s` (the machine's monotonic clock) and `start_ms`, then a line a second, then the result. SIGTERM ends the run early; what
+was sent by then is written all the same. Called by `deploy.soak`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+from confluent_kafka import KafkaError, Message, Producer
+
+from gateway.contracts.settings import load_settings
+from gateway.contracts.topics import LIBRDKAFKA_PARTITIONER, TRANSACTIONS
+from loadtest.openloop.http import RECEIVE_BYTES, TICK_S, request_bytes, status_and_size
+from loadtest.openloop.outcomes import (
+    ACKNOWLEDGED,
+    FAILED,
+    MIXED_UP,
+    NOT_SENT,
+    Log,
+    degraded_bits,
+    is_kafka,
+    outcome_number,
+    reasons_hash,
+)
+from loadtest.openloop.report import cpu_s, tell
+from loadtest.openloop.shoppers import Shoppers, Span
+
+CONNECTIONS, CONNECTIONS_MAX = 64, 512
+# When an answer is so late, it is asked for again on another connection: half of what a payment service has.
+FIRST_TRY_S = 0.05
+# From when it was due. Far beyond what counts as good: so that history knows of late answers too.
+GIVE_UP_S = 2.0
+WAITING_MAX = 20_000
+DRAIN_S = 5.0
+FLUSH_S = 120.0
+BLOCK = 64
+# It shares the machine with what it measures: a generator that waits for a core measures itself.
+NICENESS = -10
+RETRIED = frozenset({503})
+
+
+class _Reason(msgspec.Struct):
+    code: str
+
+
+class _Answer(msgspec.Struct):
+    transaction_id: str
+    decision: str
+    risk_score: int
+    reasons: list[_Reason]
+    degraded: list[str]
+
+
+_decoder = msgspec.json.Decoder(_Answer)
+
+
+class Call:
+    """Payment `number`, due at `due_s`, of which `attempts` have been sent."""
+
+    __slots__ = ("attempts", "due_s", "number", "request")
+
+    def __init__(self, number: int, due_s: float, request: bytes) -> None:
+        self.number, self.due_s, self.request = number, due_s, request
+        self.attempts = 0
+
+
+class Connection:
+    """`call` is the one under way, None when idle. `pending`: not connected yet, it is sent then."""
+
+    __slots__ = ("buffer", "call", "fd", "pending", "sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.call: Call | None = None
+        self.pending = True
+        self.buffer = b""
+
+
+class Caller:
+    """The HTTP side. `clock_s` is monotonic."""
+
+    def __init__(self, address: tuple[str, int], run: str, log: Log, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._address, self._run, self._log, self._clock_s = address, run, log, clock_s
+        self._poller = select.epoll()
+        self._open: dict[int, Connection] = {}
+        self._idle: deque[Connection] = deque()
+        self._waiting: deque[Call] = deque()
+        # When the calls under way are given up, in order, for the first attempt and for the second.
+        self._first: deque[tuple[float, Connection, Call]] = deque()
+        self._second: deque[tuple[float, Connection, Call]] = deque()
+        self.under_way = self.answered = self.retried = 0
+
+    def submit(self, call: Call, now: float) -> None:
+        """Send it on the connection that has been idle longest, on a new one, or as soon as one is free."""
+        self.under_way += 1
+        while self._idle:
+            connection = self._idle.popleft()
+            if connection.fd in self._open and connection.call is None:
+                self._send(connection, call, now)
+                return
+        if len(self._open) < CONNECTIONS_MAX:
+            self._on_a_new_one(call, now)
+        elif len(self._waiting) < WAITING_MAX:
+            self._waiting.append(call)
+        else:
+            self._end(call, NOT_SENT, now)
+
+    def turn(self) -> None:
+        """Read every answer that is there, and give up on what takes too long."""
+        events = self._poller.poll(0)
+        now = self._clock_s()
+        for fd, event in events:
+            connection = self._open.get(fd)
+            if connection is None:
+                continue
+            if connection.pending and event & (select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP):
+                self._connected(connection, now)
+            elif event & (select.EPOLLIN | select.EPOLLERR | select.EPOLLHUP):
+                self._read(connection, now)
+        self._give_up(self._first, now)
+        self._give_up(self._second, now)
+        while self._waiting and self._idle:
+            call = self._waiting.popleft()
+            self.under_way -= 1
+            self.submit(call, now)
+
+    def close(self) -> None:
+        for connection in list(self._open.values()):
+            self._drop(connection)
+        self._poller.close()
+
+    def _on_a_new_one(self, call: Call, now: float) -> None:
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = Connection(sock)
+        self._open[connection.fd] = connection
+        self._poller.register(connection.fd, select.EPOLLIN | select.EPOLLOUT)
+        status = sock.connect_ex(self._address)
+        self._begin(connection, call, now)
+        if status not in (0, errno.EINPROGRESS):
+            self._failed(connection, now)
+
+    def _begin(self, connection: Connection, call: Call, now: float) -> None:
+        connection.call = call
+        call.attempts += 1
+        if call.attempts == 1:
+            self._log.late_us[call.number] = int((now - call.due_s) * 1e6)
+            self._first.append((now + FIRST_TRY_S, connection, call))
+        else:
+            self._second.append((call.due_s + GIVE_UP_S, connection, call))
+
+    def _connected(self, connection: Connection, now: float) -> None:
+        if connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._failed(connection, now)
+            return
+        connection.pending = False
+        self._poller.modify(connection.fd, select.EPOLLIN)
+        if connection.call is not None:
+            self._write(connection, connection.call, now)
+
+    def _send(self, connection: Connection, call: Call, now: float) -> None:
+        self._begin(connection, call, now)
+        self._write(connection, call, now)
+
+    def _write(self, connection: Connection, call: Call, now: float) -> None:
+        try:
+            if connection.sock.send(call.request) != len(call.request):
+                # A request on an idle connection fits into the socket's buffer, or nobody reads at the other end.
+                self._failed(connection, now)
+        except OSError:
+            self._failed(connection, now)
+
+    def _read(self, connection: Connection, now: float) -> None:
+        try:
+            data = connection.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        call = connection.call
+        if not data or call is None:
+            self._failed(connection, now)
+            return
+        data = connection.buffer + data if connection.buffer else data
+        found = status_and_size(data)
+        if found is None or len(data) < found[1]:
+            connection.buffer = data
+            return
+        connection.buffer = b""
+        connection.call = None
+        status, size = found
+        if b"onnection: close" in data[:300] or len(self._open) > CONNECTIONS:
+            self._drop(connection)
+        else:
+            self._idle.append(connection)
+        if status in RETRIED and call.attempts == 1:
+            self._again(call, now)
+            return
+        if status == 200:
+            status = self._note(call, data[data.find(b"\r\n\r\n") + 4 : size])
+        self._end(call, status, now)
+
+    def _note(self, call: Call, body: bytes) -> int:
+        answer, log, i = _decoder.decode(body), self._log, call.number
+        if answer.transaction_id != f"{self._run}-{i}":
+            return MIXED_UP
+        log.outcome[i] = outcome_number(answer.decision)
+        log.score[i] = answer.risk_score
+        if answer.reasons:
+            log.reasons[i] = reasons_hash([r.code for r in answer.reasons])
+        if answer.degraded:
+            log.degraded[i] = degraded_bits(answer.degraded)
+        return 200
+
+    def _end(self, call: Call, status: int, now: float) -> None:
+        log, i = self._log, call.number
+        log.status[i], log.attempts[i] = status, call.attempts
+        log.latency_us[i] = int((now - call.due_s) * 1e6)
+        self.under_way -= 1
+        self.answered += status == 200
+
+    def _give_up(self, deadlines: deque[tuple[float, Connection, Call]], now: float) -> None:
+        while deadlines and deadlines[0][0] <= now:
+            _, connection, call = deadlines.popleft()
+            if connection.call is call:
+                self._failed(connection, now)
+
+    def _failed(self, connection: Connection, now: float) -> None:
+        """Whatever was under way on it is tried once more elsewhere."""
+        call, connection.call = connection.call, None
+        self._drop(connection)
+        if call is None:
+            return
+        if call.attempts == 1:
+            self._again(call, now)
+        else:
+            self._end(call, FAILED, now)
+
+    def _again(self, call: Call, now: float) -> None:
+        self.retried += 1
+        self._on_a_new_one(call, now)
+
+    def _drop(self, connection: Connection) -> None:
+        if self._open.pop(connection.fd, None) is not None:
+            self._poller.unregister(connection.fd)
+            connection.sock.close()
+
+
+class Feeder:
+    """The Kafka side: an idempotent producer, which keeps what it has while the broker is away."""
+
+    def __init__(self, bootstrap: str, log: Log) -> None:
+        self._log = log
+        self._producer = Producer(
+            {
+                "bootstrap.servers": bootstrap,
+                "partitioner": LIBRDKAFKA_PARTITIONER,
+                "enable.idempotence": True,
+                "linger.ms": 5,
+                "queue.buffering.max.messages": 1_000_000,
+                "log_level": 0,
+            }
+        )
+        self.acknowledged = 0
+
+    def submit(self, number: int, due_s: float, card: str, body: bytes, now: float) -> None:
+        log = self._log
+        log.late_us[number], log.attempts[number] = int((now - due_s) * 1e6), 1
+        try:
+            self._producer.produce(TRANSACTIONS, body, card, on_delivery=partial(self._told, number, due_s))
+        except BufferError:
+            log.status[number] = NOT_SENT
+
+    def _told(self, number: int, due_s: float, error: KafkaError | None, _: Message) -> None:
+        self._log.status[number] = FAILED if error is not None else ACKNOWLEDGED
+        self._log.latency_us[number] = int((time.monotonic() - due_s) * 1e6)
+        self.acknowledged += error is None
+
+    def turn(self) -> None:
+        self._producer.poll(0)
+
+    def flush(self) -> int:
+        """How many Kafka had not acknowledged in time."""
+        left: int = self._producer.flush(FLUSH_S)
+        return left
+
+
+class Steady:
+    """One run of `count` payments, `rate_per_s` a second from `start_s` on. `stop` ends it early."""
+
+    def __init__(self, caller: Caller, feeder: Feeder, shoppers: Shoppers, host: str, rate_per_s: float, count: int) -> None:
+        self._caller, self._feeder, self._shoppers, self._host = caller, feeder, shoppers, host
+        self._rate_per_s, self._count = rate_per_s, count
+        self._stopped = False
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def run(self, start_s: float) -> int:
+        """Returns how many were sent, once their answers are there or too late."""
+        caller, feeder, rate = self._caller, self._feeder, self._rate_per_s
+        sent, told_s = 0, start_s
+        block: list[tuple[str, bytes]] = []
+        time.sleep(max(0.0, start_s - time.monotonic()))
+        while sent < self._count and not self._stopped:
+            now = time.monotonic()
+            caller.turn()
+            due = min(self._count, int((now - start_s) * rate) + 1)
+            while sent < due:
+                at = sent % BLOCK
+                if at == 0:
+                    block = self._shoppers.block(sent, min(BLOCK, self._count - sent))
+                self._submit(sent, start_s + sent / rate, *block[at])
+                sent += 1
+            feeder.turn()
+            if now - told_s >= 1.0:
+                told_s += 1.0
+                tell(second=round(told_s - start_s), sent=sent, answered=caller.answered, retried=caller.retried)
+            rest = now + TICK_S - time.monotonic()
+            if rest > 0:
+                time.sleep(rest)
+        give_up_s = time.monotonic() + DRAIN_S
+        while caller.under_way and time.monotonic() < give_up_s:
+            caller.turn()
+            time.sleep(TICK_S)
+        return sent
+
+    def _submit(self, number: int, due_s: float, card: str, body: bytes) -> None:
+        now = time.monotonic()
+        if is_kafka(number):
+            self._feeder.submit(number, due_s, card, body, now)
+        else:
+            self._caller.submit(Call(number, due_s, request_bytes(self._host, "/score", body)), now)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m loadtest.openloop.steady", description=__doc__)
+    parser.add_argument("--run", required=True, help="beginning of the transaction ids")
+    parser.add_argument("--rate", type=float, required=True, metavar="N", help="payments a second")
+    parser.add_argument("--seconds", type=float, required=True, metavar="S", help="how long")
+    parser.add_argument("--seed", type=int, required=True, help="of the payments")
+    parser.add_argument("--skew", action="append", default=[], metavar="FROM:TO", help="seconds in which some clocks are wrong")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write what became of each payment (.npz)")
+    options = parser.parse_args(argv)
+    settings = load_settings()
+    count = int(options.rate * options.seconds)
+    skewed = [Span(*map(float, text.split(":"))) for text in options.skew]
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+    except PermissionError:
+        print("load: without the right to go first, it may be late and say so", file=sys.stderr)
+    log = Log(count)
+    start_s, start_ms = time.monotonic() + 1.0, time.time_ns() // 1_000_000 + 1000
+    caller = Caller((settings.host, settings.gateway_port), options.run, log)
+    feeder = Feeder(settings.bootstrap, log)
+    shoppers = Shoppers(options.run, options.seed, options.rate, start_ms, skewed)
+    steady = Steady(caller, feeder, shoppers, f"{settings.host}:{settings.gateway_port}", options.rate, count)
+    signal.signal(signal.SIGTERM, lambda *_: steady.stop())
+    # Whoever started this decides when it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.collect()
+    gc.disable()
+    tell(start_s=start_s, start_ms=start_ms)
+    sent = steady.run(start_s)
+    caller.close()
+    left = feeder.flush()
+    log.save(options.out)
+    tell(result={"sent": sent, "answered": caller.answered, "retried": caller.retried, "left": left, "cpu_s": cpu_s()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
