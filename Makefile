@@ -49,9 +49,10 @@ format: setup ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: setup ## write docs/settings.md, docs/policy.schema.json and the list in docs/features.md anew
+docs: setup ## write docs/settings.md, docs/metrics.md, docs/policy.schema.json and the list in docs/features.md anew
 	$(BIN)/python -m deploy.settings_page
 	$(BIN)/python -m deploy.features_page
+	$(BIN)/python -m deploy.metrics_page
 	$(BIN)/python -m deploy.policy_schema
 
 clean: ## stop what runs here, remove what was built; the cache of downloads stays

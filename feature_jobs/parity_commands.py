@@ -11,8 +11,9 @@ import threading
 import time
 from types import FrameType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import start_http_server
 
+from feature_jobs.metrics import ParityMetrics
 from feature_jobs.parity import NoReceiptsError, Report, check_parity
 from gateway.contracts.instants import instant_ms
 from gateway.contracts.settings import Settings, load_settings
@@ -85,22 +86,7 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-class LiveMetrics:
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        values = "values (receipts times features) of sampled receipts"
-        self.compared = Counter("fraudgate_parity_compared", f"{values} that were compared", registry=self.registry)
-        self.different = Counter(
-            "fraudgate_parity_different", f"{values} that differed, by feature", ["feature"], registry=self.registry
-        )
-        self.missing = Counter("fraudgate_parity_missing", f"{values} that no receipt held", registry=self.registry)
-        self.stale = Counter("fraudgate_parity_stale_receipts", "sampled receipts that were flagged stale", registry=self.registry)
-        self.checked = Gauge(
-            "fraudgate_parity_checked_timestamp_seconds",
-            "when the last sample was compared, seconds since the epoch",
-            registry=self.registry,
-        )
-
+class LiveMetrics(ParityMetrics):
     def note(self, report: Report) -> None:
         self.compared.inc(report.compared)
         self.missing.inc(report.missing_rows * len(report.equal))

@@ -55,6 +55,7 @@ from gateway.reasons import Reasoner
 from gateway.recent import RecentDecisions
 from gateway.records import guard_record
 from gateway.redis_cluster import link_to
+from gateway.redis_watch import RedisWatch
 from gateway.scorer import Scorer
 from gateway.shadow import ShadowTopic
 from gateway.sharing import STALE_S, SharedCap, asker
@@ -107,6 +108,7 @@ class Gateway:
         self.links = [link_to(settings.redis, settings.feature_budget_ms / 1000) for _ in range(3)]
         *door_links, spare_link = self.links
         self.unobserved = Unobserved(Store(spare_link, claim_ttl_ms), self.metrics)
+        self.redis_watch = RedisWatch(self.links, spare_link, self.metrics)
         ask = asker(spare_link)
         self.guard = Guard(self.models, settings.models_path, self.metrics, alert=self._tell_of_guard, ask=ask)
         self.shadow_topic = ShadowTopic(settings.bootstrap, self.schemas, self.metrics)
@@ -182,6 +184,9 @@ class Gateway:
         self.worker_metrics: WorkerMetrics | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._note_build()
+        # Asked for when somebody reads the metrics.
+        self.metrics.kafka_connected.set_function(lambda: self.kafka is None or not self._consumes or self.kafka.connected)
+        self.metrics.policy_refused.set_function(lambda: self.policies.refused is not None)
         self.api = _make_api(self)
 
     def _open_spool(self) -> Spool:
@@ -206,7 +211,12 @@ class Gateway:
         if settings.kafka_watchdog_s:
             probe = GroupProbe(settings.bootstrap, settings.consumer_group)
             self.watchdog = Watchdog(
-                probe, settings.kafka_watchdog_s, ours=kafka.partitions, restart=kafka.restart_session, leave=self._leave
+                probe,
+                settings.kafka_watchdog_s,
+                ours=kafka.partitions,
+                restart=kafka.restart_session,
+                leave=self._leave,
+                note=self.metrics.standstill_s.set,
             )
             self.watchdog.start()
 
@@ -242,6 +252,7 @@ class Gateway:
             self.loop_watch.run(),
             self.guard.run(),
             self.shared_cap.run(),
+            self.redis_watch.run(),
             self._know_schemas(),
         )
         self._tasks = [asyncio.create_task(work) for work in forever]
@@ -257,6 +268,7 @@ class Gateway:
 
     def consume(self) -> None:
         """Join the consumer group."""
+        self._consumes = True
         if self.kafka is not None:
             self.kafka.start()
             self._watch(self.kafka)

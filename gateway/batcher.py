@@ -116,6 +116,9 @@ class Batcher:
         self._next_rows = 0
         self._drained = asyncio.Event()
         self._draining = False
+        # Asked for when somebody reads the metrics.
+        metrics.in_flight.set_function(lambda: self._open)
+        metrics.in_flight_limit.set_function(lambda: self._limit.limit)
 
     @property
     def in_flight(self) -> int:
@@ -286,8 +289,10 @@ class Batcher:
         self._next.set()
         now_s = self._answer(batch, results)
         metrics = self._metrics
-        metrics.step_ms.observe("publish", [(now_s - published_from_s) * 1000])
-        metrics.latency_ms.observe(Door.HTTP.value, [(now_s - accepted.received_s) * 1000 for accepted in batch])
+        metrics.step_s.observe("publish", [now_s - published_from_s])
+        latencies_s = [now_s - accepted.received_s for accepted in batch]
+        metrics.latency_s.observe(Door.HTTP.value, latencies_s)
+        metrics.http_level.answered(latencies_s)
         verdicts = Counter([result.verdict for result in results])
         if verdicts[Verdict.DUPLICATE]:
             metrics.duplicates.labels(Door.HTTP.value).inc(verdicts[Verdict.DUPLICATE])
@@ -301,8 +306,6 @@ class Batcher:
             del in_flight[transaction_id]
             deciding.discard(transaction_id)
             self._tell(accepted, result, now_s)
-        self._metrics.in_flight.set(self._open)
-        self._metrics.in_flight_limit.set(self._limit.limit)
         return now_s
 
     def _tell(self, accepted: Accepted, result: Result | RefusedError | None, now_s: float) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+from gateway.contracts.decision import Door
 from gateway.errors import TITLES, GatewayError, problem_reply
 from gateway.http import Reply
 from gateway.metrics import Metrics
@@ -132,7 +133,8 @@ class Connections:
         self._metrics.connections.set(len(self._open))
         self._metrics.connections_held.set(len(self._held))
         for reason, n in self.shed.items():
-            self._metrics.refused.labels(reason, "http").inc(n)
+            self._metrics.refused.labels(reason, Door.HTTP.value).inc(n)
+            self._metrics.http_level.failed(n)
         self.shed.clear()
 
 

@@ -25,6 +25,7 @@ from gateway.errors import (
     Headers,
     InProgressError,
     MethodNotAllowedError,
+    OverloadedError,
     problem_reply,
 )
 from gateway.job import Result, Verdict
@@ -95,6 +96,8 @@ class ScoreDoor:
         """The answer to an error, which is counted."""
         reason = error.reason.value if isinstance(error, RefusedError) else error.reason
         self._metrics.refused.labels(reason, Door.HTTP.value).inc()
+        if isinstance(error, GatewayError) and (error.http_status >= 500 or isinstance(error, OverloadedError)):
+            self._metrics.http_level.failed(1)
         return problem_reply(error)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

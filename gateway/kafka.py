@@ -91,6 +91,8 @@ class KafkaDoor:
         self._carried: dict[TopicPartition, int] = {}
         self._carried_by: Membership | None = None
         self._committed_s = 0.0
+        # Records that were read and whose offsets are not committed.
+        self._uncommitted = 0
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -159,6 +161,7 @@ class KafkaDoor:
         link = self._link = self._make_link()
         committing: asyncio.Task[None] | None = None
         self._carried.clear()
+        self._uncommitted = 0
         try:
             await loop.run_in_executor(commits, link.open)
             self._metrics.kafka_sessions.inc()
@@ -171,6 +174,7 @@ class KafkaDoor:
                     await committing
                     committing = None
                 chunk, results, records = await self._decide(messages, membership)
+                self._uncommitted += len(messages)
                 if membership is None or not self._due(results, records):
                     continue
                 if committing is not None:
@@ -180,7 +184,8 @@ class KafkaDoor:
                 self._carried.clear()
                 self._committed_s = time.monotonic()
                 committed = loop.run_in_executor(commits, link.commit, records, offsets, membership)
-                committing = asyncio.create_task(self._note_commit(committed, link, chunk, results))
+                committing = asyncio.create_task(self._note_commit(committed, link, chunk, results, self._uncommitted))
+                self._uncommitted = 0
                 if len(messages) < CHUNK_RECORDS_MAX:
                     await asyncio.sleep(max(0.0, began_s + self._chunk_interval_s - time.monotonic()))
             if committing is not None:
@@ -206,6 +211,7 @@ class KafkaDoor:
             # Another may own them now, and what was skipped is skipped again.
             self._carried.clear()
             self._carried_by = membership
+            self._metrics.lag.clear()
         if not messages:
             return Chunk(), [], []
         if membership is None:
@@ -233,9 +239,12 @@ class KafkaDoor:
         self._carried.update(chunk.next_offsets)
         return chunk, results, records
 
-    async def _note_commit(self, committed: asyncio.Future[None], link: Link, chunk: Chunk, results: Sequence[Result]) -> None:
+    async def _note_commit(
+        self, committed: asyncio.Future[None], link: Link, chunk: Chunk, results: Sequence[Result], consumed: int
+    ) -> None:
         began_s = time.monotonic()
         await committed
+        self._metrics.consumed.inc(consumed)
         self._count(chunk, results, began_s)
         self._note_lag(link, chunk.next_offsets)
 
@@ -299,13 +308,18 @@ class KafkaDoor:
     def _count(self, chunk: Chunk, results: Sequence[Result], published_from_s: float) -> None:
         metrics, door = self._metrics, Door.KAFKA.value
         now_s, now_ms = time.monotonic(), time.time_ns() // 1_000_000
-        metrics.step_ms.observe("commit", [(now_s - published_from_s) * 1000])
+        metrics.step_s.observe("commit", [now_s - published_from_s])
         if results:
             # Since the producer's timestamp: what somebody who waits for the receipt sees.
-            metrics.latency_ms.observe(door, [max(0, now_ms - r.job.arrived_ms) for r in results])
+            latencies_s = [max(0, now_ms - r.job.arrived_ms) / 1000 for r in results]
+            metrics.latency_s.observe(door, latencies_s)
+            metrics.kafka_level.answered(latencies_s)
         duplicates = sum(r.verdict is Verdict.DUPLICATE for r in results)
         if duplicates:
             metrics.duplicates.labels(door).inc(duplicates)
+        failed = chunk.refusals.count(FAILED)
+        if failed:
+            metrics.kafka_level.failed(failed)
         for reason, n in Counter(chunk.refusals).items():
             metrics.refused.labels(str(reason), door).inc(n)
 

@@ -30,7 +30,7 @@ class LoopWatch:
         self._metrics = metrics
         self._idle = idle
         self._clock_s = clock_s
-        self._lags_ms: list[float] = []
+        self._lags_s: list[float] = []
         self._gc_began_s = 0.0
         self._collected_s = 0.0
         # Mean of the latest ticks, seconds.
@@ -55,11 +55,11 @@ class LoopWatch:
         """One tick came `lag_s` late."""
         lag_s = max(0.0, lag_s)
         self.lag_s += LAG_WEIGHT * (lag_s - self.lag_s)
-        self._lags_ms.append(lag_s * 1000)
-        if len(self._lags_ms) >= REPORT_TICKS:
-            self._metrics.pause_ms.observe(LOOP, self._lags_ms)
-            self._metrics.loop_lag_max_ms.set(max(self._lags_ms))
-            self._lags_ms.clear()
+        self._lags_s.append(lag_s)
+        if len(self._lags_s) >= REPORT_TICKS:
+            self._metrics.pause_s.observe(LOOP, self._lags_s)
+            self._metrics.loop_lag_max_s.set(max(self._lags_s))
+            self._lags_s.clear()
         if self._idle() and self._clock_s() - self._collected_s > COLLECT_IDLE_S:
             self._collected_s = self._clock_s()
             gc.collect()
@@ -68,4 +68,4 @@ class LoopWatch:
         if phase == "start":
             self._gc_began_s = self._clock_s()
         else:
-            self._metrics.pause_ms.observe(GC, [(self._clock_s() - self._gc_began_s) * 1000])
+            self._metrics.pause_s.observe(GC, [self._clock_s() - self._gc_began_s])

@@ -90,7 +90,7 @@ class Reasoner:
             done, _ = await asyncio.wait([work], timeout=until_s - started_s)
             if done:
                 found = work.result()
-            self._metrics.step_ms.observe("reasons", [(self._clock_s() - started_s) * 1000])
+            self._metrics.step_s.observe("reasons", [self._clock_s() - started_s])
         if found:
             count.labels("model").inc(len(found))
         if len(found) < rows:

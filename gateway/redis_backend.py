@@ -65,6 +65,8 @@ class Found:
     before: list[bytes | None]
     settled: npt.NDArray[np.bool_]
     values: list[bytes]
+    # From writing the commands until all replies were there.
+    round_trip_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -120,10 +122,12 @@ class SingleRedis:
 
     async def observe(self, call: Call, deadline_s: float) -> Found:
         packed = self.pack(call)
+        sent_s = time.monotonic()
         before, values = await self._both(call, packed, deadline_s)
         if isinstance(before, Exception) and str(before).startswith("NOSCRIPT"):
             await self._link.call(("SCRIPT", "LOAD", OBSERVE_LUA), deadline_s - time.monotonic())
             before, values = await self._both(call, packed, deadline_s)
+        round_trip_s = time.monotonic() - sent_s
         for reply in (before, values):
             if isinstance(reply, Exception):
                 raise RedisReplyError(str(reply))
@@ -131,7 +135,7 @@ class SingleRedis:
         for row, job in enumerate(call.batch):
             if before[row] is not None and settles(before[row], job.claim):
                 settled[row] = True
-        return Found(values[0], before, settled, [value or b"" for value in values[1:]])
+        return Found(values[0], before, settled, [value or b"" for value in values[1:]], round_trip_s)
 
     async def _both(self, call: Call, packed: bytes, deadline_s: float) -> tuple[Any, Any]:
         """The replies of the script and of MGET: one transaction, so that the Spark job moves nothing between heads and tiles.
@@ -220,10 +224,11 @@ class ClusterRedis:
             raise RedisUnavailableError("a part of the cluster is out of reach")
         progress: Keyed = (PROGRESS_SLOT, ("GET", PROGRESS_KEY))
         rows = range(len(call.batch))
+        sent_s = time.monotonic()
         if not call.update:
             # A what-if read claims nothing: one round is enough.
             replies = await self._link.call_all([progress, *self._observations(call, rows)], deadline_s - time.monotonic())
-            return _found(call, replies[0], [None] * len(rows), replies[1:])
+            return _found(call, replies[0], [None] * len(rows), replies[1:], time.monotonic() - sent_s)
         progress_now, *before = await self._link.call_all([progress, *self.pack(call)], deadline_s - time.monotonic())
         left = []
         for row, job in enumerate(call.batch):
@@ -236,7 +241,7 @@ class ClusterRedis:
         if left_s <= 0:
             raise RedisUnavailableError("no time left to observe")
         observed = await self._link.call_all(self._observations(call, left), left_s) if left else []
-        return _found(call, progress_now, before, observed)
+        return _found(call, progress_now, before, observed, time.monotonic() - sent_s)
 
     def pack(self, call: Call) -> list[Keyed]:
         """The commands that claim the transactions."""
@@ -285,7 +290,7 @@ class ClusterRedis:
         self._link.send_all(commands).add_done_callback(lambda task: task.cancelled() or task.exception())
 
 
-def _found(call: Call, progress: bytes | None, before: list[bytes | None], observed: list[Any]) -> Found:
+def _found(call: Call, progress: bytes | None, before: list[bytes | None], observed: list[Any], round_trip_s: float) -> Found:
     """The replies of single calls, one for each entity of each transaction that nothing settles."""
     settled = np.array([record is not None and settles(record, job.claim) for record, job in zip(before, call.batch, strict=True)])
     named = call.requests.lengths[:, ENTITY_TEXT] >= 0
@@ -298,7 +303,7 @@ def _found(call: Call, progress: bytes | None, before: list[bytes | None], obser
             tiles.append(of_tiles)
             if ENTITIES[e].labelled:
                 frauds.append(of_frauds)
-    return Found(progress, before, settled, tiles + frauds + heads)
+    return Found(progress, before, settled, tiles + frauds + heads, round_trip_s)
 
 
 def settles(before: bytes, claim: bytes) -> bool:

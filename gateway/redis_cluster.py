@@ -77,6 +77,11 @@ class ClusterLink:
         """True when every slot has a master, and each of them a standing connection."""
         return self._covered and all(link.ready for link in self._masters)
 
+    @property
+    def nodes(self) -> list[RedisLink]:
+        """The links to all nodes that are known."""
+        return list(self._links.values())
+
     def start(self) -> None:
         """Begin to connect. The link serves when `ready` is True."""
         self._keeper = asyncio.create_task(self._keep())

@@ -186,6 +186,10 @@ class RedisLink:
     def ready(self) -> bool:
         return self._connection is not None
 
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self._port}"
+
     def start(self) -> None:
         """Begin to connect. The link serves when `ready` is True."""
         self._wanted.set()

@@ -130,6 +130,9 @@ class Scorer:
         self._explorer = explorer
         self._routed_champion = metrics.routed.labels(Route.CHAMPION.value)
         self._routed_challenger = metrics.routed.labels(Route.CHALLENGER.value)
+        # What the store had counted when it was last told.
+        self._counted = (0, 0, 0)
+        self._store_counters = (metrics.values_refused, metrics.writes_refused, metrics.records_failed)
         self._slack = slack
         self._now_ms = now_ms
         self._clock_s = clock_s
@@ -149,6 +152,10 @@ class Scorer:
         observation = None
         if timeout_s > 0 and self._store.ready:
             observation = await self._store.observe(jobs, requests, timeout_s)
+        if observation is None:
+            self._metrics.redis_timeouts.labels(jobs[0].door.value).inc()
+        else:
+            self._metrics.redis_round_trip_s.observe(jobs[0].door.value, [observation.round_trip_s])
         timing = _Timing(started_s, self._clock_s())
         results, overtaken = self._settle(jobs, observation)
         taken = {id(job) for job in overtaken}
@@ -411,10 +418,12 @@ class Scorer:
                 for hit, n in Counter(hit for of_row in hits for hit in of_row).items():
                     counter.labels(hit).inc(n)
         metrics.batch_rows.observe(door, [len(jobs)])
-        metrics.step_ms.observe("features", [(timing.observed_s - timing.started_s) * 1000])
-        metrics.step_ms.observe("model", [(timing.modelled_s - timing.observed_s) * 1000])
-        metrics.step_ms.observe("policy", [(timing.decided_s - timing.modelled_s) * 1000])
-        metrics.redis_ready.set(self._store.ready)
-        metrics.values_refused.set(self._store.refused_values)
-        metrics.writes_refused.set(self._store.refused_writes)
-        metrics.records_failed.set(self._store.failed_records)
+        metrics.step_s.observe("features", [timing.observed_s - timing.started_s])
+        metrics.step_s.observe("model", [timing.modelled_s - timing.observed_s])
+        metrics.step_s.observe("policy", [timing.decided_s - timing.modelled_s])
+        store = self._store
+        counted = store.refused_values, store.refused_writes, store.failed_records
+        if counted != self._counted:
+            for counter, now, before in zip(self._store_counters, counted, self._counted, strict=True):
+                counter.inc(now - before)
+            self._counted = counted

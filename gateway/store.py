@@ -59,6 +59,8 @@ class Observation:
     tiles_age_ms: int | None
     # False when Redis could only be looked at: nothing was claimed or observed.
     written: bool = True
+    # How long Redis was waited for.
+    round_trip_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -282,6 +284,7 @@ class Store:
             label_changes=label_changes,
             stale=stale,
             tiles_age_ms=None if progress is None else max(0, now_ms - progress.written_at_ms),
+            round_trip_s=found.round_trip_s,
         )
 
 

@@ -104,7 +104,9 @@ class Standstill:
 
 
 class Watchdog:
-    """`ours` says which partitions this gateway is to move, None when it is in no group. All callbacks come from its thread."""
+    """`ours` says which partitions this gateway is to move, None when it is in no group. `note` is told how long one has stood still,
+    seconds. All callbacks come from its thread.
+    """
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class Watchdog:
         ours: Callable[[], Collection[int] | None],
         restart: Callable[[], None],
         leave: Callable[[], None],
+        note: Callable[[float], None] = lambda _: None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._probe = probe
@@ -122,6 +125,9 @@ class Watchdog:
         self._ours = ours
         self._restart = restart
         self._leave = leave
+        self._note = note
+        # Where a readable partition stands still, and since when.
+        self._stuck: dict[int, tuple[int, float]] = {}
         self._clock_s = clock_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kafka-watchdog", daemon=True)
@@ -144,9 +150,11 @@ class Watchdog:
             ours = self._ours()
             told = self._standstill.look(self._clock_s(), behind, behind if ours is None else ours)
             told = {p: times for p, times in told.items() if self._probe.readable(p, behind[p])}
+            self._note_stuck(behind, told)
         except (KafkaException, KeyError) as exc:
             log.debug("watchdog: Kafka can't be asked: %r", exc)
             self._standstill = Standstill(self._limit_s)
+            self._note_stuck({}, {})
             return
         if not told or self._stop.is_set():
             return
@@ -156,6 +164,13 @@ class Watchdog:
         else:
             log.error("watchdog: partitions %s stand still; a new session starts", sorted(told))
             self._restart()
+
+    def _note_stuck(self, behind: Mapping[int, int], told: Mapping[int, int]) -> None:
+        now_s = self._clock_s()
+        self._stuck = {p: (offset, since_s) for p, (offset, since_s) in self._stuck.items() if behind.get(p) == offset}
+        for partition, times in told.items():
+            self._stuck.setdefault(partition, (behind[partition], now_s - times * self._limit_s))
+        self._note(max((now_s - since_s for _, since_s in self._stuck.values()), default=0.0))
 
 
 def leave_process() -> None:

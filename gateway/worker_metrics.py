@@ -17,30 +17,16 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from gateway.contracts.metrics import GATEWAY, Over
+
 log = logging.getLogger(__name__)
 
 SOCKET, LAST, DEPARTED = ".sock", ".last", "departed"
 ASK_TIMEOUT_S = 1.0
 ANSWER_BYTES_MAX = 16 * 1024 * 1024
-# The rest of the gauges are amounts, which add up.
-SMALLEST = frozenset({"fraudgate_redis_ready", "fraudgate_lists_version"})
-LARGEST = frozenset(
-    {
-        "fraudgate_build_info",
-        "fraudgate_model_info",
-        "fraudgate_loop_lag_max_ms",
-        "fraudgate_challenger_share",
-        "fraudgate_guard_out",
-        "fraudgate_guard_evidence",
-        "fraudgate_explore_spent_minor",
-        "fraudgate_lists_entries",
-        "fraudgate_lists_lag_records",
-        "fraudgate_lists_missing",
-        "fraudgate_lists_trouble",
-    }
-)
+SMALLEST = frozenset(metric.name for metric in GATEWAY if metric.over is Over.LEAST)
+LARGEST = frozenset(metric.name for metric in GATEWAY if metric.over is Over.MOST)
 _GAUGE = "gauge"
-_CREATED = "_created"
 
 
 class Family(msgspec.Struct):
@@ -69,7 +55,7 @@ _departed = msgspec.msgpack.Decoder(Departed)
 def families_of(metrics: Iterable[Metric]) -> Families:
     found: Families = {}
     for metric in metrics:
-        values = {(s.name, tuple(s.labels.items())): s.value for s in metric.samples if not s.name.endswith(_CREATED)}
+        values = {(s.name, tuple(s.labels.items())): s.value for s in metric.samples}
         found[metric.name] = Family(metric.type, metric.documentation, values)
     return found
 

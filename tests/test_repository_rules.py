@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from deploy import features_page
+from deploy import features_page, metrics_page
 from deploy.settings_page import PAGE_PATH, page
 from gateway.contracts.audit import AuditRecord
 from gateway.contracts.decision import Receipt
 from gateway.contracts.label import Label
 from gateway.contracts.lists import ListChange
+from gateway.contracts.metrics import BY_NAME, SERIES
 from gateway.contracts.topics import AUDIT, DECISIONS, LABELS, LIST_CHANGES, TOPICS, TRANSACTIONS
 from gateway.contracts.transaction import Transaction
 
@@ -36,6 +37,10 @@ LEFTOVER_WORDS = tuple("".join(parts) for parts in (("FIX", "ME"), ("TO", "DO"),
 LEFTOVER = re.compile(rf"(?<![\"'])\b(?:{'|'.join(LEFTOVER_WORDS)})\b(?![\"'])")
 # Says on a line that its sleep isn't a wait for something to become ready: a fake that is slow on purpose, a pace to keep.
 SLEEP_REASON = "# sleeps:"
+METRIC = re.compile(r"(?<![A-Za-z0-9_.])fraudgate_[a-z0-9_]+")
+NO_METRICS: frozenset[str] = frozenset()
+# The changelog tells what an older version exported, and the test of the conventions needs bad names.
+TELLS_OLD_NAMES = {Path("CHANGELOG.md"), Path("tests/unit/contracts/test_metrics_catalogue.py")}
 TEXT_SUFFIXES = frozenset({"", ".avsc", ".json", ".lua", ".md", ".properties", ".py", ".toml", ".txt", ".xml", ".yaml", ".yml"})
 
 
@@ -112,6 +117,19 @@ def sleep_complaints(source: str) -> list[str]:
 
 def leftover_complaints(text: str) -> list[str]:
     return [f"line {i}: {line.strip()}" for i, line in enumerate(text.splitlines(), 1) if LEFTOVER.search(line)]
+
+
+def metric_complaints(text: str) -> list[str]:
+    """Names that look like metrics of ours and aren't in the catalogue. The beginning of one, before a `*`, is fine."""
+    complaints = []
+    for i, line in enumerate(text.splitlines(), 1):
+        for found in METRIC.finditer(line):
+            name, behind = found[0], line[found.end() : found.end() + 1]
+            if name in SERIES or name in BY_NAME or name in NO_METRICS:
+                continue
+            if not (behind in ("*", "=") or name.endswith("_") and any(known.startswith(name) for known in BY_NAME)):
+                complaints.append(f"line {i} names {name}")
+    return complaints
 
 
 def schema_complaints(schema: dict[str, Any], struct: type[msgspec.Struct]) -> list[str]:
@@ -192,6 +210,30 @@ def test_every_setting_stands_on_its_page() -> None:
 def test_every_feature_is_documented() -> None:
     text = features_page.PAGE_PATH.read_text()
     assert text == features_page.page(text), "run make docs"
+
+
+def test_every_metric_stands_on_its_page() -> None:
+    assert metrics_page.PAGE_PATH.read_text() == metrics_page.page(), "run make docs"
+
+
+def test_every_metric_that_is_named_anywhere_is_one_of_the_catalogue() -> None:
+    complaints = []
+    for path in text_files():
+        if path != Path(__file__) and path.relative_to(ROOT) not in TELLS_OLD_NAMES:
+            complaints += [f"{path.relative_to(ROOT)}: {c}" for c in metric_complaints(path.read_text())]
+    assert complaints == []
+
+
+def test_a_metric_that_nobody_exports_is_seen() -> None:
+    assert metric_complaints("rate(fraudgate_decisions[5m])") == ["line 1 names fraudgate_decisions"]
+    assert metric_complaints("histogram_quantile(0.99, fraudgate_decision_latency_ms_bucket)") != []
+    assert (
+        metric_complaints(
+            "fraudgate_decision_latency_seconds_bucket, fraudgate_jobs_up{query}, `fraudgate_cases_*`, job_fraudgate_x"
+        )
+        == []
+    )
+    assert metric_complaints("fraudgate_webhook_queued_total and fraudgate_spool_bytes") == []
 
 
 def test_every_setting_says_what_it_is() -> None:

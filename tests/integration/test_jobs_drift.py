@@ -147,7 +147,7 @@ def stream_time(settings: Settings) -> float:
         said = metrics(settings)
     except OSError:
         return 0.0
-    lines = [line.split()[-1] for line in said.splitlines() if line.startswith("fraudgate_jobs_drift_stream_time")]
+    lines = [line.split()[-1] for line in said.splitlines() if line.startswith("fraudgate_jobs_drift_stream_timestamp_seconds")]
     return float(lines[0]) * 1000 if lines else 0.0
 
 

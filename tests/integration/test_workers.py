@@ -76,7 +76,7 @@ def test_workers_are_one_gateway_with_one_page_of_metrics(own: Settings, gateway
     tail.close()
     found = metrics(own)
     assert found["fraudgate_workers"] == WORKERS
-    assert found['fraudgate_decision_latency_ms_count{door="http"}'] == len(offered.samples)
+    assert found['fraudgate_decision_latency_seconds_count{door="http"}'] == len(offered.samples)
     decided = sum(n for line, n in found.items() if line.startswith("fraudgate_decisions_total") and 'door="http"' in line)
     assert decided == len(offered.samples)
     # A worker that dies at once is started anew, and what was counted stays counted.
@@ -86,7 +86,7 @@ def test_workers_are_one_gateway_with_one_page_of_metrics(own: Settings, gateway
     gateway.wait_until(lambda: gateway.log().count("serves (pid") == WORKERS + 1, READY_WITHIN_S, "it serves")
     after = metrics(own)
     assert after["fraudgate_workers"] == WORKERS
-    assert after['fraudgate_decision_latency_ms_count{door="http"}'] == len(offered.samples)
+    assert after['fraudgate_decision_latency_seconds_count{door="http"}'] == len(offered.samples)
     assert post(own, make_transaction(name("again")))[0] == 200
 
 
@@ -126,7 +126,7 @@ def test_workers_are_replaced_under_load_and_no_request_fails(own: Settings, gat
     assert worker_pids(gateway).isdisjoint(first)
     assert (before.statuses()[200], during.statuses()) == (len(before.samples), {200: len(during.samples)})
     assert during.mixed_up == 0
-    assert metrics(own)['fraudgate_decision_latency_ms_count{door="http"}'] == len(before.samples) + len(during.samples)
+    assert metrics(own)['fraudgate_decision_latency_seconds_count{door="http"}'] == len(before.samples) + len(during.samples)
 
 
 @pytest.mark.slow

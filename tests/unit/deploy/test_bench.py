@@ -59,7 +59,6 @@ def test_decisions_that_went_without_something_are_counted_apart_from_those_with
     text = (
         'fraudgate_decisions_total{door="http",outcome="approve"} 90.0\nfraudgate_decisions_total{door="kafka",outcome="decline"} 10.0\n'
         'fraudgate_degraded_total{kind="stale_features"} 100.0\nfraudgate_degraded_total{kind="request_only"} 7.0\n'
-        'fraudgate_decisions_created{door="http",outcome="approve"} 1.7e+09\n'
     )
     assert decided_and_lacking(text) == {"decided": 100.0, "lacking": 7.0, "declined": 10.0}
 

@@ -10,9 +10,9 @@ def test_a_loop_that_comes_late_is_told() -> None:
     for i in range(REPORT_TICKS):
         watch.note(0.025 if i == 3 else 0.0001)
     text = metrics.text().decode()
-    assert 'fraudgate_pause_ms_bucket{le="20.0",of="loop"} 99.0' in text
-    assert 'fraudgate_pause_ms_count{of="loop"} 100.0' in text
-    assert "fraudgate_loop_lag_max_ms 25.0" in text
+    assert 'fraudgate_pause_seconds_bucket{le="0.02",of="loop"} 99.0' in text
+    assert 'fraudgate_pause_seconds_count{of="loop"} 100.0' in text
+    assert "fraudgate_loop_lag_max_seconds 0.025" in text
     assert 0 < watch.lag_s < 0.001
 
 

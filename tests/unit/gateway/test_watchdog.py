@@ -32,6 +32,7 @@ class Watched:
         self.broker = FakeBroker()
         self.now_s = 1000.0
         self.acts: list[str] = []
+        self.standstills_s: list[float] = []
         self.ours = ours
         self.watchdog = Watchdog(
             self.broker,
@@ -39,6 +40,7 @@ class Watched:
             ours=lambda: self.ours,
             restart=lambda: self.acts.append("restart"),
             leave=lambda: self.acts.append("leave"),
+            note=self.standstills_s.append,
             clock_s=lambda: self.now_s,
         )
 
@@ -105,3 +107,22 @@ def test_time_without_a_broker_does_not_count() -> None:
     watched.broker.down = False
     watched.look_for(LIMIT_S)
     assert watched.acts == []
+
+
+def test_how_long_a_readable_partition_stands_still_is_told_until_it_moves() -> None:
+    watched = Watched()
+    watched.broker.behind_now = {0: 50}
+    watched.look_for(LIMIT_S - 1)
+    assert watched.standstills_s[-1] == 0
+    watched.look_for(12)
+    assert watched.standstills_s[-1] == LIMIT_S + 10
+    watched.broker.behind_now = {0: 51}
+    watched.look_for(1)
+    assert watched.standstills_s[-1] == 0
+
+
+def test_what_nobody_can_read_does_not_stand_still() -> None:
+    watched = Watched()
+    watched.broker.behind_now, watched.broker.unreadable = {0: 50}, {0}
+    watched.look_for(5 * LIMIT_S)
+    assert set(watched.standstills_s) == {0}

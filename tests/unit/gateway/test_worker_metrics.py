@@ -18,7 +18,7 @@ def values(text: bytes) -> dict[str, float]:
 def worker(directory: Path, name: str, decided: int, in_flight: int = 0, redis: int = 1) -> WorkerMetrics:
     metrics = Metrics()
     metrics.decisions.labels("approve", "http").inc(decided)
-    metrics.latency_ms.observe("http", [3.0] * decided)
+    metrics.latency_s.observe("http", [0.003] * decided)
     metrics.in_flight.set(in_flight)
     metrics.redis_ready.set(redis)
     metrics.workers.set(1)
@@ -26,7 +26,7 @@ def worker(directory: Path, name: str, decided: int, in_flight: int = 0, redis: 
 
 
 DECIDED = 'fraudgate_decisions_total{door="http",outcome="approve"}'
-BUCKET = 'fraudgate_decision_latency_ms_bucket{door="http",le="3.0"}'
+BUCKET = 'fraudgate_decision_latency_seconds_bucket{door="http",le="0.003"}'
 
 
 async def test_whichever_worker_is_asked_answers_for_all(tmp_path: Path) -> None:
