@@ -62,6 +62,7 @@ from gateway.sharing import STALE_S, SharedCap, asker
 from gateway.slack import Slack
 from gateway.spool import Spool, open_orphan, open_own
 from gateway.store import Store
+from gateway.trace_export import open_tracer
 from gateway.unobserved import Unobserved
 from gateway.warm import warm
 from gateway.watchdog import EXIT_STUCK, GroupProbe, Watchdog, leave_process
@@ -116,6 +117,7 @@ class Gateway:
         cap = LossCap(time.monotonic, STALE_S)
         self.shared_cap = SharedCap(cap, self.models, ask, self.metrics)
         self.explorer = Explorer(cap, self.metrics, lambda: time.time_ns() // 1_000_000)
+        self.tracer = open_tracer(settings, self.metrics, CODE_VERSION)
         # Both doors know what either decided lately.
         recent = RecentDecisions(settings.idempotency_window_s)
         self.reasoner = Reasoner(self.metrics)
@@ -132,6 +134,7 @@ class Gateway:
                 reasoner=self.reasoner,
                 explorer=self.explorer,
                 slack=self.slack,
+                tracer=self.tracer,
             )
             for link in door_links
         ]
@@ -158,6 +161,7 @@ class Gateway:
             loop_lag_s=lambda: self.loop_watch.lag_s,
             publish_budget_s=settings.publish_budget_ms / 1000,
             batch_interval_s=settings.batch_interval_ms / 1000,
+            tracer=self.tracer,
         )
         self.keys = KeyBook(Path(settings.api_keys_path).expanduser()) if settings.api_keys_path else None
         self.audit_forwarder = AuditForwarder(settings.models_path, settings.audit_cursor_path, self.publisher.send)
@@ -174,6 +178,7 @@ class Gateway:
                 self._make_link,
                 batch_rows_max=settings.batch_rows_max,
                 chunk_interval_s=settings.kafka_chunk_interval_ms / 1000,
+                tracer=self.tracer,
             )
         self.watchdog: Watchdog | None = None
         # What the process is to end with: not 0 when it can't go on.
@@ -243,6 +248,8 @@ class Gateway:
         self.publisher.start()
         self.publisher.send([policy_loaded(self.policies.policy, None)])
         self.slack.start()
+        if self.tracer is not None:
+            self.tracer.start()
         forever = (
             self.models.watch(),
             self.policies.watch(),
@@ -303,6 +310,8 @@ class Gateway:
             await asyncio.wait(self._tasks)
         await asyncio.to_thread(self.lists.stop)
         await asyncio.to_thread(self.slack.stop)
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.stop)
         await asyncio.to_thread(self.shadow_topic.close)
         await self.publisher.stop(DRAIN_S)
         for link in self.links:

@@ -26,6 +26,8 @@ from gateway.publisher import Publisher
 from gateway.records import Record, decision_records, transaction_records
 from gateway.requests import Requests, read_requests
 from gateway.scorer import TAIL_BUDGET_MS, Scorer
+from gateway.trace import accepted as accepted_traceparent
+from gateway.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +49,20 @@ Done = Callable[[Result | RefusedError | None, float], None]
 class Accepted:
     """One body that is not answered yet, and whom to tell: its caller, then those who retried it meanwhile."""
 
-    __slots__ = ("body", "deadline_s", "done", "explain", "job", "received_s", "retries")
+    __slots__ = ("body", "deadline_s", "done", "explain", "job", "received_s", "retries", "traceparent")
 
     # Once the body is read.
     job: Job
 
-    def __init__(self, body: bytes, received_s: float, deadline_s: float, done: Done, explain: bool) -> None:
+    def __init__(
+        self, body: bytes, received_s: float, deadline_s: float, done: Done, explain: bool, traceparent: bytes | None
+    ) -> None:
         self.body = body
         self.received_s = received_s
         self.deadline_s = deadline_s
         self.done = done
         self.explain = explain
+        self.traceparent = traceparent
         self.retries: list[Done] | None = None
 
     def tell(self, result: Result | RefusedError | None, now_s: float) -> None:
@@ -73,7 +78,7 @@ class Batcher:
     At most `limit.limit` transactions are accepted and not yet answered; `loop_lag_s` tells how busy the event loop is. A retry of one
     of them waits for the first. Decisions are handed to the publisher and answered when its log has them; where it has none, when Kafka
     has acknowledged them or `publish_budget_s` is over. A batch that isn't full begins `batch_interval_s` after the one before, at the
-    earliest. `now_ms` is the wall clock, `clock_s` the monotonic one.
+    earliest. `tracer`, None: there is none, gets what is answered. `now_ms` is the wall clock, `clock_s` the monotonic one.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Batcher:
         publish_budget_s: float,
         batch_interval_s: float = 0.0,
         loop_lag_s: Callable[[], float] = lambda: 0.0,
+        tracer: Tracer | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -99,6 +105,7 @@ class Batcher:
         self._limit = limit
         self._loop_lag_s = loop_lag_s
         self._publish_budget_s = publish_budget_s
+        self._tracer = tracer
         self._now_ms = now_ms
         self._clock_s = clock_s
         # Accepted and not answered, and those of them whose body is not read.
@@ -133,10 +140,18 @@ class Batcher:
             return OverloadedError
         return None
 
-    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done, explain: bool = False) -> None:
-        """Take a body, which is read with the others of its batch. `done` is called later."""
+    def submit(
+        self,
+        body: bytes,
+        received_s: float,
+        deadline_s: float,
+        done: Done,
+        explain: bool = False,
+        traceparent: bytes | None = None,
+    ) -> None:
+        """Take a body, which is read with the others of its batch. `done` is called later. `traceparent` is as the caller sent it."""
         self._open += 1
-        self._pending.append(Accepted(body, received_s, deadline_s, done, explain))
+        self._pending.append(Accepted(body, received_s, deadline_s, done, explain, traceparent))
         if deadline_s - received_s < HURRY_S:
             self._urgent = True
             self._next.set()
@@ -188,6 +203,8 @@ class Batcher:
             accepted.body = b""
             job = accepted.job = http_job(transaction_id, card_id, record, received_ms, received_s, accepted.deadline_s)
             job.explain = accepted.explain
+            if self._tracer is not None and accepted.traceparent is not None:
+                job.traceparent = accepted_traceparent(accepted.traceparent)
             first = in_flight.setdefault(transaction_id, accepted)
             if first is not accepted:
                 self._retried(first, accepted, now_s)
@@ -293,6 +310,8 @@ class Batcher:
         latencies_s = [now_s - accepted.received_s for accepted in batch]
         metrics.latency_s.observe(Door.HTTP.value, latencies_s)
         metrics.http_level.answered(latencies_s)
+        if self._tracer is not None:
+            self._tracer.finish(results, published_from_s, now_s)
         verdicts = Counter([result.verdict for result in results])
         if verdicts[Verdict.DUPLICATE]:
             metrics.duplicates.labels(Door.HTTP.value).inc(verdicts[Verdict.DUPLICATE])

@@ -30,6 +30,7 @@ from gateway.errors import (
 )
 from gateway.job import Result, Verdict
 from gateway.metrics import Metrics
+from gateway.trace import TRACEPARENT_HEADER
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -74,9 +75,9 @@ class ScoreDoor:
         self.clock_s = clock_s
         self.refusal = batcher.refusal
 
-    def submit(self, body: bytes, received_s: float, budget_s: float, done: Done, explain: bool) -> None:
+    def submit(self, body: bytes, received_s: float, budget_s: float, done: Done, explain: bool, traceparent: bytes | None) -> None:
         """Hand to the batcher, which reads the body and calls `done`."""
-        self._batcher.submit(body, received_s, received_s + budget_s, done, explain)
+        self._batcher.submit(body, received_s, received_s + budget_s, done, explain, traceparent)
 
     def budget_of(self, value: bytes) -> float:
         """Seconds to answer in, from the value of the header. Raises `BadDeadlineError` unless it is a whole number above 0."""
@@ -116,7 +117,7 @@ class ScoreDoor:
         received_s = self.clock_s()
         if scope["method"] != "POST":
             raise MethodNotAllowedError
-        budget_s, explain = self.budget_s, False
+        budget_s, explain, traceparent = self.budget_s, False, None
         if self.keys is not None:
             headers = dict(scope["headers"])
             self.keys.check(presented(headers.get(AUTHORIZATION), headers.get(X_API_KEY)), "score")
@@ -125,6 +126,8 @@ class ScoreDoor:
                 budget_s = self.budget_of(value)
             elif name == EXPLAIN_HEADER:
                 explain = self.explain_of(value)
+            elif name == TRACEPARENT_HEADER:
+                traceparent = value
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
@@ -135,7 +138,7 @@ class ScoreDoor:
             if not waiter.done():
                 waiter.set_result(result)
 
-        self.submit(body, received_s, budget_s, done, explain)
+        self.submit(body, received_s, budget_s, done, explain, traceparent)
         answer = answer_of(await waiter)
         encoded = encode_answer(answer)
         return 200, [_CONTENT_TYPE, (b"content-length", str(len(encoded)).encode())], encoded

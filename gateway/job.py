@@ -14,6 +14,7 @@ from gateway.contracts.layout import POSITION
 from gateway.contracts.transaction import Transaction
 from gateway.kernels.intake import READ, UNREAD
 from gateway.requests import Requests, read_requests, transactions_of
+from gateway.trace import Trace
 
 HTTP_POSITION = POSITION.pack(b"h", 0, 0, 0)
 
@@ -41,6 +42,8 @@ class Job:
     offset: int | None = None
     # The caller wants the model's reasons for an approval too.
     explain: bool = False
+    # The caller's W3C context of a trace, or that of the decision's own span once it is traced; goes on with the receipt.
+    traceparent: bytes | None = None
 
     @property
     def claim(self) -> bytes:
@@ -111,3 +114,5 @@ class Result:
     verdict: Verdict
     answer: Answer | None = None
     receipt: bytes | None = None
+    # Of the few that are traced.
+    trace: Trace | None = None

@@ -38,6 +38,8 @@ from gateway.poison import PoisonFilter
 from gateway.records import Record, decision_records
 from gateway.requests import Int64s, read_requests
 from gateway.scorer import Scorer
+from gateway.trace import accepted_of
+from gateway.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ class Chunk:
 
 
 class KafkaDoor:
-    """Runs sessions until stopped. `make_link` makes the link of a new session.
+    """Runs sessions until stopped. `make_link` makes the link of a new session. `tracer`, None: there is none, gets what is committed.
 
     Chunks that aren't full begin `chunk_interval_s` apart: each costs some milliseconds of CPU beside its records, here and at the broker.
     """
@@ -80,7 +82,9 @@ class KafkaDoor:
         *,
         batch_rows_max: int,
         chunk_interval_s: float = 0.01,
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer
         self._chunk_interval_s = chunk_interval_s
         self._poison = PoisonFilter(scorer.decide)
         self._schemas = schemas
@@ -297,6 +301,8 @@ class KafkaDoor:
                 partition=m.partition,
                 offset=m.offset,
             )
+            if self._tracer is not None and m.headers:
+                job.traceparent = accepted_of(m.headers)
             jobs.append(job)
             sources.append(m)
             times_ms.append(t_ms)
@@ -314,6 +320,8 @@ class KafkaDoor:
             latencies_s = [max(0, now_ms - r.job.arrived_ms) / 1000 for r in results]
             metrics.latency_s.observe(door, latencies_s)
             metrics.kafka_level.answered(latencies_s)
+            if self._tracer is not None:
+                self._tracer.finish(results, published_from_s, now_s)
         duplicates = sum(r.verdict is Verdict.DUPLICATE for r in results)
         if duplicates:
             metrics.duplicates.labels(door).inc(duplicates)

@@ -165,6 +165,8 @@ class Metrics(Instruments):
     explored_minor: Counter
     explore_capped: Counter
     explore_spent_minor: Gauge
+    traces: Counter
+    traces_waiting: Gauge
     build_info: Gauge
     policy_loads: Counter
     policy_refused: Gauge

@@ -33,6 +33,7 @@ from gateway.http import (
     encode_answer,
 )
 from gateway.job import Result
+from gateway.trace import TRACEPARENT_HEADER
 
 # Of the request line and the headers. What one read of a socket brings comes on top.
 HEAD_BYTES_MAX = 32 * 1024
@@ -42,7 +43,8 @@ _SCORE_URL = SCORE_PATH.encode()
 _SCORE_QUERY = _SCORE_URL + b"?"
 _EXPECT, _LENGTH = b"expect", b"content-length"
 # To pass over the headers that are none of ours without lowering their names.
-_LENGTHS_OF_NAMES = {len(_EXPECT), len(_LENGTH), len(DEADLINE_HEADER), len(EXPLAIN_HEADER), len(AUTHORIZATION), len(X_API_KEY)}
+_NAMES = (_EXPECT, _LENGTH, DEADLINE_HEADER, EXPLAIN_HEADER, AUTHORIZATION, X_API_KEY, TRACEPARENT_HEADER)
+_LENGTHS_OF_NAMES = {len(name) for name in _NAMES}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -60,6 +62,7 @@ class Exchange:
         "received_s",
         "reply",
         "shed",
+        "traceparent",
         "x_api_key",
     )
 
@@ -71,6 +74,7 @@ class Exchange:
         self.explain = False
         self.authorization: bytes | None = None
         self.x_api_key: bytes | None = None
+        self.traceparent: bytes | None = None
         self.body = b""
         self.read = False
         self.reply: bytes | None = None
@@ -230,6 +234,8 @@ class DoorProtocol(HttpToolsProtocol):
             exchange.authorization = value
         elif name == X_API_KEY:
             exchange.x_api_key = value
+        elif name == TRACEPARENT_HEADER:
+            exchange.traceparent = value
         elif name == _LENGTH and declares_too_much(value):
             raise RefusedError(Refusal.TOO_LARGE)
         return name == _EXPECT and value.lower() == b"100-continue"
@@ -267,7 +273,7 @@ class DoorProtocol(HttpToolsProtocol):
             self._shed(exchange, refusal)
             self._hold()
             return
-        door.submit(body, exchange.received_s, exchange.budget_s, exchange.done, exchange.explain)
+        door.submit(body, exchange.received_s, exchange.budget_s, exchange.done, exchange.explain, exchange.traceparent)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -23,6 +23,7 @@ from gateway.contracts.routing import Verdict
 from gateway.contracts.topics import ALERTS, DECISIONS, SCORED_BY_HTTP, SCORED_HEADER, TRANSACTIONS
 from gateway.contracts.wire import frame
 from gateway.job import Result
+from gateway.trace import TRACEPARENT
 
 # Largest batch of one partition. The broker's own limit is 1,048,588 bytes, records of a batch included.
 BATCH_BYTES_MAX = 900_000
@@ -119,7 +120,8 @@ def decision_records(results: Sequence[Result]) -> list[Record]:
         if result.receipt is None or result.answer is None:
             continue
         answer, key = result.answer, result.job.card_id
-        records.append(Record(DECISIONS, key, result.receipt, form=RECEIPT_FORM))
+        headers = [] if result.job.traceparent is None else [(TRACEPARENT, result.job.traceparent)]
+        records.append(Record(DECISIONS, key, result.receipt, headers, form=RECEIPT_FORM))
         if answer.decision is Outcome.DECLINE:
             alert = {
                 "transaction_id": answer.transaction_id,
@@ -132,7 +134,7 @@ def decision_records(results: Sequence[Result]) -> list[Record]:
                 "kind": "decision",
                 "detail": "",
             }
-            records.append(Record(ALERTS, key, avro.encode_alert(alert), form=ALERT_FORM))
+            records.append(Record(ALERTS, key, avro.encode_alert(alert), headers, form=ALERT_FORM))
     return records
 
 

@@ -27,7 +27,7 @@ from gateway.kernels.points import points
 from gateway.metrics import Metrics
 from gateway.model import ORT_ERRORS, Live, Model, ModelSlot
 from gateway.policy import OUTCOMES, Columns, Decisions
-from gateway.policy_slot import PolicySlot
+from gateway.policy_slot import PolicySlot, Steering
 from gateway.reasons import Reasoner
 from gateway.receipts import Decided, Tail, encode_receipts
 from gateway.recent import RecentDecisions
@@ -35,6 +35,8 @@ from gateway.requests import Requests
 from gateway.slack import Scored as ScoredBatch
 from gateway.slack import Slack
 from gateway.store import Observation, Store, request_only_matrix
+from gateway.trace import Steps
+from gateway.tracing import Tracer
 from gateway.unobserved import Unobserved
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class _Timing:
 
     started_s: float
     observed_s: float
+    # Whether Redis was asked in the first.
+    asked: bool
     modelled_s: float = 0.0
     decided_s: float = 0.0
     explained_s: float = 0.0
@@ -99,8 +103,25 @@ def _tails(decisions: Decisions) -> list[Tail] | None:
     ]
 
 
+def _steps(timing: _Timing, observation: Observation | None, rows: int, steering: Steering) -> Steps:
+    return Steps(
+        timing.started_s,
+        timing.observed_s,
+        timing.modelled_s,
+        timing.decided_s,
+        timing.explained_s,
+        asked=timing.asked,
+        observed=observation is not None,
+        rows=rows,
+        policy_digest=steering.policy.digest,
+        lists_version=steering.lists.version,
+    )
+
+
 class Scorer:
-    """`now_ms` is the wall clock, `clock_s` the monotonic one. `slack` takes what is to be scored by others after the answer."""
+    """`now_ms` is the wall clock, `clock_s` the monotonic one. `slack` takes what is to be scored by others after the answer, `tracer`
+    chooses what is traced.
+    """
 
     def __init__(
         self,
@@ -116,6 +137,7 @@ class Scorer:
         reasoner: Reasoner | None = None,
         explorer: Explorer | None = None,
         slack: Slack | None = None,
+        tracer: Tracer | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -134,6 +156,7 @@ class Scorer:
         self._counted = (0, 0, 0)
         self._store_counters = (metrics.values_refused, metrics.writes_refused, metrics.records_failed)
         self._slack = slack
+        self._tracer = tracer
         self._now_ms = now_ms
         self._clock_s = clock_s
         self._reasoner = Reasoner(metrics, clock_s) if reasoner is None else reasoner
@@ -150,13 +173,14 @@ class Scorer:
             requests = requests_of(jobs)
         timeout_s = self._feature_timeout_s(jobs, started_s)
         observation = None
-        if timeout_s > 0 and self._store.ready:
+        asked = timeout_s > 0 and self._store.ready
+        if asked:
             observation = await self._store.observe(jobs, requests, timeout_s)
         if observation is None:
             self._metrics.redis_timeouts.labels(jobs[0].door.value).inc()
         else:
             self._metrics.redis_round_trip_s.observe(jobs[0].door.value, [observation.round_trip_s])
-        timing = _Timing(started_s, self._clock_s())
+        timing = _Timing(started_s, self._clock_s(), asked)
         results, overtaken = self._settle(jobs, observation)
         taken = {id(job) for job in overtaken}
         rows = [i for i, job in enumerate(jobs) if results[i] is None and id(job) not in taken]
@@ -317,6 +341,9 @@ class Scorer:
             records.append((job, packed))
             if unobserved:
                 self._unobserved.add(job, packed)
+        if self._tracer is not None:
+            decided = [result for i in rows.tolist() if (result := results[i]) is not None]
+            self._tracer.sample(requests, rows, decided, _steps(timing, observation, len(fresh), steering))
         self._store.record(records)
         self._count(fresh, outcomes, decisions, degraded, timing)
         if probability is not None:

@@ -111,6 +111,8 @@ def log_to_stderr(prefix: str = "") -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s {prefix}%(message)s", stream=sys.stderr)
     # aiokafka tells each retry of a connection; the doors say once that Kafka is down.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    # The tracer says once that the collector doesn't take traces.
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -124,6 +124,7 @@ REASON = Label("reason", (), "reasons of refusals (docs/api.md)", 64)
 KIND = Label("kind", tuple(Degraded))
 RULE = Label("rule", (), "rules of the policy", 1000)
 LIST = Label("list", (), "lists of the policy", LISTS_MAX)
+TRACED = Label("outcome", ("sent", "failed", "dropped", "over_limit"))
 EXPLAINED = Label("outcome", ("model", "late", "unexplained"))
 TOPIC = Label("topic", tuple(topics.TOPICS))
 PARTITION = Label("partition", (), "partitions of transactions", 1024)
@@ -313,6 +314,14 @@ GATEWAY: tuple[Metric, ...] = (
         "Of the day's loss cap spent by all gateways, as far as known",
         over=_most,
     ),
+    # Traces.
+    _c(
+        "traces",
+        "fraudgate_traces_total",
+        "Traced decisions: sent to the collector, failed there, dropped as too many waited, or over the limit of a second",
+        TRACED,
+    ),
+    _g("traces_waiting", "fraudgate_traces_waiting", "Traced decisions waiting for the collector"),
     # Policy and lists.
     _g("build_info", "fraudgate_build_info", "What this gateway runs", *BUILD, over=_most),
     _c("policy_loads", "fraudgate_policy_loads_total", "Policies read after the start: taken into use, or refused", LOADED),

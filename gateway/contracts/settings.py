@@ -168,6 +168,22 @@ class Settings:
         most=600_000,
     )
 
+    trace_url: str = _setting(
+        "",
+        "collector that traces of decisions are sent to by OTLP over HTTP, for instance http://127.0.0.1:4318; empty: nothing is traced",
+    )
+    trace_sample_permille: int = _setting(
+        1,
+        "part of the transactions that are traced although their caller says nothing of a trace, by the hash of their transaction_id, per"
+        " mille",
+        least=0,
+        most=1000,
+    )
+    trace_per_s_max: int = _setting(100, "most decisions traced by one process, whoever asks, a second", least=1, most=10_000)
+    trace_waiting_max: int = _setting(
+        1000, "most traced decisions waiting for the collector; more are dropped", least=1, most=100_000
+    )
+
     cases_group: str = _setting("fraudgate-cases", "consumer group of the case service")
     cases_reviews_max: int = _setting(
         100_000,
@@ -392,6 +408,8 @@ def load_settings(env: Mapping[str, str] | None = None) -> Settings:
         raise SettingError("FRAUDGATE_DEDUP_WINDOW_S must be at least FRAUDGATE_IDEMPOTENCY_WINDOW_S")
     if settings.kafka_delivery not in (EXACTLY_ONCE, AT_LEAST_ONCE):
         raise SettingError(f"FRAUDGATE_KAFKA_DELIVERY must be {EXACTLY_ONCE} or {AT_LEAST_ONCE}")
+    if settings.trace_url and not settings.trace_url.startswith(("http://", "https://")):
+        raise SettingError("FRAUDGATE_TRACE_URL must begin with http:// or https://")
     if is_cluster(settings.redis_url):
         try:
             cluster_seeds(settings.redis_url)

@@ -32,12 +32,15 @@ class StubBatcher:
     def refusal(self) -> type[GatewayError] | None:
         return OverloadedError if self._full else None
 
-    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done, explain: bool) -> None:
+    def submit(
+        self, body: bytes, received_s: float, deadline_s: float, done: Done, explain: bool, traceparent: bytes | None
+    ) -> None:
         job = read_job(body, received_s, deadline_s)
         if isinstance(job, RefusedError):
             done(job, 5.0)
             return
         job.explain = explain
+        job.traceparent = traceparent
         self.jobs.append(job)
         done(decided(job) if self._verdict is Verdict.DECIDED else Result(job, self._verdict), 5.0)
 
@@ -187,6 +190,13 @@ async def test_a_caller_may_ask_for_the_reasons_of_an_approval(value: bytes | No
     headers = [] if value is None else [(b"fraudgate-explain", value)]
     assert (await call(GOOD, batcher=batcher, headers=headers))[0] == 200
     assert batcher.jobs[0].explain is explain
+
+
+async def test_a_callers_trace_goes_with_its_transaction() -> None:
+    batcher = StubBatcher()
+    for headers in ([(b"traceparent", b"00-1-2-01")], []):
+        assert (await call(GOOD, batcher=batcher, headers=headers))[0] == 200
+    assert [job.traceparent for job in batcher.jobs] == [b"00-1-2-01", None]
 
 
 async def test_a_wish_that_can_not_be_meant_is_refused() -> None:

@@ -16,6 +16,8 @@ from gateway.metrics import Metrics
 from gateway.records import partition_of
 from tests.unit.gateway.factories import NOW_MS, make_transaction
 
+TRACEPARENT = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
 
 def record_of(value: bytes, partition: int, offset: int, *, headers: tuple[tuple[str, bytes], ...] = ()) -> Any:
     return SimpleNamespace(
@@ -66,3 +68,19 @@ def test_a_chunk_is_sorted_out_message_by_message() -> None:
     assert [r.headers for r in chunk.quarantined] == [[("reason", b"malformed_json")], [("reason", b"unknown_schema_id")]]
     assert chunk.skipped == 1
     assert set(chunk.next_offsets.values()) == {13, 7}
+
+
+def test_a_records_trace_goes_with_its_transaction_where_there_is_a_tracer() -> None:
+    traced, malformed, plain = (encode_json(make_transaction(name)) for name in ("traced", "malformed", "plain"))
+    polled = {
+        TopicPartition("transactions", 0): [
+            record_of(traced, 0, 1, headers=(("other", b"x"), ("traceparent", TRACEPARENT))),
+            record_of(malformed, 0, 2, headers=(("traceparent", b"00-1-2-01"),)),
+            record_of(plain, 0, 3),
+        ]
+    }
+    unused: Any = SimpleNamespace(decide=None)
+    for tracer, found in ((unused, [TRACEPARENT, None, None]), (None, [None, None, None])):
+        schemas = SchemaBook(SchemaRegistry("http://127.0.0.1:9/"))
+        door = KafkaDoor(unused, schemas, Metrics(), unused, batch_rows_max=10, tracer=tracer)
+        assert [job.traceparent for job in door._sort_out(polled, 0.0).jobs] == found

@@ -69,11 +69,14 @@ class HeldBatcher:
     def refusal(self) -> type[GatewayError] | None:
         return OverloadedError if self.full else None
 
-    def submit(self, body: bytes, received_s: float, deadline_s: float, done: Done, explain: bool) -> None:
+    def submit(
+        self, body: bytes, received_s: float, deadline_s: float, done: Done, explain: bool, traceparent: bytes | None
+    ) -> None:
         job = read_job(body, received_s, deadline_s)
         if isinstance(job, RefusedError):
             done(job, received_s)
         else:
+            job.traceparent = traceparent
             self.waiting.append((job, done))
 
     def answer(self, i: int = 0) -> None:
@@ -159,6 +162,12 @@ async def test_a_request_that_comes_byte_by_byte_is_one_request() -> None:
         line.feed(bytes([byte]))
     line.batcher.answer()
     assert line.statuses() == [200]
+
+
+async def test_a_callers_trace_goes_with_its_transaction_and_with_no_other_of_the_connection() -> None:
+    line = Line()
+    line.feed(post("a", "TraceParent: 00-1-2-01") + post("b"))
+    assert [job.traceparent for job, _ in line.batcher.waiting] == [b"00-1-2-01", None]
 
 
 async def test_a_chunked_body_is_one_body() -> None:
