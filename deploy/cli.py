@@ -42,6 +42,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("down", "deploy.commands", "down", "stop everything that up started"),
         Command("restart", "deploy.commands", "restart", "stop one service and start it again"),
         Command("status", "deploy.commands", "status", "what runs, on which port, and whether it is well"),
+        Command("topics", "deploy.topics_command", "topics", "create the topics that are missing and register their schemas"),
         Command("demo", "deploy.demo", "demo", "the whole pipeline, from an empty directory to a table of results"),
     ),
     "Scoring": (
@@ -82,12 +83,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         Command(
             "training-set",
-            "feature_jobs.commands",
+            "feature_jobs.history_commands",
             "training_set",
             "write features and labels of the past as a Delta version",
-            spark=True,
         ),
-        Command("backfill", "feature_jobs.commands", "backfill", "compute features of any past period from silver", spark=True),
+        Command("backfill", "feature_jobs.history_commands", "backfill", "compute features of any past period from silver"),
         Command(
             "parity",
             "feature_jobs.parity_commands",
@@ -111,7 +111,6 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "deploy.training",
             "train",
             "training set, XGBoost, ONNX, admission, MLflow registry, alias champion",
-            spark=True,
         ),
         Command(
             "retrain", "deploy.retraining", "retrain", "a challenger from the newest matured labels, once or every so many hours"

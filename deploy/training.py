@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from feature_jobs.commands import training_set
+from feature_jobs.history_commands import training_set
 from model_export.commands import train as train_model
 
 # Which half an option belongs to. Each half parses, and refuses, its own.

@@ -1,4 +1,4 @@
-"""`fraudgate jobs`, `fraudgate rebuild`, `fraudgate backfill` and `fraudgate training-set`."""
+"""`fraudgate jobs` and `fraudgate rebuild`: what starts Spark."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ import signal
 import socket
 import sys
 import time
-from datetime import UTC, datetime
 from types import FrameType
 
-from prometheus_client import start_http_server
 from pyspark.errors import PySparkException
 
 from feature_jobs import labels, lake, silver
-from feature_jobs.backfill import OtherFeaturesError
-from feature_jobs.backfill import backfill as backfill_features
 from feature_jobs.metrics import Metrics
+from feature_jobs.probes import Health, serve
 from feature_jobs.rebuild import NothingToRebuildError, RedisInUseError, by_hand
 from feature_jobs.session import MissingJarError, build_session
 from feature_jobs.silver import CheckpointLostError
 from feature_jobs.supervisor import QUERIES, GaveUpError, Supervisor
 from feature_jobs.tiles import RedisUnavailableError
-from feature_jobs.training_set import LABEL_DELAY_DAYS, NoHistoryError, write_training_set
 from gateway.contracts.instants import instant_ms
 from gateway.contracts.settings import load_settings
 
@@ -43,9 +39,9 @@ def jobs(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("py4j").setLevel(logging.WARNING)
     settings = load_settings()
-    metrics = Metrics()
+    metrics, health = Metrics(), Health()
     try:
-        server, _ = start_http_server(settings.jobs_port, settings.host, metrics.registry)
+        server = serve(settings.host, settings.jobs_port, metrics.registry, health)
     except OSError as exc:
         print(f"fraudgate jobs: port {settings.jobs_port} can't be used: {exc}; choose FRAUDGATE_JOBS_PORT", file=sys.stderr)
         return 1
@@ -55,7 +51,7 @@ def jobs(argv: list[str]) -> int:
         print(f"fraudgate jobs: {exc}", file=sys.stderr)
         return 1
     try:
-        supervisor = Supervisor(spark, settings, metrics, queries)
+        supervisor = Supervisor(spark, settings, metrics, queries, health)
 
         def stop(_signal: int, _frame: FrameType | None) -> None:
             supervisor.stop.set()
@@ -73,6 +69,7 @@ def jobs(argv: list[str]) -> int:
     finally:
         spark.stop()
         server.shutdown()
+        server.server_close()
     return 0
 
 
@@ -115,66 +112,3 @@ def rebuild(argv: list[str]) -> int:
         f"after {time.monotonic() - started:.1f} s"
     )
     return 0
-
-
-def training_set(argv: list[str]) -> int:
-    """Write a version of the training set from silver and labels. Exit status 1 when there is nothing to make one of."""
-    parser = argparse.ArgumentParser(
-        "fraudgate training-set", description="Write features and labels of past transactions as a version of a Delta table."
-    )
-    parser.add_argument("--from", dest="from_ms", type=instant_ms, metavar="MS|DATE", help="oldest transaction (default: all)")
-    parser.add_argument("--to", dest="to_ms", type=instant_ms, metavar="MS|DATE", help="end, not in it (default: what has matured)")
-    parser.add_argument(
-        "--as-of",
-        dest="as_of_ms",
-        type=instant_ms,
-        metavar="MS|DATE",
-        help="only labels known by then (default: newest event time)",
-    )
-    parser.add_argument(
-        "--label-delay-days",
-        type=int,
-        default=LABEL_DELAY_DAYS,
-        metavar="N",
-        help="leave out transactions younger than this at the as-of time: their labels are still to come (default: %(default)s)",
-    )
-    options = parser.parse_args(argv)
-    if options.label_delay_days < 0:
-        parser.error("--label-delay-days can't be negative")
-    try:
-        written = write_training_set(
-            load_settings(),
-            from_ms=options.from_ms,
-            to_ms=options.to_ms,
-            as_of_ms=options.as_of_ms,
-            label_delay_days=options.label_delay_days,
-        )
-    except NoHistoryError as exc:
-        print(f"fraudgate training-set: {exc}", file=sys.stderr)
-        return 1
-    days = f"{_day(written.from_ms)} to {_day(written.to_ms)}, labels as of {_day(written.as_of_ms)}"
-    print(f"training set version {written.version}: {written.rows} rows, {written.frauds} frauds, {days}")
-    return 0
-
-
-def backfill(argv: list[str]) -> int:
-    """Write features of a past period to the table `features`. Exit status 1 when there is nothing to compute."""
-    parser = argparse.ArgumentParser(
-        "fraudgate backfill",
-        description="Compute the features of past transactions from silver and write them to the table features.",
-    )
-    parser.add_argument("--from", dest="from_ms", type=instant_ms, metavar="MS|DATE", help="oldest transaction (default: all)")
-    parser.add_argument("--to", dest="to_ms", type=instant_ms, metavar="MS|DATE", help="end, not in it (default: all)")
-    options = parser.parse_args(argv)
-    try:
-        written = backfill_features(load_settings(), from_ms=options.from_ms, to_ms=options.to_ms)
-    except (NoHistoryError, OtherFeaturesError) as exc:
-        print(f"fraudgate backfill: {exc}", file=sys.stderr)
-        return 1
-    days = f"{_day(written.from_ms)} to {_day(written.to_ms)}"
-    print(f"features of {written.rows} transactions, {days}: version {written.version} of {written.uri}")
-    return 0
-
-
-def _day(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")

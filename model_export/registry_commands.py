@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
 
@@ -13,13 +16,15 @@ from gateway.contracts.model_meta import REGISTERED_NAME
 from gateway.contracts.settings import Settings, load_settings
 from model_export import promotion
 from model_export.errors import ModelExportError
-from model_export.pull import ModelSource, pull_models
+from model_export.pull import ModelSource, Pulled, pull_models
+from model_export.pull_loop import Patience, keep_pulling, pull_patiently
 from model_export.registry import Registry
 from model_export.signing import read_public_key
 from model_export.url_store import UrlStore
 from model_export.versions import ModelVersion
 
 ROUTE_WIDTH_MIN = 11
+PULL_S_MAX = 86_400
 
 
 def pull(argv: list[str]) -> int:
@@ -27,6 +32,37 @@ def pull(argv: list[str]) -> int:
 
     Returns 0, or 1 with a message when the directory was left as it was.
     """
+    options = _pull_options(argv)
+    settings = load_settings()
+
+    def say(line: str) -> None:
+        print(f"fraudgate pull: {line}", file=sys.stderr, flush=True)
+
+    try:
+        key = read_public_key(settings.model_public_key_path)
+        source: ModelSource = Registry(settings.mlflow) if options.url is None else UrlStore(options.url)
+        if options.every_s is not None:
+            stop = threading.Event()
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, lambda *_: stop.set())
+            changed = Change(settings.models_path)
+            keep_pulling(
+                lambda: changed.tell(pull_models(settings.models_path, source, options.name, key)), options.every_s, stop, say
+            )
+            return 0
+        patience = Patience(options.wait_s, keep=options.or_keep, without=options.or_without)
+        pull_patiently(
+            lambda: _tell_pulled(settings.models_path, pull_models(settings.models_path, source, options.name, key)),
+            settings.models_path,
+            patience,
+            say if options.wait_s or options.or_keep or options.or_without else lambda _: None,
+        )
+    except (ModelExportError, OSError) as exc:
+        return _fail("pull", exc)
+    return 0
+
+
+def _pull_options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fraudgate pull",
         description="Brings the models of the aliases champion, challenger and shadow... to the gateway's model directory.",
@@ -38,20 +74,47 @@ def pull(argv: list[str]) -> int:
         metavar="URL",
         help="a published model directory, file:///... or s3://bucket/prefix, instead of MLflow",
     )
+    parser.add_argument("--every-s", type=float, metavar="N", help="stay, and pull every N seconds until SIGTERM")
+    parser.add_argument(
+        "--wait-s", type=float, default=0.0, metavar="N", help="try again for so long when it fails (default: once)"
+    )
+    parser.add_argument(
+        "--or-keep",
+        action="store_true",
+        help="when it fails and the model directory holds whole models: leave it at those, status 0",
+    )
+    parser.add_argument(
+        "--or-without",
+        action="store_true",
+        help="when it fails to the end: status 0 all the same; the gateway decides by rules alone",
+    )
     options = parser.parse_args(argv)
-    settings = load_settings()
-    try:
-        key = read_public_key(settings.model_public_key_path)
-        source: ModelSource = Registry(settings.mlflow) if options.url is None else UrlStore(options.url)
-        pulled = pull_models(settings.models_path, source, options.name, key)
-    except (ModelExportError, OSError) as exc:
-        return _fail("pull", exc)
+    if options.every_s is not None and not 1 <= options.every_s <= PULL_S_MAX:
+        parser.error(f"--every-s must be in 1..{PULL_S_MAX}")
+    if not 0 <= options.wait_s <= PULL_S_MAX:
+        parser.error(f"--wait-s must be in 0..{PULL_S_MAX}")
+    return options
+
+
+class Change:
+    """Tells of a pull that changed something, and of the first."""
+
+    def __init__(self, models_path: Path) -> None:
+        self._models_path = models_path
+        self._first = True
+
+    def tell(self, pulled: Pulled) -> None:
+        if self._first or pulled.changed:
+            _tell_pulled(self._models_path, pulled)
+        self._first = False
+
+
+def _tell_pulled(models_path: Path, pulled: Pulled) -> None:
     width = max(ROUTE_WIDTH_MIN, *(len(route) + 1 for route in pulled.routes))
     for route, entry in sorted(pulled.routes.items()):
         note = "downloaded" if entry.version in pulled.fetched else "there already"
-        print(f"{route:<{width}}{entry.name} version {entry.version}  {note}  {settings.models_path / entry.directory}")
-    print("the manifest has changed" if pulled.changed else "the manifest was right already")
-    return 0
+        print(f"{route:<{width}}{entry.name} version {entry.version}  {note}  {models_path / entry.directory}")
+    print("the manifest has changed" if pulled.changed else "the manifest was right already", flush=True)
 
 
 def publish(argv: list[str]) -> int:
