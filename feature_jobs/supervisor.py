@@ -21,6 +21,7 @@ from feature_jobs.burst_stream import Bursts
 from feature_jobs.drift import COMMITS_A_LOOK, Drift
 from feature_jobs.labels import Labels
 from feature_jobs.metrics import Metrics
+from feature_jobs.probes import Health
 from feature_jobs.schemas import SchemaBook, schema_book
 from feature_jobs.silver import CheckpointLostError, SchemasChangedError, Silver
 from feature_jobs.tail import READ_ERRORS
@@ -76,10 +77,11 @@ class Follower:
 class Supervisor:
     """`run` returns when `stop` is set; `run_once` when everything that is there now has been processed."""
 
-    def __init__(self, spark: SparkSession, settings: Settings, metrics: Metrics, queries: tuple[str, ...]) -> None:
+    def __init__(self, spark: SparkSession, settings: Settings, metrics: Metrics, queries: tuple[str, ...], health: Health) -> None:
         self._spark = spark
         self._settings = settings
         self._metrics = metrics
+        self._health = health
         self._schemas: SchemaBook | None = None
         self._silver: Silver | None = None
         self._labels: Labels | None = None
@@ -131,6 +133,7 @@ class Supervisor:
                 self._refresh_progress()
                 self._restore_labels()
                 self._follow()
+                self._health.beat({r.name: r.query is not None and r.query.isActive for r in self._runners})
         finally:
             self._drain()
 
