@@ -9,7 +9,7 @@ BENCH_FLAGS ?=
 LOADTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench bench-jobs loadtest check format docs clean
+.PHONY: help setup demo test test-slow test-chart bench bench-jobs loadtest check format docs clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -29,7 +29,7 @@ test: setup ## all tests but the slow ones, against the real components
 	$(BIN)/pytest -m "not slow"
 
 test-slow: setup ## the slow tests too
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not chart"
 
 bench: setup ## measure gateway, peers, latency curve, with Spark: table, build/bench.json, build/latency.svg
 	$(BIN)/fraudgate bench all $(BENCH_FLAGS)
@@ -40,6 +40,10 @@ bench-jobs: setup ## measure the Spark streams on one core
 loadtest: setup ## the SLA scenario by Locust: build/loadtest.html, fails when p99 or error budget is broken
 	$(BIN)/fraudgate loadtest $(LOADTEST_FLAGS)
 
+test-chart: setup ## the Helm chart against a real Kubernetes API server, which is built here once (a quarter of an hour)
+	$(BIN)/python -m tests.chart.tools
+	$(BIN)/pytest -m chart tests/chart
+
 check: setup ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -49,7 +53,7 @@ format: setup ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: setup ## write docs/settings.md, docs/metrics.md, docs/policy.schema.json and the list in docs/features.md anew
+docs: setup ## write the generated pages (settings, metrics, policy.schema.json, list of features) and the chart's schema anew
 	$(BIN)/python -m deploy.settings_page
 	$(BIN)/python -m deploy.features_page
 	$(BIN)/python -m deploy.metrics_page

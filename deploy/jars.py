@@ -5,6 +5,7 @@ be had stands in deploy/ivy.xml, what that came to in deploy/jars.lock: path, si
 then moved to their place as a whole, so an interrupted download leaves nothing half done, and the next one goes on from there.
 
     python -m deploy.jars          fetch what is missing
+    python -m deploy.jars spark    only what Spark needs, for an image
     python -m deploy.jars lock     resolve deploy/ivy.xml anew and write deploy/jars.lock
 """
 
@@ -34,6 +35,10 @@ LOCK_PATH = HERE / "jars.lock"
 FETCH_TIMEOUT_S = 1800
 POLL_S = 0.2
 TELL_EVERY_S = 10.0
+# Ivy's word for every configuration.
+ALL = "*"
+# Those that are fetched by themselves.
+ALONE = frozenset({"spark"})
 
 
 class JarsError(RuntimeError):
@@ -73,10 +78,13 @@ def differing(jars: Path, locked: list[LockedFile]) -> list[LockedFile]:
     return absent + [f for f in locked if f not in absent and _sha256(jars / f.path) != f.sha256]
 
 
-def fetch(settings: Settings) -> float:
-    """Make `settings.jars_path` hold what the lock names. Returns the seconds it took. Raises `JarsError`."""
+def fetch(settings: Settings, configuration: str = ALL) -> float:
+    """Make `settings.jars_path` hold what the lock names, of one configuration or of all. Returns the seconds it took.
+
+    Raises `JarsError`.
+    """
     begin = time.monotonic()
-    locked = read_lock()
+    locked = [file for file in read_lock() if configuration in (ALL, file.path.split("/")[0])]
     jars = settings.jars_path
     if not missing(jars, locked):
         return 0.0
@@ -85,7 +93,7 @@ def fetch(settings: Settings) -> float:
         if not missing(jars, locked):
             return time.monotonic() - begin
         fresh = settings.cache_path / "jars.partial"
-        _retrieve(settings, fresh, sum(f.size_bytes for f in locked))
+        _retrieve(settings, fresh, sum(f.size_bytes for f in locked), configuration)
         wrong = differing(fresh, locked)
         if wrong:
             names = ", ".join(f.path for f in wrong[:5])
@@ -108,7 +116,7 @@ def lock(settings: Settings) -> list[LockedFile]:
     return files
 
 
-def _retrieve(settings: Settings, into: Path, expected_bytes: int) -> None:
+def _retrieve(settings: Settings, into: Path, expected_bytes: int, configuration: str = ALL) -> None:
     """Run Ivy: download into its cache, copy to `into`/CONFIGURATION/FILE. Shows how much has come."""
     pyspark_jars = wheel_folder("pyspark", "jars")
     ivy = next(iter(sorted(pyspark_jars.glob("ivy-*.jar"))), None) if pyspark_jars is not None else None
@@ -122,7 +130,7 @@ def _retrieve(settings: Settings, into: Path, expected_bytes: int) -> None:
     chosen = settings.cache_path / "ivysettings.xml"
     chosen.write_text(ivy_settings(settings.maven_url))
     argv += ["-settings", str(chosen), "-ivy", str(HERE / "ivy.xml"), "-cache", str(cache)]
-    argv += ["-retrieve", f"{into}/[conf]/[artifact]-[revision](-[classifier]).[ext]"]
+    argv += ["-confs", configuration, "-retrieve", f"{into}/[conf]/[artifact]-[revision](-[classifier]).[ext]"]
     with log_path.open("wb") as log, subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT) as ivy_run:
         try:
             _watch(ivy_run, cache, expected_bytes)
@@ -234,6 +242,9 @@ def main() -> int:
             text = "".join(f"{f.sha256} {f.size_bytes} {f.path}\n" for f in lock(settings))
             LOCK_PATH.write_text(text)
             print(f"{LOCK_PATH} names {len(text.splitlines())} files")
+        elif len(sys.argv) == 2 and sys.argv[1] in ALONE:
+            seconds = fetch(settings, sys.argv[1])
+            print(f"jars        {f'fetched in {seconds:.0f} s' if seconds else 'all there'}, {settings.jars_path / sys.argv[1]}")
         else:
             _setup(settings)
     except (JarsError, ToolMissingError, SettingError) as exc:

@@ -1,10 +1,11 @@
-"""Writes docs/settings.md from the settings themselves: python -m deploy.settings_page (make docs)."""
+"""Writes docs/settings.md and the ranges in the chart's schema from the settings themselves: python -m deploy.settings_page."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
 
+from deploy import chart_files
 from gateway.contracts.settings import ENV_PREFIX, Settings
 
 PAGE_PATH = Path(__file__).resolve().parent.parent / "docs/settings.md"
@@ -33,3 +34,4 @@ def page() -> str:
 if __name__ == "__main__":
     PAGE_PATH.write_text(page())
     print(f"{PAGE_PATH} written")
+    chart_files.write()

@@ -56,7 +56,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def retrieve_of(content: bytes) -> object:
-    def retrieve(settings: Settings, into: Path, expected_bytes: int) -> None:
+    def retrieve(settings: Settings, into: Path, expected_bytes: int, configuration: str) -> None:
         (settings.cache_path / "ivy").mkdir(exist_ok=True)
         assert expected_bytes == 2 * len(CONTENT)
         write_all(into, content)
