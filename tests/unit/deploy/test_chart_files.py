@@ -35,7 +35,7 @@ def good() -> list[Manifest]:
         "lifecycle": {"preStop": {"sleep": {"seconds": 5}}},
         "securityContext": closed,
         "resources": {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "1Gi"}},
-        "volumeMounts": [{"name": "home", "mountPath": "/var/lib/fraudgate"}, {"name": "tmp", "mountPath": "/tmp"}],
+        "volumeMounts": [{"name": "home", "mountPath": "/var/lib/fraudgate"}, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
     }
     pod = {
         "automountServiceAccountToken": False,

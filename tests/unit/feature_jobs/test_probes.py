@@ -32,7 +32,7 @@ def health(clock: Clock) -> Health:
 @pytest.fixture
 def url(health: Health) -> Iterator[str]:
     registry = CollectorRegistry()
-    Counter("fraudgate_something", "Anything", registry=registry).inc()
+    Counter("something", "Anything", registry=registry).inc()
     server = serve("127.0.0.1", 0, registry, health)
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -69,4 +69,4 @@ def test_a_supervisor_that_stands_still_is_neither_alive_nor_ready(url: str, hea
 
 def test_metrics_are_beside_them(url: str) -> None:
     with urllib.request.urlopen(url + "/metrics", timeout=5) as reply:  # noqa: S310
-        assert b"fraudgate_something_total 1.0" in reply.read()
+        assert b"something_total 1.0" in reply.read()
