@@ -91,6 +91,7 @@ class Gold:
         try:
             bounds = batch.agg(
                 F.count("*").alias("rows"),
+                F.count("t").alias("transactions"),
                 F.min(F.coalesce("t.event_time_ms", "d.event_time_ms")).alias("oldest_ms"),
                 F.max(F.coalesce("t.event_time_ms", "d.event_time_ms")).alias("newest_ms"),
                 F.unix_millis(F.min("kafka_timestamp")).alias("arrived_ms"),
@@ -101,6 +102,7 @@ class Gold:
             if oldest_ms is not None:
                 _whatever_else_commits(lambda: self._merge_entity_hours(batch, batch_id, oldest_ms, newest_ms))
             _whatever_else_commits(lambda: self._merge_decisions(batch, batch_id))
+            self.metrics.rows.labels(tables.GOLD_DECISIONS).inc(bounds["transactions"])
             self.metrics.freshness_seconds.labels(QUERY).set(time.time() - bounds["arrived_ms"] / 1000)
         finally:
             batch.unpersist()

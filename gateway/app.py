@@ -22,23 +22,13 @@ from gateway.audit import AuditForwarder, policy_loaded, policy_refused
 from gateway.avro import SchemaBook
 from gateway.batcher import Batcher
 from gateway.connections import Connections, Limits
-from gateway.contracts.decision import Answer
+from gateway.console.app import PATH as CONSOLE_PATH
+from gateway.console.app import Console
 from gateway.contracts.features import FINGERPRINT
 from gateway.contracts.lists import NO_VERSION, ListBook
 from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry
 from gateway.contracts.routing import Verdict, default_routing
-from gateway.contracts.settings import EXACTLY_ONCE, Settings
-from gateway.contracts.transaction import (
-    AMOUNT_MINOR_MAX,
-    AMOUNT_MINOR_MIN,
-    BIN_PATTERN,
-    COUNTRY_PATTERN,
-    ID_FIELDS,
-    ID_PATTERN,
-    MCC_PATTERN,
-    Transaction,
-)
-from gateway.errors import HTTP_ERRORS, REFUSAL_STATUS, Problem
+from gateway.contracts.settings import CONSOLE_OFF, EXACTLY_ONCE, Settings
 from gateway.explore import Explorer, LossCap
 from gateway.guard import Guard
 from gateway.http import SCORE_PATH, Receive, Scope, ScoreDoor, Send
@@ -48,6 +38,7 @@ from gateway.lists import ChangeReader, ListFollower
 from gateway.loop_watch import LoopWatch
 from gateway.metrics import Metrics
 from gateway.model import Live, Model, ModelSlot
+from gateway.openapi import describe_score
 from gateway.policy import Policy
 from gateway.policy_slot import open_policy
 from gateway.publisher import Publisher
@@ -192,6 +183,18 @@ class Gateway:
         # Asked for when somebody reads the metrics.
         self.metrics.kafka_connected.set_function(lambda: self.kafka is None or not self._consumes or self.kafka.connected)
         self.metrics.policy_refused.set_function(lambda: self.policies.refused is not None)
+        self.console: Console | None = None
+        if settings.console_access != CONSOLE_OFF:
+            self.console = Console(
+                settings,
+                self.metrics,
+                self.keys,
+                kafka=kafka,
+                accounts=lambda: (_status(self), _routing_status(self)),
+                texts=lambda: {rule.id: rule.text for rule in self.policies.policy.rules},
+            )
+            for scorer in self.scorers:
+                scorer.tap = self.console.tap
         self.api = _make_api(self)
 
     def _open_spool(self) -> Spool:
@@ -269,6 +272,8 @@ class Gateway:
             self.consume()
         if self.worker_metrics is not None:
             await self.worker_metrics.start()
+        if self.console is not None:
+            self.console.start(self.worker_metrics)
         self.metrics.workers.set(1)
         self.ready = True
         log.info("gateway: ready on port %d; degraded: %s", self.settings.gateway_port, ", ".join(self.degraded()) or "nothing")
@@ -291,6 +296,8 @@ class Gateway:
         """No longer ready; each answer from now on is the last of its connection."""
         self.ready = False
         self.connections.leave()
+        if self.console is not None:
+            self.console.leave()
 
     async def _wait_for_redis(self) -> None:
         """Give the first connection a moment, so that a gateway started beside a healthy Redis is never degraded."""
@@ -302,6 +309,8 @@ class Gateway:
     async def stop(self) -> None:
         """Take nothing new, finish and commit what is under way, deliver what is buffered, leave."""
         self.ready = False
+        if self.console is not None:
+            await self.console.stop()
         await self.batcher.drain(DRAIN_S)
         await self.stop_consuming()
         for task in self._tasks:
@@ -393,18 +402,7 @@ def _make_api(gateway: Gateway) -> FastAPI:
     async def readyz(response: Response) -> dict[str, Any]:
         if not gateway.ready:
             response.status_code = 503
-        model = gateway.models.model
-        return {
-            "ready": gateway.ready,
-            "degraded": gateway.degraded(),
-            "model": None if model is None else {"name": model.ref.name, "version": model.ref.version, "digest": model.digest},
-            "model_refused": gateway.models.refused,
-            "policy": {"name": gateway.policies.policy.name, "digest": gateway.policies.policy.digest},
-            "policy_refused": gateway.policies.refused,
-            "lists": _lists_status(gateway),
-            "feature_fingerprint": FINGERPRINT,
-            "code_version": CODE_VERSION,
-        }
+        return _status(gateway)
 
     @api.get("/routing", summary="Which models share the traffic, how, and what may be explored")
     async def routing() -> dict[str, Any]:
@@ -419,12 +417,29 @@ def _make_api(gateway: Gateway) -> FastAPI:
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:
             schema = get_openapi(title=api.title, version=api.version, description=api.description, routes=api.routes)
-            _describe_score(schema)
+            describe_score(schema)
             api.openapi_schema = schema
         return api.openapi_schema
 
     api.openapi = openapi  # type: ignore[method-assign]
+    if gateway.console is not None:
+        api.mount(CONSOLE_PATH, gateway.console.app)
     return api
+
+
+def _status(gateway: Gateway) -> dict[str, Any]:
+    model = gateway.models.model
+    return {
+        "ready": gateway.ready,
+        "degraded": gateway.degraded(),
+        "model": None if model is None else {"name": model.ref.name, "version": model.ref.version, "digest": model.digest},
+        "model_refused": gateway.models.refused,
+        "policy": {"name": gateway.policies.policy.name, "digest": gateway.policies.policy.digest},
+        "policy_refused": gateway.policies.refused,
+        "lists": _lists_status(gateway),
+        "feature_fingerprint": FINGERPRINT,
+        "code_version": CODE_VERSION,
+    }
 
 
 def _lists_status(gateway: Gateway) -> dict[str, Any]:
@@ -447,51 +462,3 @@ def _routing_status(gateway: Gateway) -> dict[str, Any]:
         "routing": msgspec.to_builtins(live.routing),
         "explored_today_minor": gateway.explorer.cap.spent_minor,
     }
-
-
-def _describe_score(schema: dict[str, Any]) -> None:
-    """Add POST /score, which FastAPI doesn't route, to the OpenAPI document."""
-    refs, components = msgspec.json.schema_components((Transaction, Answer, Problem), ref_template="#/components/schemas/{name}")
-    _add_bounds(components["Transaction"]["properties"])
-    schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
-    # Asked for when the setting api_keys_path is set.
-    schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "fraudgate keys create"}}
-    transaction, answer, problem = refs
-    by_status: dict[int, list[str]] = {}
-    for refusal, status in REFUSAL_STATUS.items():
-        by_status.setdefault(status, []).append(refusal.value)
-    for error in HTTP_ERRORS:
-        if error.http_status != 405:
-            by_status.setdefault(error.http_status, []).append(error.reason)
-    responses: dict[str, Any] = {
-        str(status): {
-            "description": f"reason: {', '.join(reasons)}",
-            "content": {"application/problem+json": {"schema": problem}},
-        }
-        for status, reasons in sorted(by_status.items())
-    }
-    responses["200"] = {"description": "the decision", "content": {"application/json": {"schema": answer}}}
-    schema["paths"][SCORE_PATH] = {
-        "post": {
-            "summary": "Decide one transaction",
-            "operationId": "score",
-            "security": [{"key": []}, {}],
-            "requestBody": {"required": True, "content": {"application/json": {"schema": transaction}}},
-            "responses": responses,
-        }
-    }
-
-
-def _add_bounds(properties: dict[str, Any]) -> None:
-    """The bounds that contracts.transaction.check applies, for readers of the OpenAPI document."""
-    patterns = {**dict.fromkeys(ID_FIELDS, ID_PATTERN), "mcc": MCC_PATTERN, "country": COUNTRY_PATTERN}
-    patterns |= {"card_country": COUNTRY_PATTERN, "card_bin": BIN_PATTERN, "currency": r"^[A-Z]{3}$"}
-    for name, pattern in patterns.items():
-        for variant in properties[name].get("anyOf", [properties[name]]):
-            if variant.get("type") == "string":
-                variant["pattern"] = pattern
-    properties["amount_minor"] |= {"minimum": AMOUNT_MINOR_MIN, "maximum": AMOUNT_MINOR_MAX}
-    for name, limit in (("latitude", 90), ("longitude", 180)):
-        for variant in properties[name]["anyOf"]:
-            if variant.get("type") == "number":
-                variant.update(minimum=-limit, maximum=limit)

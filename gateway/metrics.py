@@ -180,6 +180,9 @@ class Metrics(Instruments):
     lists_missing: Gauge
     lists_trouble: Gauge
     lists_skipped: Counter
+    console_viewers: Gauge
+    console_refused: Counter
+    console_dropped: Counter
 
     def __init__(self) -> None:
         super().__init__(catalogue.GATEWAY)

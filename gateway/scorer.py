@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from gateway.console.tap import Tap
 from gateway.contracts.decision import RISK_SCORE_MAX, Answer, Door, Outcome, ReasonText, Route
 from gateway.contracts.features import ENTITIES, LABELLED
 from gateway.contracts.layout import CLAIM_BYTES, FINGERPRINT_BYTES
@@ -162,6 +163,8 @@ class Scorer:
         self._reasoner = Reasoner(metrics, clock_s) if reasoner is None else reasoner
         # transaction_ids that the HTTP door is deciding: the Kafka door leaves them to it.
         self.deciding: set[str] = set()
+        # Where the console takes its sample of decisions from.
+        self.tap: Tap | None = None
 
     async def decide(self, jobs: Sequence[Job], requests: Requests | None = None) -> list[Result]:
         """A result for each of `jobs`, in their order. Each job is claimed and counted once; never raises for what Redis does.
@@ -345,6 +348,8 @@ class Scorer:
             decided = [result for i in rows.tolist() if (result := results[i]) is not None]
             self._tracer.sample(requests, rows, decided, _steps(timing, observation, len(fresh), steering))
         self._store.record(records)
+        if self.tap is not None and self.tap.watching:
+            self.tap.offer(results)
         self._count(fresh, outcomes, decisions, degraded, timing)
         if probability is not None:
             self._routed(scored, len(fresh))

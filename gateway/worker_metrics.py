@@ -131,6 +131,10 @@ class WorkerMetrics:
 
     async def text(self) -> bytes:
         """The sum over all workers, in the exposition format of Prometheus."""
+        return await asyncio.to_thread(text_of, await self.families())
+
+    async def families(self) -> Families:
+        """The sum over all workers."""
         own = families_of(self._registry.collect())
         others = [p for p in self._directory.glob("*" + SOCKET) if p.stem != self._name]
         answers = await asyncio.gather(*[self._ask(path) for path in others])
@@ -162,7 +166,7 @@ class WorkerMetrics:
             log.warning("metrics: worker %s doesn't answer (%r)", path.stem, exc)
             return None
 
-    def _summed(self, own: Families, told: dict[str, bytes]) -> bytes:
+    def _summed(self, own: Families, told: dict[str, bytes]) -> Families:
         running = [own]
         _write(self._directory / (self._name + LAST), msgspec.msgpack.encode(pack(own)))
         for name, answer in told.items():
@@ -172,7 +176,7 @@ class WorkerMetrics:
         accounted = {self._name, *told, *gone.names}
         left = [path for path in self._directory.glob("*" + LAST) if path.stem not in accounted]
         ended = [unpack(gone.families), *(unpack(_packed.decode(path.read_bytes())) for path in left)]
-        return text_of(merged(running, ended))
+        return merged(running, ended)
 
 
 def departed_in(directory: Path) -> Departed:

@@ -348,6 +348,10 @@ GATEWAY: tuple[Metric, ...] = (
     _c(
         "lists_skipped", "fraudgate_lists_skipped_total", "Changes of lists not in force: malformed, or the lists are full", SKIPPED
     ),
+    # The console.
+    _g("console_viewers", "fraudgate_console_viewers", "Browsers that watch the console"),
+    _c("console_refused", "fraudgate_console_refused_total", "Browsers that were one too many for the console"),
+    _c("console_dropped", "fraudgate_console_dropped_total", "Browsers that were told no more because they didn't read"),
 )
 
 CASES: tuple[Metric, ...] = (

@@ -15,6 +15,8 @@ from gateway.contracts.redis_address import cluster_seeds, is_cluster
 
 ENV_PREFIX = "FRAUDGATE_"
 EXACTLY_ONCE, AT_LEAST_ONCE = "exactly_once", "at_least_once"
+# Who sees the console: whoever a key or this machine makes one of ours, everybody, nobody.
+CONSOLE_GUARDED, CONSOLE_OPEN, CONSOLE_OFF = "guarded", "open", "off"
 PORT_MAX = 65_535
 CLIENT_KEY_LENGTH_MAX = 128
 
@@ -106,6 +108,15 @@ class Settings:
     client_key_path: str = _setting(
         "", "file that holds the one API key which fraudgate score, simulate, replay and loadtest send; empty: they send none"
     )
+
+    console_access: str = _setting(
+        "guarded",
+        "who may see the live console: guarded, a key of scope review or admin, or without API keys this machine alone; open, everybody"
+        " who reaches the gateway's port; off, nobody",
+    )
+    console_viewers_max: int = _setting(16, "most browsers that one gateway process shows the console to", least=1, most=1000)
+    console_jobs_url: str = _setting("", "where the console asks the feature jobs for their metrics; empty: the local ones")
+    console_cases_url: str = _setting("", "root of the case service that the console asks; empty: the local one")
 
     challenger_share_permille: int = _setting(
         100,
@@ -328,6 +339,14 @@ class Settings:
         return f"http://{self.host}:{self.cases_port}"
 
     @property
+    def console_jobs(self) -> str:
+        return self.console_jobs_url.rstrip("/") or f"http://{self.host}:{self.jobs_port}"
+
+    @property
+    def console_cases(self) -> str:
+        return self.console_cases_url.rstrip("/") or self.cases
+
+    @property
     def tables(self) -> str:
         return self.tables_uri or str(self.home_path / "tables")
 
@@ -410,6 +429,8 @@ def load_settings(env: Mapping[str, str] | None = None) -> Settings:
         raise SettingError(f"FRAUDGATE_KAFKA_DELIVERY must be {EXACTLY_ONCE} or {AT_LEAST_ONCE}")
     if settings.trace_url and not settings.trace_url.startswith(("http://", "https://")):
         raise SettingError("FRAUDGATE_TRACE_URL must begin with http:// or https://")
+    if settings.console_access not in (CONSOLE_GUARDED, CONSOLE_OPEN, CONSOLE_OFF):
+        raise SettingError(f"FRAUDGATE_CONSOLE_ACCESS must be {CONSOLE_GUARDED}, {CONSOLE_OPEN} or {CONSOLE_OFF}")
     if is_cluster(settings.redis_url):
         try:
             cluster_seeds(settings.redis_url)
