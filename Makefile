@@ -53,11 +53,12 @@ format: setup ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: setup ## write the generated pages (settings, metrics, policy.schema.json, list of features) and the chart's schema anew
+docs: setup ## write the generated pages (settings, metrics, policy.schema.json, list of features), the chart's schema and the dashboards anew
 	$(BIN)/python -m deploy.settings_page
 	$(BIN)/python -m deploy.features_page
 	$(BIN)/python -m deploy.metrics_page
 	$(BIN)/python -m deploy.policy_schema
+	$(BIN)/python -m deploy.monitoring.dashboards --write
 
 clean: ## stop what runs here, remove what was built; the cache of downloads stays
 	@if [ -x $(BIN)/fraudgate ]; then $(BIN)/fraudgate down; fi

@@ -40,7 +40,7 @@ from gateway.metrics import Metrics
 from gateway.model import Live, Model, ModelSlot
 from gateway.openapi import describe_score
 from gateway.policy import Policy
-from gateway.policy_slot import open_policy
+from gateway.policy_slot import expect_counts, open_policy
 from gateway.publisher import Publisher
 from gateway.reasons import Reasoner
 from gateway.recent import RecentDecisions
@@ -364,6 +364,7 @@ class Gateway:
     def _note_build(self) -> None:
         self.metrics.build_info.clear()
         self.metrics.build_info.labels(CODE_VERSION, FINGERPRINT, self.policies.policy.digest).set(1)
+        expect_counts(self.policies.policy, self.metrics)
 
     def _lists_changed(self, book: ListBook) -> None:
         """In the thread that follows the lists."""

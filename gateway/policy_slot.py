@@ -17,7 +17,9 @@ from pathlib import Path
 from gateway.contracts.lists import ListBook
 from gateway.errors import PolicyRefusedError
 from gateway.lists import UNKNOWN
+from gateway.metrics import Metrics
 from gateway.policy import Policy, load_policy
+from gateway.policy.document import RuleState
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,16 @@ class Steering:
 
     policy: Policy
     lists: ListBook
+
+
+def expect_counts(policy: Policy, metrics: Metrics) -> None:
+    """Counters of the policy's rules and lists begin at 0, so that the first hit and the first error is seen as an increase."""
+    for rule in policy.rules:
+        if rule.state is not RuleState.OFF:
+            metrics.rule_errors.labels(rule.id)
+            (metrics.shadow_hits if rule.state is RuleState.SHADOW else metrics.rule_hits).labels(rule.id)
+    for declared in policy.lists:
+        metrics.list_hits.labels(declared.id)
 
 
 class PolicySlot:

@@ -170,10 +170,11 @@ class Slack:
 
     def _scored(self, model: Model, matrix: npt.NDArray[np.float32]) -> Floats | None:
         """None when the model fails."""
+        failed = self._metrics.shadow_failed.labels(model.ref.route)
         try:
             return model.probability(matrix)
         except (*ORT_ERRORS, ValueError, RuntimeError) as exc:
-            self._metrics.shadow_failed.labels(model.ref.route).inc()
+            failed.inc()
             if model.digest not in self._told:
                 self._told.add(model.digest)
                 log.error("slack: %s %s failed: %s", model.ref.route, model.ref.version, exc)  # noqa: TRY400

@@ -34,3 +34,11 @@ class CaseMetrics(Instruments):
 
     def __init__(self) -> None:
         super().__init__(catalogue.CASES)
+
+    def expect_webhook(self, name: str) -> None:
+        """Counters of a webhook begin at 0, so that its first failure is seen as an increase."""
+        for counter in (
+            *(self.webhook_queued, self.webhook_duplicate, self.webhook_old, self.webhook_overflow),
+            *(self.webhook_delivered, self.webhook_failed, self.webhook_dead),
+        ):
+            counter.labels(name)

@@ -131,6 +131,7 @@ class Deliverer:
 
     async def _lane(self, session: aiohttp.ClientSession, webhook: Webhook, event: asyncio.Event) -> None:
         name, most = webhook.name, self._bounds.concurrency
+        self._metrics.expect_webhook(name)
         while True:
             event.clear()
             now_ms = self._now_ms()

@@ -18,7 +18,7 @@ from gateway.lists import UNKNOWN
 from gateway.metrics import Metrics
 from gateway.model import ModelSlot
 from gateway.policy import Policy
-from gateway.policy_slot import PolicySlot, Steering, open_policy, signature
+from gateway.policy_slot import PolicySlot, Steering, expect_counts, open_policy, signature
 from gateway.recent import RecentDecisions
 from gateway.requests import Requests
 from gateway.scorer import Scorer
@@ -238,3 +238,23 @@ async def test_no_batch_is_decided_by_two_policies_or_two_states_of_the_lists(tm
     assert len(seen) > 50
     hits = metrics.registry.get_sample_value("fraudgate_shadow_hits_total", {"rule": "shadow-0"})
     assert hits == sum(mark == 0 for mark in (digests[receipt_of(r.receipt or b"").policy_digest] for r in results))
+
+
+def test_counters_of_rules_and_lists_begin_at_0_when_the_policy_comes_into_use() -> None:
+    metrics = Metrics()
+    rules = [make_rule("amount_minor > 1", id=f"{state}-1", state=state) for state in ("live", "shadow", "off")]
+    expect_counts(make_policy(*rules, lists=[make_list("blocked", "block")]), metrics)
+    counted = {
+        (sample.name, *sample.labels.values())
+        for metric in (metrics.rule_hits, metrics.shadow_hits, metrics.rule_errors, metrics.list_hits)
+        for family in metric.collect()
+        for sample in family.samples
+        if sample.value == 0
+    }
+    assert counted == {
+        ("fraudgate_rule_hits_total", "live-1"),
+        ("fraudgate_shadow_hits_total", "shadow-1"),
+        ("fraudgate_rule_errors_total", "live-1"),
+        ("fraudgate_rule_errors_total", "shadow-1"),
+        ("fraudgate_list_hits_total", "blocked"),
+    }
