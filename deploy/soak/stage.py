@@ -40,7 +40,8 @@ PLACES = ("spool_dir", "model_dir", "api_keys_path", "client_key_path", "webhook
 REDIS_MEMORY_MB = 4096
 SPARK_OPTIMISE_CALLS = 50_000
 OTHER_SEED = 12
-READY_S = 90.0
+READY_S = 120.0
+PATIENCE = 3
 # Asked so often in a row, every worker has answered once.
 READY_ANSWERS = 16
 POLL_S = 0.1
@@ -98,7 +99,10 @@ class Stage:
         gateway = self.stack.services["gateway"]
         env = gateway.command()[1]
         argv = [sys.executable, "-m", "deploy.cli", "serve", "--workers", str(WORKERS)]
-        self.stack.services["gateway"] = replace(gateway, command=lambda: (argv, env), ready_within_s=READY_S, stop_within_s=60)
+        self.stack.services["gateway"] = replace(gateway, command=lambda: (argv, env), stop_within_s=60)
+        for name, service in self.stack.services.items():
+            # A service may come up beside a full load.
+            self.stack.services[name] = replace(service, ready_within_s=service.ready_within_s * PATIENCE)
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)} | settings_env(self.settings)
         self.env["PYTHONUNBUFFERED"] = "1"
         # Set when the soak ends early: what is down then needn't come up again.

@@ -51,7 +51,10 @@ def make_recorded(**changed: dict[int, int]) -> Recorded:
     for name, values in changed.items():
         for at, value in values.items():
             columns[name][at] = value
-    return Recorded(**{name: column.astype(np.int64) for name, column in columns.items()})
+    held = {name: column.astype(np.int64) for name, column in columns.items()}
+    return Recorded(
+        held["receipts"], held["transactions"], held["outcome"], held["score"], held["degraded"], held["reasons"], strangers=[]
+    )
 
 
 def wrong(history: History) -> dict[str, list[str]]:

@@ -17,7 +17,6 @@ import pytest
 from deploy.soak.topics import id_of, number_of
 from gateway.contracts.transaction import check, decode_json
 from gateway.contracts.wire import frame
-from loadtest.openloop.http import request_bytes
 from loadtest.openloop.outcomes import (
     FAILED,
     MIXED_UP,
@@ -31,7 +30,7 @@ from loadtest.openloop.outcomes import (
     reasons_hash,
 )
 from loadtest.openloop.shoppers import COMMUNITIES, SKEWS_MS, Shoppers, Span, card_prefix
-from loadtest.openloop.steady import FIRST_TRY_S, Call, Caller
+from loadtest.openloop.steady import FIRST_TRY_S, Call, Caller, request_of
 
 NOW_MS = 1_795_500_000_000
 WITHIN_S = 20.0
@@ -105,7 +104,7 @@ def call(address: tuple[str, int], count: int = 1) -> Log:
     for i in range(count):
         now = time.monotonic()
         body = json.dumps({"transaction_id": f"r-{i}"}).encode()
-        caller.submit(Call(i, now, request_bytes("gateway", "/score", body)), now)
+        caller.submit(Call(i, now, request_of("gateway", body)), now)
         give_up = now + WITHIN_S
         while caller.under_way:
             assert time.monotonic() < give_up
