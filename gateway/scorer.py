@@ -312,10 +312,12 @@ class Scorer:
         )
         refs = [None if m is None else m.ref for m in scored.models]
         unobserved = observation is None or not observation.written
+        elsewhere = await self._settled_elsewhere(fresh)
         records: list[tuple[Job, bytes]] = []
-        for i, job, outcome, risk, p, reasons, hits, kinds, latency_ms, receipt, model in zip(
+        for i, job, settled, outcome, risk, p, reasons, hits, kinds, latency_ms, receipt, model in zip(
             rows.tolist(),
             fresh,
+            elsewhere,
             outcomes,
             score.tolist(),
             [None] * len(fresh) if probability is None else probability.tolist(),
@@ -327,6 +329,9 @@ class Scorer:
             scored.model.tolist(),
             strict=True,
         ):
+            if settled is not None:
+                results[i] = settled
+                continue
             answer = Answer(
                 transaction_id=job.transaction_id,
                 decision=outcome,
@@ -367,6 +372,18 @@ class Scorer:
                         decisions.severity,
                     )
                 )
+
+    async def _settled_elsewhere(self, jobs: Sequence[Job]) -> list[Result | None]:
+        """For a batch that is late, what another gateway made of its jobs meanwhile; None for what is still this one's to tell.
+
+        Past its deadline a caller may have come again elsewhere: a process that was halted, by a debugger, a hypervisor or a machine out of
+        memory, goes on in the middle of a batch that has long been decided.
+        """
+        deadlines = [job.deadline_s for job in jobs if job.deadline_s is not None]
+        if not deadlines or min(deadlines) > self._clock_s() or not self._store.ready:
+            return [None] * len(jobs)
+        found = await self._store.observe(jobs, requests_of(jobs), self._feature_budget_s)
+        return [None] * len(jobs) if found is None else self._settle(jobs, found)[0]
 
     @staticmethod
     def _reasons_until_s(jobs: Sequence[Job], now_s: float) -> float:

@@ -40,6 +40,9 @@ def soak(argv: list[str]) -> int:
     parser.add_argument("--warm-up", type=float, default=60, metavar="S", help="seconds that don't count (default %(default)s)")
     parser.add_argument("--every", type=float, default=EVERY_S, metavar="S", help="seconds for a fault (default %(default)s)")
     parser.add_argument(
+        "--hold", type=float, metavar="S", help="how long each fault is held that has an end (default: by its kind)"
+    )
+    parser.add_argument(
         "--faults", default="", metavar="NAMES", help=f"these in this order, again and again, instead of drawn: {', '.join(KINDS)}"
     )
     parser.add_argument("--home", type=Path, metavar="DIR", help="where to run (default: a temporary directory)")
@@ -49,7 +52,7 @@ def soak(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     names = [name for name in options.faults.split(",") if name]
     try:
-        plan = make_plan(options.minutes, options.seed, options.rate, options.warm_up, names, options.every)
+        plan = make_plan(options.minutes, options.seed, options.rate, options.warm_up, names, options.every, options.hold)
     except PlanError as exc:
         parser.error(str(exc))
     for fault in plan.faults:

@@ -1,6 +1,6 @@
 """When which fault happens in a soak: decided by the seed before it begins, and told in the report.
 
-Each slot of EVERY_S seconds has one fault, in its middle, so that what it cost is over when the slot is. Every family of faults comes
+Each slot of EVERY_S seconds has one fault, near its beginning, so that what it cost is over when the slot is. Every family of faults comes
 once before one comes twice; which of a family's faults it is, is drawn. Nothing here starts or stops anything.
 """
 
@@ -14,6 +14,9 @@ import numpy as np
 EVERY_S = 120.0
 MINUTES_MAX = 24 * 60
 RATE_MAX = 20_000.0
+HOLD_S_MAX = 3600.0
+# A fault begins when this part of its slot is over.
+BEGINS_AT = 0.1
 # How long after the end of a fault what happens is put down to it.
 AFTERMATH_S = 30.0
 
@@ -38,11 +41,11 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind("gateway_kill", "gateway", 0, "kill -9 to one of the two workers; the supervisor starts another"),
         Kind("gateway_stop", "gateway", 15, "SIGSTOP to one of the two workers, then SIGCONT"),
-        Kind("redis_stop", "redis", 15, "SIGSTOP to Redis, then SIGCONT"),
-        Kind("redis_kill", "redis", 5, "kill -9 to Redis, started again 5 s later from its append-only file"),
+        Kind("redis_stop", "redis", 80, "SIGSTOP to Redis, then SIGCONT", ("RedisNotReady",), 75),
+        Kind("redis_kill", "redis", 5, "kill -9 to Redis, started again from its append-only file", ("RedisNotReady",), 75),
         Kind("redis_slow", "redis", 20, "Redis stopped for 60 of every 80 ms"),
-        Kind("broker_kill", "broker", 10, "kill -9 to the Kafka broker, started again 10 s later"),
-        Kind("jobs_kill", "spark", 10, "kill -9 to the Spark driver with its streams, started again 10 s later"),
+        Kind("broker_kill", "broker", 10, "kill -9 to the Kafka broker, then started again", ("KafkaDoorOut",), 150),
+        Kind("jobs_kill", "spark", 10, "kill -9 to the Spark driver with its streams, then started again", ("JobsDown",), 150),
         Kind("disk_full", "disk", 15, "no write to a file succeeds for the workers: their local log of receipts can't grow"),
         Kind("jobs_disk_full", "disk", 15, "no write to a file succeeds for Spark: tables, checkpoints and shuffles can't grow"),
         Kind("clock_skew", "clocks", 30, "every fifth payment carries a time from two hours back to five minutes ahead"),
@@ -60,10 +63,11 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Fault:
-    """`kind` begins `at_s` seconds into the measured time."""
+    """`kind` begins `at_s` seconds into the measured time and is held for `hold_s`."""
 
     kind: Kind
     at_s: float
+    hold_s: float
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,20 @@ class Plan:
     @property
     def skewed(self) -> list[tuple[float, float]]:
         """(from, to) seconds of the whole load in which clocks are wrong."""
-        spans = [(f.at_s + self.warm_up_s, f.kind.hold_s) for f in self.faults if f.kind.name == "clock_skew"]
+        spans = [(f.at_s + self.warm_up_s, f.hold_s) for f in self.faults if f.kind.name == "clock_skew"]
         return [(at_s, at_s + hold_s) for at_s, hold_s in spans]
 
 
 def make_plan(
-    minutes: float, seed: int, rate_per_s: float, warm_up_s: float, only: Sequence[str] = (), every_s: float = EVERY_S
+    minutes: float,
+    seed: int,
+    rate_per_s: float,
+    warm_up_s: float,
+    only: Sequence[str] = (),
+    every_s: float = EVERY_S,
+    hold_s: float | None = None,
 ) -> Plan:
-    """`only`: these kinds, in this order, again and again. Raises `PlanError`."""
+    """`only`: these kinds, in this order, again and again. `hold_s`: how long those are held that have an end. Raises `PlanError`."""
     if not 0 < minutes <= MINUTES_MAX:
         raise PlanError(f"--minutes must be above 0 and at most {MINUTES_MAX}")
     if not 1 <= rate_per_s <= RATE_MAX:
@@ -116,15 +126,21 @@ def make_plan(
     unknown = [name for name in only if name not in KINDS]
     if unknown:
         raise PlanError(f"there is no fault {', '.join(unknown)}: there are {', '.join(KINDS)}")
-    longest_s = max(kind.hold_s for kind in KINDS.values())
-    if every_s < longest_s + AFTERMATH_S:
-        raise PlanError(f"--every must be at least {longest_s + AFTERMATH_S:.0f}: a fault and its aftermath take that long")
+    if hold_s is not None and not 0 < hold_s <= HOLD_S_MAX:
+        raise PlanError(f"--hold must be above 0 and at most {HOLD_S_MAX:.0f}")
+    longest_s = (max(kind.hold_s for kind in KINDS.values()) if hold_s is None else hold_s) + AFTERMATH_S
+    if every_s < longest_s:
+        raise PlanError(f"--every must be at least {longest_s:.0f}: a fault and its aftermath take that long")
     measured_s = minutes * 60
     slots = max(1, int(measured_s // every_s))
-    at_s = [min(every_s, measured_s) * (slot + 0.25) if slots > 1 else measured_s * 0.25 for slot in range(slots)]
+    at_s = [min(every_s, measured_s) * (slot + BEGINS_AT) for slot in range(slots)]
     names = [only[slot % len(only)] for slot in range(slots)] if only else drawn(seed, slots)
-    faults = tuple(Fault(KINDS[name], at) for name, at in zip(names, at_s, strict=True))
+    faults = tuple(Fault(KINDS[name], at, held(KINDS[name], hold_s)) for name, at in zip(names, at_s, strict=True))
     return Plan(seed, rate_per_s, warm_up_s, measured_s, faults)
+
+
+def held(kind: Kind, hold_s: float | None) -> float:
+    return kind.hold_s if hold_s is None or not kind.hold_s else hold_s
 
 
 def drawn(seed: int, slots: int) -> list[str]:

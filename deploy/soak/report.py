@@ -83,7 +83,8 @@ def statuses(bodies: dict[int, int]) -> str:
 
 def alerts_text(outcome: Outcome) -> str:
     names = sorted({f.name for f in outcome.firings})
-    return ", ".join(f"{n} ({sum(f.name == n for f in outcome.firings)})" for n in names) or "none fired"
+    fired = ", ".join(f"{n} ({sum(f.name == n for f in outcome.firings)})" for n in names) or "none fired"
+    return f"{fired}; {len(outcome.told)} messages to the webhook"
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
             "rate_per_s": plan.rate_per_s,
             "warm_up_s": plan.warm_up_s,
             "measured_s": plan.measured_s,
-            "faults": [{"kind": f.kind.name, "at_s": f.at_s, "hold_s": f.kind.hold_s} for f in plan.faults],
+            "faults": [{"kind": f.kind.name, "at_s": f.at_s, "hold_s": f.hold_s} for f in plan.faults],
         },
         "run": outcome.run,
         "sent": outcome.sent,
@@ -123,7 +124,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "tables": {name: {"count": len(found), "payments": found[:SHOWN_MAX]} for name, found in outcome.tables.items()},
         "features": dataclasses.asdict(outcome.features),
         "poison": {"messages": outcome.poison, "bodies": outcome.bodies},
-        "alerts": {"note": outcome.alerts_note, "fired": [dataclasses.asdict(f) for f in outcome.firings]},
+        "alerts": {"note": outcome.alerts_note, "fired": [dataclasses.asdict(f) for f in outcome.firings], "told": outcome.told},
         "sender": {"late_p99_ms": verdict.late_p99_ms, "cpu_s": outcome.sender_cpu_s, "sent_again": outcome.retried},
         "took_s": outcome.took_s,
     }

@@ -42,7 +42,9 @@ TOLD_EVERY_S = 10
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that is known at the end. `alerts_note`: why nothing is known of alerts, or ""."""
+    """Everything that is known at the end. `alerts_note`: why nothing is known of alerts, or ""; `told`: alerts that reached the webhook,
+    with the second of the measured time.
+    """
 
     plan: Plan
     run: str
@@ -54,6 +56,7 @@ class Outcome:
     verdict: Verdict
     firings: list[Firing]
     alerts_note: str
+    told: list[tuple[str, float]]
     bodies: dict[int, int]
     poison: int
     retried: int
@@ -82,7 +85,7 @@ class Faults(threading.Thread):
         say(f"{began_s:6.0f} s    {fault.kind.name}: {fault.kind.what}")
         try:
             with FAULTS[fault.kind.name](self._stage, self.traces) as note:
-                self._stage.ending.wait(fault.kind.hold_s)
+                self._stage.ending.wait(fault.hold_s)
         except (SoakError, StackError, OSError, KafkaException, RegistryUnavailableError) as exc:
             error = str(exc)
             say(f"            {fault.kind.name} went wrong: {error}")
@@ -174,7 +177,8 @@ class Soak:
         complaints += [f"{fault.kind} at {fault.begin_s:.0f} s: {fault.error}" for fault in faults.happened if fault.error]
         complaints += [f"a body that means harm was answered {status}" for status in traces.bodies if not 400 <= status < 500]
         if not note:
-            complaints += alerts.missing(faults.happened, firings)
+            began_s = start["start_ms"] / 1000 + plan.warm_up_s
+            complaints += alerts.missing(faults.happened, firings, stage.webhook.told, began_s)
         return Outcome(
             plan=plan,
             run=self.run_name,
@@ -186,6 +190,7 @@ class Soak:
             verdict=verdict,
             firings=firings,
             alerts_note=note,
+            told=[(t.name, t.at_s - start["start_ms"] / 1000 - plan.warm_up_s) for t in stage.webhook.told],
             bodies=dict(traces.bodies),
             poison=len(traces.poison),
             retried=int(result["retried"]),

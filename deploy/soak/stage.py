@@ -27,6 +27,7 @@ from deploy import processes
 from deploy.bench_jobs import children_of
 from deploy.bench_model import TREES, make_model
 from deploy.bench_policy import write_policy
+from deploy.soak.alerts import Webhook
 from deploy.stack import Stack, StackError
 from gateway.contracts.model_meta import ModelEntry
 from gateway.contracts.settings import ENV_PREFIX, Settings, load_settings, settings_env
@@ -37,6 +38,7 @@ WORKERS = 2
 PORTS = range(20_000, 32_000)
 # What would lead to somebody else's, or to a place outside of the home.
 PLACES = ("spool_dir", "model_dir", "api_keys_path", "client_key_path", "webhooks_path", "kafka_bootstrap")
+WEBHOOKS = ("alert_page_url", "alert_ticket_url")
 REDIS_MEMORY_MB = 4096
 SPARK_OPTIMISE_CALLS = 50_000
 OTHER_SEED = 12
@@ -72,8 +74,8 @@ def free_ports(count: int) -> list[int]:
     raise SoakError(f"{count} free ports are not to be had")
 
 
-def soak_settings(home: Path) -> Settings:
-    """The user's own settings but for where things run."""
+def soak_settings(home: Path, webhook: str) -> Settings:
+    """The user's own settings but for where things run, and that alerts are told to `webhook`."""
     names = [f.name for f in fields(Settings)]
     changed: dict[str, Any] = {
         name: "" for name in names if name in PLACES or (name.endswith(("_url", "_uri")) and name != "maven_url")
@@ -85,6 +87,7 @@ def soak_settings(home: Path) -> Settings:
         "redis_memory_mb": REDIS_MEMORY_MB,
         "spark_optimise_calls": SPARK_OPTIMISE_CALLS,
     }
+    changed |= {name: webhook for name in names if name in WEBHOOKS}
     return replace(load_settings(), home=str(home), host="127.0.0.1", spark_cores=1, **changed)
 
 
@@ -93,7 +96,8 @@ class Stage:
 
     def __init__(self, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
-        self.settings = soak_settings(home)
+        self.webhook = Webhook()
+        self.settings = soak_settings(home, self.webhook.url)
         write_policy(home / "policy")
         self.stack = Stack(self.settings, say)
         gateway = self.stack.services["gateway"]
@@ -120,6 +124,7 @@ class Stage:
 
     def start(self) -> None:
         """Raises `SoakError` or `StackError`."""
+        self.webhook.start()
         self.stack.start(["kafka", "redis", "registry"])
         self.stack.create_topics_and_schemas()
         models = self.settings.models_path
@@ -135,7 +140,10 @@ class Stage:
     @property
     def watchers(self) -> list[str]:
         """What watches: Prometheus and Alertmanager, where this stack has them."""
-        return [name for name in ("alertmanager", "prometheus") if name in self.stack.services]
+        services = self.stack.services
+        wanted = ["alertmanager", "prometheus"]
+        there = all(name in services and getattr(services[name], "missing", None) is None for name in wanted)
+        return wanted if there else []
 
     def all_ready(self) -> bool:
         return len(self.worker_pids()) == WORKERS and all(self._ready() for _ in range(READY_ANSWERS))
@@ -206,3 +214,4 @@ class Stage:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
         self.stack.stop()
+        self.webhook.close()

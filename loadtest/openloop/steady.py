@@ -2,8 +2,8 @@
 
 Open loop: payments leave when they are due, whatever becomes of those before. Nine of ten are posted over keep-alive connections, one is
 put on Kafka. What has no answer FIRST_TRY_S after it was sent, loses its connection or is told 503 is sent once more, the same body
-on a new connection; its latency still counts from when it was due. 429 is not sent again. The gateway is told DEADLINE_MS. One wake-up a tick (1 ms) reads every answer
-that is there and sends everything that is due; 35 us of CPU a payment.
+on a new connection; its latency still counts from when it was due. 429 is not sent again. The gateway is told to answer within
+DEADLINE_MS. One wake-up a tick (1 ms) reads every answer that is there and sends everything that is due; 35 us of CPU a payment.
 
 Tells `start_s` (the machine's monotonic clock) and `start_ms`, then a line a second, then the result. SIGTERM ends the run early; what
 was sent by then is written all the same. Called by `deploy.soak`.
@@ -100,10 +100,18 @@ class Connection:
 
 
 class Caller:
-    """The HTTP side. `clock_s` is monotonic."""
+    """The HTTP side. After `first_try_s` an answer is asked for again. `clock_s` is monotonic."""
 
-    def __init__(self, address: tuple[str, int], run: str, log: Log, clock_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        run: str,
+        log: Log,
+        first_try_s: float = FIRST_TRY_S,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._address, self._run, self._log, self._clock_s = address, run, log, clock_s
+        self._first_try_s = first_try_s
         self._poller = select.epoll()
         self._open: dict[int, Connection] = {}
         self._idle: deque[Connection] = deque()
@@ -169,7 +177,7 @@ class Caller:
         call.attempts += 1
         if call.attempts == 1:
             self._log.late_us[call.number] = int((now - call.due_s) * 1e6)
-            self._first.append((now + FIRST_TRY_S, connection, call))
+            self._first.append((now + self._first_try_s, connection, call))
         else:
             self._second.append((call.due_s + GIVE_UP_S, connection, call))
 

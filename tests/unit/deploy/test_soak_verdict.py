@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import urllib.error
+import urllib.request
+
 import numpy as np
 import pytest
 
 from deploy.soak import alerts
-from deploy.soak.alerts import Firing
+from deploy.soak.alerts import Firing, Told, Webhook
 from deploy.soak.faults import FAULTS
 from deploy.soak.history import Sent
-from deploy.soak.plan import AFTERMATH_S, EVERY_S, FAMILIES, KINDS, Happened, Plan, PlanError, make_plan
+from deploy.soak.plan import AFTERMATH_S, EVERY_S, FAMILIES, KINDS, Happened, Kind, Plan, PlanError, make_plan
 from deploy.soak.verdict import judge
 from gateway.contracts.reasons import Degraded
 from loadtest.openloop.outcomes import ACKNOWLEDGED, FAILED, NOT_DUE, degraded_bits
@@ -133,16 +137,23 @@ def test_the_seed_decides_which_fault_comes_when_and_every_family_comes() -> Non
     assert plan == make_plan(20, 5, 2000, 60) != make_plan(20, 6, 2000, 60)
     assert len(plan.faults) == 10
     assert {fault.kind.family for fault in plan.faults} == set(FAMILIES)
-    assert all(b.at_s - a.at_s == EVERY_S for a, b in zip(plan.faults, plan.faults[1:], strict=False))
+    assert all(b.at_s - a.at_s == pytest.approx(EVERY_S) for a, b in zip(plan.faults, plan.faults[1:], strict=False))
     last = plan.faults[-1]
-    assert last.at_s + last.kind.hold_s + AFTERMATH_S <= plan.measured_s
+    assert last.at_s + last.hold_s <= plan.measured_s
 
 
 def test_clocks_are_wrong_for_the_sender_when_the_plan_says_so() -> None:
     plan = make_plan(2, 1, 200, 10, ["clock_skew"])
     [(begin_s, end_s)] = plan.skewed
-    assert (begin_s, end_s) == (40.0, 40.0 + KINDS["clock_skew"].hold_s)
+    assert (begin_s, end_s) == (22.0, 22.0 + KINDS["clock_skew"].hold_s)
     assert make_plan(2, 1, 200, 10, ["poison"]).skewed == []
+
+
+def test_a_hold_is_for_faults_that_have_an_end() -> None:
+    plan = make_plan(10, 1, 200, 10, ["broker_kill", "model_swap"], 200, 160)
+    assert [(f.kind.name, f.hold_s) for f in plan.faults] == [("broker_kill", 160), ("model_swap", 0), ("broker_kill", 160)]
+    with pytest.raises(PlanError, match="--every must be at least 190"):
+        make_plan(10, 1, 200, 10, ["broker_kill"], 180, 160)
 
 
 @pytest.mark.parametrize(
@@ -169,14 +180,35 @@ def test_every_kind_of_fault_can_be_made() -> None:
 
 def test_an_alert_that_should_have_fired_and_did_not_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = KINDS["redis_stop"]
-    monkeypatch.setitem(KINDS, "redis_stop", type(kind)(kind.name, kind.family, 15, kind.what, ("RedisDown",), 10))
+    monkeypatch.setitem(KINDS, "redis_stop", Kind(kind.name, kind.family, 15, kind.what, ("RedisDown",), 10))
     fault, short = Happened("redis_stop", 100, 115, ""), Happened("redis_stop", 300, 305, "")
-    assert alerts.missing([fault], [Firing("RedisDown", "", 112, 140)]) == []
-    assert alerts.missing([fault], [Firing("RedisDown", "", 112 + 60, 200)]) != []
-    assert alerts.missing([fault], [Firing("KafkaDown", "", 112, 140)]) == [
-        "RedisDown should have fired during redis_stop at 100 s and didn't"
-    ]
-    assert alerts.missing([short], []) == []
+    fired, told = [Firing("RedisDown", "", 112, 140)], [Told("RedisDown", 5_120)]
+    assert alerts.missing([fault], fired, told, 5_000) == []
+    missed = ["RedisDown should have fired during redis_stop at 100 s and didn't"]
+    assert alerts.missing([fault], [Firing("RedisDown", "", 172, 200)], told, 5_000) == missed
+    assert alerts.missing([fault], [Firing("KafkaDown", "", 112, 140)], told, 5_000) == missed
+    for elsewhen in ([], [Told("RedisDown", 5_050)], [Told("KafkaDown", 5_120)]):
+        assert alerts.missing([fault], fired, elsewhen, 5_000) == ["RedisDown fired during redis_stop at 100 s and nobody was told"]
+    assert alerts.missing([short], [], [], 5_000) == []
+
+
+def test_the_webhook_notes_what_fires_and_refuses_what_it_cannot_read() -> None:
+    webhook = Webhook()
+    webhook.start()
+    try:
+        sent = [
+            {"status": "firing", "labels": {"alertname": "RedisDown"}},
+            {"status": "resolved", "labels": {"alertname": "KafkaDown"}},
+        ]
+        for body, status in ((json.dumps({"alerts": sent}), 200), ("no json", 400)):
+            try:
+                with urllib.request.urlopen(webhook.url, body.encode(), timeout=20) as reply:  # noqa: S310
+                    assert reply.status == status
+            except urllib.error.HTTPError as exc:
+                assert exc.code == status
+    finally:
+        webhook.close()
+    assert [t.name for t in webhook.told] == ["RedisDown"]
 
 
 def test_samples_that_follow_each_other_are_one_firing() -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from gateway.policy import load_policy
 from gateway.policy_slot import PolicySlot
 from gateway.reasons import ASKED_ROWS_MAX
 from gateway.recent import RecentDecisions
+from gateway.requests import Requests
 from gateway.scorer import Scorer
 from gateway.store import Observation
 from gateway.unobserved import Unobserved
@@ -41,7 +43,13 @@ def no_model(tmp_path: Path) -> ModelSlot:
     return ModelSlot(tmp_path)
 
 
-def make_scorer(store: StubStore, models: ModelSlot, clock_s: float = 0.0, unobserved: Unobserved | None = None) -> Scorer:
+def make_scorer(
+    store: StubStore,
+    models: ModelSlot,
+    clock_s: float = 0.0,
+    unobserved: Unobserved | None = None,
+    clock: Callable[[], float] | None = None,
+) -> Scorer:
     return Scorer(
         store,  # type: ignore[arg-type]
         models,
@@ -52,7 +60,7 @@ def make_scorer(store: StubStore, models: ModelSlot, clock_s: float = 0.0, unobs
         feature_budget_ms=40,
         code_version="test",
         now_ms=lambda: NOW_MS,
-        clock_s=lambda: clock_s,
+        clock_s=(lambda: clock_s) if clock is None else clock,
     )
 
 
@@ -138,6 +146,46 @@ async def test_a_retry_gets_the_recorded_answer_and_no_receipt(slot: ModelSlot) 
     [result] = await make_scorer(store, slot).decide([job])
     assert (result.verdict, result.answer, result.receipt) == (Verdict.DUPLICATE, make_answer(), None)
     assert store.recorded == []
+
+
+class HaltedStore(StubStore):
+    """Another gateway decides while this process is halted: the first look finds nothing, later ones `before`."""
+
+    def __init__(self, before: bytes | None) -> None:
+        super().__init__(make_observation(1))
+        self._before = before
+
+    async def observe(self, batch: Sequence[Job], requests: Requests, timeout_s: float, update: bool = True) -> Observation | None:
+        found = await super().observe(batch, requests, timeout_s, update)
+        if self._before is not None:
+            self.observation = settled_by(self._before)
+        return found
+
+
+async def test_a_gateway_that_was_halted_past_the_deadline_tells_what_another_decided_and_no_more(slot: ModelSlot) -> None:
+    job = make_job(deadline_s=100.080)
+    store = HaltedStore(job.claim + msgspec.msgpack.encode(make_answer()))
+    clock = iter([100.0, *[115.0] * 50])
+    scorer = make_scorer(store, slot, clock=lambda: next(clock))
+    [result] = await scorer.decide([job])
+    assert (result.verdict, result.answer, result.receipt) == (Verdict.DUPLICATE, make_answer(), None)
+    assert store.recorded == []
+
+
+async def test_a_late_gateway_that_nobody_overtook_decides_itself(slot: ModelSlot) -> None:
+    store = HaltedStore(None)
+    clock = iter([100.0, *[115.0] * 50])
+    job = make_job(deadline_s=100.080)
+    [result] = await make_scorer(store, slot, clock=lambda: next(clock)).decide([job])
+    assert result.verdict is Verdict.DECIDED and result.receipt is not None
+    assert store.recorded == [job]
+    assert len(store.timeouts_s) == 2
+
+
+async def test_who_is_in_time_looks_once(slot: ModelSlot) -> None:
+    store = StubStore(make_observation(1))
+    await make_scorer(store, slot, clock_s=100.0).decide([make_job(deadline_s=100.080)])
+    assert len(store.timeouts_s) == 1
 
 
 async def test_another_body_is_a_conflict(slot: ModelSlot) -> None:
