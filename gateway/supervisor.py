@@ -36,7 +36,7 @@ RESTART_MAX_S = 10.0
 # A worker that ran so long has not failed at start.
 PROVEN_S = 30.0
 POLICY_STATUS = 2
-# While a worker starts, its imports included, it gives way to those that serve.
+# While a worker starts, its imports included, it gives way to those that serve, if any do.
 STARTING_NICENESS = 10
 CAP_SYS_NICE = 23
 
@@ -108,7 +108,8 @@ class Supervisor:
         ]
         process = await asyncio.create_subprocess_exec(*argv, pass_fds=(listener.fileno(), theirs.fileno()))
         theirs.close()
-        _nice(process.pid, STARTING_NICENESS)
+        if any(other.ready.is_set() and other.process.returncode is None for other in self._workers.values()):
+            _nice(process.pid, STARTING_NICENESS)
         worker = Worker(slot, process, ours, time.monotonic())
         self._start(self._listen(worker))
         return worker
