@@ -5,7 +5,7 @@ be had stands in deploy/ivy.xml, what that came to in deploy/jars.lock: path, si
 then moved to their place as a whole, so an interrupted download leaves nothing half done, and the next one goes on from there.
 
     python -m deploy.jars          fetch what is missing
-    python -m deploy.jars spark    only what Spark needs, for an image
+    python -m deploy.jars spark spark-s3a    only these, for an image; spark-s3a is for tables on S3, and fetched only when asked for
     python -m deploy.jars lock     resolve deploy/ivy.xml anew and write deploy/jars.lock
 """
 
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
@@ -37,8 +37,9 @@ POLL_S = 0.2
 TELL_EVERY_S = 10.0
 # Ivy's word for every configuration.
 ALL = "*"
-# Those that are fetched by themselves.
-ALONE = frozenset({"spark"})
+CONFIGURATIONS = ("kafka", "registry", "spark", "spark-s3a")
+# What the local stack runs on.
+USUAL = ("kafka", "registry", "spark")
 
 
 class JarsError(RuntimeError):
@@ -52,6 +53,10 @@ class LockedFile:
     path: str
     size_bytes: int
     sha256: str
+
+    @property
+    def configuration(self) -> str:
+        return self.path.split("/")[0]
 
 
 def read_lock(path: Path = LOCK_PATH) -> list[LockedFile]:
@@ -78,29 +83,39 @@ def differing(jars: Path, locked: list[LockedFile]) -> list[LockedFile]:
     return absent + [f for f in locked if f not in absent and _sha256(jars / f.path) != f.sha256]
 
 
-def fetch(settings: Settings, configuration: str = ALL) -> float:
-    """Make `settings.jars_path` hold what the lock names, of one configuration or of all. Returns the seconds it took.
+def of(configurations: Iterable[str]) -> list[LockedFile]:
+    """The lock's files of these configurations."""
+    wanted = set(configurations)
+    return [file for file in read_lock() if file.configuration in wanted]
 
-    Raises `JarsError`.
+
+def fetch(settings: Settings, configurations: Iterable[str] = USUAL) -> float:
+    """Make `settings.jars_path` hold what the lock names of `configurations`. Returns the seconds it took. Raises `JarsError`.
+
+    A configuration of which something is missing is fetched as a whole; the others stay untouched, for programs may run from them.
     """
     begin = time.monotonic()
-    locked = [file for file in read_lock() if configuration in (ALL, file.path.split("/")[0])]
     jars = settings.jars_path
-    if not missing(jars, locked):
+    wanted = of(configurations)
+    if not missing(jars, wanted):
         return 0.0
     with _locked(settings):
         # Another set-up may have fetched them while this one waited.
-        if not missing(jars, locked):
+        absent = sorted({file.configuration for file in missing(jars, wanted)})
+        if not absent:
             return time.monotonic() - begin
+        locked = of(absent)
         fresh = settings.cache_path / "jars.partial"
-        _retrieve(settings, fresh, sum(f.size_bytes for f in locked), configuration)
+        _retrieve(settings, fresh, sum(f.size_bytes for f in locked), ",".join(absent))
         wrong = differing(fresh, locked)
         if wrong:
             names = ", ".join(f.path for f in wrong[:5])
             raise JarsError(
                 f"{len(wrong)} of {len(locked)} files are not what deploy/jars.lock says ({names}); nothing was installed"
             )
-        _replace(jars, fresh)
+        for name in absent:
+            _replace(jars / name, fresh / name)
+        shutil.rmtree(fresh)
         shutil.rmtree(settings.cache_path / "ivy")
     return time.monotonic() - begin
 
@@ -110,7 +125,7 @@ def lock(settings: Settings) -> list[LockedFile]:
     with _locked(settings):
         fresh = settings.cache_path / "jars.partial"
         _retrieve(settings, fresh, 0)
-        paths = sorted(path for path in fresh.rglob("*") if path.is_file())
+        paths = sorted((path for path in fresh.rglob("*") if path.is_file()), key=str)
         files = [LockedFile(str(p.relative_to(fresh)), p.stat().st_size, _sha256(p)) for p in paths]
         shutil.rmtree(fresh)
     return files
@@ -202,7 +217,8 @@ def _downloaded_bytes(cache: Path) -> int:
 
 def _replace(jars: Path, fresh: Path) -> None:
     """Move `fresh` to `jars`. Stopped between the two renames, it leaves no jars, and the next set-up fetches them."""
-    old = jars.with_name("jars.old")
+    jars.parent.mkdir(parents=True, exist_ok=True)
+    old = jars.with_name(f"{jars.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if jars.exists():
         jars.rename(old)
@@ -229,7 +245,7 @@ def _setup(settings: Settings) -> None:
     print(f"java        {java_major(home / 'bin/java')} at {home}")
     redis = find_redis()
     print(f"redis       {'.'.join(map(str, redis_version(redis)))} at {redis}")
-    if missing(settings.jars_path, read_lock()):
+    if missing(settings.jars_path, of(USUAL)):
         print(f"jars        Kafka, schema registry and Spark's connectors to {settings.jars_path}", flush=True)
     seconds = fetch(settings)
     print(f"jars        {f'fetched in {seconds:.0f} s' if seconds else 'all there'}, {settings.jars_path}")
@@ -242,9 +258,9 @@ def main() -> int:
             text = "".join(f"{f.sha256} {f.size_bytes} {f.path}\n" for f in lock(settings))
             LOCK_PATH.write_text(text)
             print(f"{LOCK_PATH} names {len(text.splitlines())} files")
-        elif len(sys.argv) == 2 and sys.argv[1] in ALONE:
-            seconds = fetch(settings, sys.argv[1])
-            print(f"jars        {f'fetched in {seconds:.0f} s' if seconds else 'all there'}, {settings.jars_path / sys.argv[1]}")
+        elif sys.argv[1:] and set(sys.argv[1:]) <= set(CONFIGURATIONS):
+            seconds = fetch(settings, sys.argv[1:])
+            print(f"jars        {f'fetched in {seconds:.0f} s' if seconds else 'all there'}, {settings.jars_path}")
         else:
             _setup(settings)
     except (JarsError, ToolMissingError, SettingError) as exc:

@@ -30,7 +30,7 @@ JAR_PREFIXES = (
     "kafka-clients-",
     "commons-pool2-",
 )
-# Present only where the tables lie on s3a://; see docs/pipeline.md.
+# Hadoop's client of S3 and what it needs: fetched only when asked for (python -m deploy.jars spark-s3a).
 S3A_FOLDER = "spark-s3a"
 
 
@@ -38,8 +38,8 @@ class MissingJarError(RuntimeError):
     """A jar that the jobs need is not in the jars folder. `make setup` fetches them."""
 
 
-def jars(jars_path: Path) -> list[Path]:
-    """The jars to give Spark. Raises `MissingJarError`."""
+def jars(jars_path: Path, *, s3a: bool = False) -> list[Path]:
+    """The jars to give Spark, with those for tables on S3 if wanted. Raises `MissingJarError`."""
     folder = jars_path / "spark"
     found = []
     for prefix in JAR_PREFIXES:
@@ -47,12 +47,18 @@ def jars(jars_path: Path) -> list[Path]:
         if not hits:
             raise MissingJarError(f"no {prefix}*.jar in {folder}; run make setup")
         found.append(hits[-1])
-    return found + sorted((jars_path / S3A_FOLDER).glob("*.jar"))
+    if not s3a:
+        return found
+    more = sorted((jars_path / S3A_FOLDER).glob("*.jar"))
+    if not more:
+        raise MissingJarError(f"no jars for S3 in {jars_path / S3A_FOLDER}; fetch them by: python -m deploy.jars {S3A_FOLDER}")
+    return found + more
 
 
 def options(settings: Settings) -> dict[str, str]:
     """Every Spark option that differs from Spark's own default, and why."""
     heap_mb = settings.spark_memory_mb
+    s3a = any(uri.startswith("s3a://") for uri in (settings.tables, settings.checkpoints))
     chosen = {
         "spark.master": f"local[{settings.spark_cores}]",
         "spark.app.name": APP_NAME,
@@ -67,7 +73,7 @@ def options(settings: Settings) -> dict[str, str]:
             f" -Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
             f" {settings.spark_java_options}"
         ),
-        "spark.jars": ",".join(str(jar) for jar in jars(settings.jars_path)),
+        "spark.jars": ",".join(str(jar) for jar in jars(settings.jars_path, s3a=s3a)),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         # Checkpoint files without .crc companions: half as many files to create.
@@ -109,7 +115,7 @@ def options(settings: Settings) -> dict[str, str]:
         "spark.python.worker.reuse": "true",
         "spark.cleaner.periodicGC.interval": "10min",
     }
-    if settings.tables.startswith("s3a://"):
+    if s3a:
         chosen |= {
             "spark.hadoop.fs.s3a.path.style.access": "true",
             # Uploads of small files from memory, not by way of a local disk.

@@ -21,7 +21,7 @@ COPY feature_jobs ./feature_jobs
 COPY gateway ./gateway
 COPY loadtest ./loadtest
 COPY model_export ./model_export
-RUN /opt/fraudgate/venv/bin/python -m deploy.jars spark
+RUN /opt/fraudgate/venv/bin/python -m deploy.jars spark spark-s3a
 RUN uv sync --frozen --no-dev --no-editable --extra jobs --extra java
 # The Java home of the wheel's runtime, which Spark's launcher can use.
 RUN /opt/fraudgate/venv/bin/python -c "from pathlib import Path; from deploy.toolchain import java_home; java_home(Path('/opt/fraudgate/cache'))"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from deploy.services import http_ok
 from deploy.stack import Stack
 from gateway.contracts.model_meta import ADMISSION_FILE, EXPLANATION_FILE, MODEL_FILE, PACKAGE_FILES, REFERENCE_FILE, read_manifest
 from gateway.contracts.settings import Settings, settings_env
@@ -27,8 +24,9 @@ from model_export.registry import Registry
 from model_export.signing import read_public_key
 from model_export.url_store import UrlStore
 from tests.factories_model import write_training_set
-from tests.helpers import HOST, free_ports, running_command, wait_until
+from tests.helpers import free_ports, running_command
 from tests.integration.gateway_helpers import make_transaction, name, post, ready_without
+from tests.s3 import s3_server
 
 pytestmark = pytest.mark.integration
 
@@ -61,23 +59,10 @@ def elsewhere(local: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of an empty bucket on a server that speaks S3, with what its clients need in the environment."""
-    port = free_ports(1)[0]
-    endpoint = f"http://{HOST}:{port}"
-    for variable, value in {
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": "something",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": endpoint,
-    }.items():
-        monkeypatch.setenv(variable, value)
-    argv = [sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(port)]
-    with (tmp_path / "s3.log").open("wb") as log, subprocess.Popen(argv, stdout=log, stderr=log) as server:
-        try:
-            wait_until(lambda: server.poll() is not None or http_ok(f"{endpoint}/moto-api/data.json"), 60, "S3 answers")
-            boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=BUCKET)
-            yield f"s3://{BUCKET}/prefix"
-        finally:
-            server.terminate()
+    with s3_server(tmp_path / "s3.log", BUCKET) as variables:
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+        yield f"s3://{BUCKET}/prefix"
 
 
 def trained(settings: Settings, name: str, *aliases: str) -> None:

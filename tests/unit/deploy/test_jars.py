@@ -19,8 +19,8 @@ CONTENT = b"content of a jar"
 LOCKED = [LockedFile(f"{name}.jar", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()) for name in ("kafka/a", "spark/b")]
 
 
-def write_all(folder: Path, content: bytes = CONTENT) -> None:
-    for file in LOCKED:
+def write_all(folder: Path, content: bytes = CONTENT, configurations: str = "kafka,spark") -> None:
+    for file in (file for file in LOCKED if file.configuration in configurations.split(",")):
         path = folder / file.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -58,8 +58,8 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 def retrieve_of(content: bytes) -> object:
     def retrieve(settings: Settings, into: Path, expected_bytes: int, configuration: str) -> None:
         (settings.cache_path / "ivy").mkdir(exist_ok=True)
-        assert expected_bytes == 2 * len(CONTENT)
-        write_all(into, content)
+        assert expected_bytes == len(configuration.split(",")) * len(CONTENT)
+        write_all(into, content, configuration)
 
     return retrieve
 
@@ -73,6 +73,22 @@ def test_a_damaged_set_of_jars_is_repaired_as_a_whole(cached: Settings, monkeypa
     assert jars.differing(cached.jars_path, LOCKED) == []
     assert not stale.exists()
     assert sorted(path.name for path in cached.cache_path.iterdir()) == ["jars", "lock"]
+
+
+def test_only_the_configuration_that_lacks_something_is_fetched_anew(cached: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_all(cached.jars_path)
+    (cached.jars_path / "spark/b.jar").unlink()
+    kept = (cached.jars_path / "kafka/a.jar").stat().st_ino
+    monkeypatch.setattr(jars, "_retrieve", retrieve_of(CONTENT))
+    jars.fetch(cached)
+    assert jars.differing(cached.jars_path, LOCKED) == []
+    assert (cached.jars_path / "kafka/a.jar").stat().st_ino == kept
+
+
+def test_what_is_for_s3_is_fetched_only_when_asked_for() -> None:
+    assert {file.configuration for file in jars.of(jars.CONFIGURATIONS)} - {file.configuration for file in jars.of(jars.USUAL)} == {
+        "spark-s3a"
+    }
 
 
 def test_nothing_is_fetched_when_all_is_there(cached: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

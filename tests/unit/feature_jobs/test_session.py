@@ -39,7 +39,14 @@ def test_the_driver_listens_on_loopback_only_and_shows_no_page(tmp_path: Path) -
 
 
 def test_s3a_settings_come_with_s3a_tables_only(tmp_path: Path) -> None:
-    make_jars(tmp_path)
+    folder = make_jars(tmp_path) / "spark-s3a"
+    s3_settings = Settings(cache_dir=str(tmp_path), tables_uri="s3a://bucket/tables")
+    with pytest.raises(MissingJarError, match="python -m deploy.jars spark-s3a"):
+        options(s3_settings)
+    folder.mkdir()
+    (folder / "hadoop-aws-1.0.jar").touch()
     local, s3 = (options(Settings(cache_dir=str(tmp_path), tables_uri=uri)) for uri in ("", "s3a://bucket/tables"))
     assert not [name for name in local if "s3a" in name]
     assert [name for name in s3 if "s3a" in name]
+    assert "hadoop-aws" in s3["spark.jars"]
+    assert "hadoop-aws" not in local["spark.jars"]
