@@ -207,27 +207,47 @@ def network_complaints(manifests: list[Manifest]) -> list[str]:
 
 
 def _unreachable(manifests: list[Manifest], policies: list[Manifest]) -> list[str]:
-    services = {m["metadata"]["name"]: m["spec"]["selector"] for m in manifests if m["kind"] == "Service"}
+    services = {m["metadata"]["name"]: m for m in manifests if m["kind"] == "Service"}
     complaints = []
     for workload, template in pods(manifests):
         labels = template["metadata"]["labels"].items()
         mine = [p for p in policies if p["spec"]["podSelector"].get("matchLabels", {}).items() <= labels]
         rules = [rule for p in mine for rule in p["spec"].get("egress", [])]
         for container in containers(template):
-            for name, value in environment(container, manifests).items():
-                for host, port in re.findall(r"([a-z][a-z0-9-]+):(\d+)", value):
-                    if (
-                        host in services
-                        and _needed(workload, name)
-                        and not any(_allows(r, services[host], int(port)) for r in rules)
-                    ):
-                        complaints.append(f"{name_of(workload)}: {name} names {host}:{port}, which it may not reach")
+            named = {
+                (name, host, int(port))
+                for name, value in environment(container, manifests).items()
+                for host, port in re.findall(r"([a-z][a-z0-9-]+):(\d+)", value)
+                if host in services and _needed(workload, name)
+            }
+            for name, host, port in sorted(named):
+                selector, behind = services[host]["spec"]["selector"], _behind(services[host], port, manifests)
+                if not any(_allows(rule, selector, behind) for rule in rules):
+                    complaints.append(f"{name_of(workload)}: {name} names {host}:{port}, which it may not reach")
     return complaints
+
+
+def _behind(service: Manifest, port: int, manifests: list[Manifest]) -> int:
+    """The container's port behind a Service's: a policy sees packets that are addressed to the pod already. -1: there is none."""
+    target = next((p.get("targetPort", port) for p in service["spec"]["ports"] if p["port"] == port), -1)
+    if isinstance(target, int):
+        return target
+    chosen = service["spec"]["selector"].items()
+    held = (
+        p
+        for _, template in pods(manifests)
+        if chosen <= template["metadata"]["labels"].items()
+        for c in containers(template)
+        for p in c.get("ports", [])
+    )
+    return next((int(p["containerPort"]) for p in held if p.get("name") == target), -1)
 
 
 def _needed(workload: Manifest, name: str) -> bool:
     """Every ConfigMap has every address; a component that never asks Redis or MLflow need not reach it."""
     component = workload["metadata"]["labels"]["app.kubernetes.io/component"]
+    if "CONSOLE" in name:
+        return bool(component == "gateway")
     never = {
         "cases": ("REDIS", "MLFLOW", "AWS"),
         "topics": ("REDIS", "MLFLOW", "AWS"),

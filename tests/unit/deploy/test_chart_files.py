@@ -49,7 +49,7 @@ def good() -> list[Manifest]:
     reach = {"to": [{"podSelector": {"matchLabels": LABELS}}], "ports": [{"port": 18080}]}
     made: list[Manifest] = [
         {"kind": "Deployment", "metadata": metadata, "spec": {"template": {"metadata": metadata, "spec": pod}}},
-        {"kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"FRAUDGATE_MLFLOW_URL": "http://gateway:18080"}},
+        {"kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"FRAUDGATE_MLFLOW_URL": "http://gateway:80"}},
         {
             "kind": "Service",
             "metadata": metadata,

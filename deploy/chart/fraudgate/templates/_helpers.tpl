@@ -125,6 +125,15 @@ FRAUDGATE_REDIS_URL: redis://{{ include "fraudgate.fullname" .root }}-redis:6379
 {{- else if not $v.redis.urlSecret.name }}
 FRAUDGATE_REDIS_URL: {{ required "redis.url or redis.urlSecret is needed, or embedded.redis.enabled" $v.redis.url | quote }}
 {{- end }}
+{{- if $v.jobs.enabled }}
+FRAUDGATE_CONSOLE_JOBS_URL: http://{{ include "fraudgate.fullname" .root }}-jobs:18090
+{{- end }}
+{{- if $v.cases.enabled }}
+FRAUDGATE_CONSOLE_CASES_URL: http://{{ include "fraudgate.fullname" .root }}-cases:{{ $v.cases.service.port }}
+{{- end }}
+{{- with $v.telemetry.traceUrl }}
+FRAUDGATE_TRACE_URL: {{ . | quote }}
+{{- end }}
 {{- with $v.storage.checkpoints }}
 FRAUDGATE_CHECKPOINTS_URI: {{ . | quote }}
 {{- end }}
