@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from deploy import chart_files
+from deploy import chart_schema
 from gateway.contracts.settings import ENV_PREFIX, Settings
 
 PAGE_PATH = Path(__file__).resolve().parent.parent / "docs/settings.md"
@@ -34,4 +34,4 @@ def page() -> str:
 if __name__ == "__main__":
     PAGE_PATH.write_text(page())
     print(f"{PAGE_PATH} written")
-    chart_files.write()
+    chart_schema.write()

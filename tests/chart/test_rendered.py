@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deploy.chart_files import CHART
+from deploy.chart_schema import CHART
 from gateway.metrics import Metrics
 from gateway.policy.folder import SHIPPED, read_folder
 from gateway.policy_slot import open_policy

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.chart_files import CHART, CHART_SETTINGS, schema, stale
+from deploy.chart_schema import CHART, CHART_SETTINGS, SCHEMA_PATH, schema, text
 from gateway.contracts.settings import Settings
 from gateway.supervisor import LEAVE_TIMEOUT_S
 from tests.chart import rules
@@ -112,8 +112,15 @@ def test_each_rule_complains_of_what_it_is_for(rule: Callable[[list[Manifest]], 
     assert len(rule(manifests)) >= 1
 
 
-def test_the_files_that_the_chart_copies_or_generates_are_current() -> None:
-    assert [str(path) for path in stale()] == [], "run: python -m deploy.chart_files"
+def test_the_schema_of_the_values_is_current() -> None:
+    assert SCHEMA_PATH.read_text() == text(), "run: python -m deploy.chart_schema"
+
+
+def test_the_chart_has_the_dashboards_of_the_monitoring() -> None:
+    linked = CHART / "files/dashboards"
+    assert linked.is_symlink()
+    assert linked.resolve() == CHART.parents[1] / "monitoring/dashboards/json"
+    assert len(list(linked.glob("*.json"))) > 0
 
 
 def test_every_setting_is_either_the_users_or_the_charts() -> None:

@@ -1,7 +1,7 @@
-"""What the Helm chart holds of other files, written anew: python -m deploy.chart_files (make docs).
+"""Writes the Helm chart's values.schema.json: python -m deploy.chart_schema (make docs).
 
-`values.schema.json` follows the shape of values.yaml and the ranges of the settings, so that `helm install` refuses a value that isn't
-known and a setting out of its range before anything runs. `files/` has the alert rules and dashboards: a chart can read nothing outside.
+It follows the shape of values.yaml and the ranges of the settings, so that `helm install` refuses a value that isn't known and a setting
+out of its range before anything runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from gateway.contracts.settings import Settings
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "deploy/chart/fraudgate"
 SCHEMA_PATH = CHART / "values.schema.json"
-MONITORING = ROOT / "deploy/monitoring"
 
 # Settings that the chart's own values decide: addresses, paths, ports, names. Everything else may stand under `settings`.
 CHART_SETTINGS = frozenset(
@@ -105,32 +104,13 @@ def _settings() -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def wanted() -> dict[Path, bytes]:
-    """Every file that this module writes, with what should be in it."""
-    found = {SCHEMA_PATH: (json.dumps(schema(), indent=2) + "\n").encode()}
-    rules = MONITORING / "rules.yml"
-    if rules.is_file():
-        found[CHART / "files/rules.yml"] = rules.read_bytes()
-    for path in sorted((MONITORING / "dashboards").glob("*.json")):
-        found[CHART / "files/dashboards" / path.name] = path.read_bytes()
-    return found
-
-
-def stale() -> list[Path]:
-    """Files that aren't what they should be, or shouldn't be there."""
-    made = wanted()
-    copies = {path for path in (CHART / "files").rglob("*") if path.is_file()}
-    differing = [path for path, data in made.items() if not path.is_file() or path.read_bytes() != data]
-    return differing + sorted(copies - set(made))
+def text() -> str:
+    return json.dumps(schema(), indent=2) + "\n"
 
 
 def write() -> None:
-    for path in stale():
-        path.unlink(missing_ok=True)
-    for path, data in wanted().items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        print(f"{path} written")
+    SCHEMA_PATH.write_text(text())
+    print(f"{SCHEMA_PATH} written")
 
 
 if __name__ == "__main__":
