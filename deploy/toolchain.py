@@ -16,6 +16,7 @@ from pathlib import Path
 
 JAVA_MAJOR_MIN = 17
 REDIS_VERSION_MIN = (7, 0)
+SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 # Spark's launcher passes it whatever the JVM; the wheel's JVM lacks the module and would refuse to start.
 MISSING_MODULE_OPTION = "--add-modules=jdk.incubator.vector"
 
@@ -81,6 +82,15 @@ def system_redis(env: Mapping[str, str] | None = None) -> Path | None:
         if on_path is not None and redis_version(Path(on_path)) >= REDIS_VERSION_MIN:
             return Path(on_path)
     return None
+
+
+def find_haproxy(env: Mapping[str, str] | None = None) -> Path:
+    """HAProxy on PATH, or where Debian puts it, which is on root's PATH alone. Raises `ToolMissingError`."""
+    env = os.environ if env is None else env
+    on_path = shutil.which("haproxy", path=env.get("PATH")) or shutil.which("haproxy", path=SYSTEM_PATH)
+    if on_path is None:
+        raise ToolMissingError("HAProxy is missing: run make setup as root, or install haproxy")
+    return Path(on_path)
 
 
 def java_major(java: Path) -> int:
