@@ -49,7 +49,11 @@ class _Stat:
 
 
 def spawn(argv: list[str], env: dict[str, str], cwd: Path, log_path: Path, niceness: int = 0) -> ProcessRecord:
-    """Start `argv` in its own session, both outputs appended to the log. Raises OSError when it can't be executed."""
+    """Start `argv` in its own session, both outputs appended to the log. Raises OSError when it can't be executed.
+
+    Where the kernel groups processes by session (autogroup, as Debian's does), niceness counts only within a session: the session is made
+    nice as well.
+    """
     if niceness:
         argv = ["nice", "-n", str(niceness), *argv]
     with log_path.open("ab") as log:
@@ -57,6 +61,9 @@ def spawn(argv: list[str], env: dict[str, str], cwd: Path, log_path: Path, nicen
             argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     _children[child.pid] = child
+    if niceness:
+        with contextlib.suppress(OSError):
+            (_PROC / str(child.pid) / "autogroup").write_text(str(niceness))
     stat = _stat(child.pid)
     assert stat is not None, "an unreaped child has an entry in /proc"
     return ProcessRecord(child.pid, stat.start_ticks, _boot_id(), time.time_ns() // 1_000_000)

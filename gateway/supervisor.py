@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 PID_FILE = "gateway.pid"
 LISTEN_BACKLOG = 2048
-READY_TIMEOUT_S = 60.0
+# A worker takes four seconds of CPU; one that is given up too early on a busy machine is started again and again.
+READY_TIMEOUT_S = 120.0
 # Longer than a worker takes at most: its connections, its chunk, its buffer.
 LEAVE_TIMEOUT_S = 35.0
 RESTART_FIRST_S = 0.5

@@ -134,7 +134,9 @@ class Stage:
             assert manifest is not None
             self._routes.append(dict(manifest.routes))
             say(f"model       version {version}, {grown} trees")
-        self.stack.start(["gateway", "jobs", *self.watchers])
+        # One after the other: at their start each takes all it can get.
+        self.stack.start(["gateway", *self.watchers])
+        self.stack.start(["jobs"])
         self.wait(self.all_ready, READY_S, "both workers ready with Redis, Kafka and model")
 
     @property

@@ -86,6 +86,13 @@ def test_niceness_is_applied(tmp_path: Path, started: list[ProcessRecord]) -> No
     wait_until(lambda: os.getpriority(os.PRIO_PROCESS, record.pid) == here + 5, 5, "nice has set it")
 
 
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel doesn't group processes by session")
+def test_the_session_is_as_nice_as_its_process_or_niceness_means_nothing(tmp_path: Path, started: list[ProcessRecord]) -> None:
+    record = spawn(tmp_path, "exec sleep 60", niceness=5)
+    started.append(record)
+    assert Path(f"/proc/{record.pid}/autogroup").read_text().split()[-2:] == ["nice", "5"]
+
+
 def test_an_unreadable_record_is_no_record(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     assert processes.read_record(path) is None
