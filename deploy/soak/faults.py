@@ -10,7 +10,6 @@ import itertools
 import os
 import resource
 import signal
-import subprocess
 import threading
 import time
 import urllib.error
@@ -225,10 +224,7 @@ def model_swap(stage: Stage, traces: Traces) -> Iterator[str]:
 def deploy(stage: Stage, traces: Traces) -> Iterator[str]:
     before = set(stage.worker_pids())
     began_s = time.monotonic()
-    try:
-        stage.command("reload", timeout_s=RELOAD_S)
-    except subprocess.TimeoutExpired as exc:
-        raise SoakError(f"fraudgate reload took more than {RELOAD_S:.0f} s") from exc
+    stage.run("deploy.cli", "reload", timeout_s=RELOAD_S)
     stage.wait(lambda: not before & set(stage.worker_pids()) and stage.all_ready(), DEPLOY_S, "every worker is a new one")
     yield f"took {time.monotonic() - began_s:.0f} s"
 

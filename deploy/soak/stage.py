@@ -46,6 +46,7 @@ READY_S = 120.0
 PATIENCE = 3
 # Asked so often in a row, every worker has answered once.
 READY_ANSWERS = 16
+WARM_S = 900.0
 POLL_S = 0.1
 PROBE_TIMEOUT_S = 2.0
 # Kafka, Redis' log and the tables take so much of disk for a payment, and the stack so much to begin with.
@@ -125,6 +126,8 @@ class Stage:
     def start(self) -> None:
         """Raises `SoakError` or `StackError`."""
         self.webhook.start()
+        # Compiled kernels, if an installation has none of this version: workers that compile would measure the compiler.
+        self.run("gateway.warm", timeout_s=WARM_S)
         self.stack.start(["kafka", "redis", "registry"])
         self.stack.create_topics_and_schemas()
         models = self.settings.models_path
@@ -194,12 +197,15 @@ class Stage:
             raise StackError(f"{name} does not run")
         processes.send_signal(record, number, group=True)
 
-    def command(self, *arguments: str, timeout_s: float) -> None:
-        """A `fraudgate` command. Raises `SoakError` when it fails."""
-        argv = [sys.executable, "-m", "deploy.cli", *arguments]
-        done = subprocess.run(argv, env=self.env, capture_output=True, text=True, timeout=timeout_s, check=False)
+    def run(self, module: str, *arguments: str, timeout_s: float) -> None:
+        """A module of ours as a program. Raises `SoakError` when it fails or takes longer."""
+        argv = [sys.executable, "-m", module, *arguments]
+        try:
+            done = subprocess.run(argv, env=self.env, capture_output=True, text=True, timeout=timeout_s, check=False)
+        except subprocess.TimeoutExpired as exc:
+            raise SoakError(f"{module} {' '.join(arguments)} took more than {timeout_s:.0f} s") from exc
         if done.returncode:
-            raise SoakError(f"fraudgate {' '.join(arguments)} ended with status {done.returncode}: {done.stderr.strip()[-500:]}")
+            raise SoakError(f"{module} {' '.join(arguments)} ended with status {done.returncode}: {done.stderr.strip()[-500:]}")
 
     def swap_model(self) -> str:
         """Make the other model champion. Its version."""
