@@ -15,6 +15,7 @@ import numpy.typing as npt
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from deploy.soak.history import Ints, Mask, Recorded
+from gateway.contracts.reasons import Degraded
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, QUARANTINE, TRANSACTIONS
@@ -27,6 +28,7 @@ POLL_S = 0.5
 REACH_TIMEOUT_S = 30.0
 FRAME_BYTES = 5
 STRANGERS_MAX = 1000
+WITHOUT_REDIS = frozenset({Degraded.REQUEST_ONLY.value, Degraded.STATIC_POLICY.value})
 # Errors that a client passes on while the broker is away for a moment.
 _PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
 
@@ -87,8 +89,8 @@ class Receipts:
         self.score = array("h", [UNKNOWN]) * count
         self.degraded = array("B", [0]) * count
         self.reasons = array("I", [0]) * count
+        self.without_redis = array("B", [0]) * count
         self.strangers: list[str] = []
-        self.seen = 0
 
     def take(self, message: Message) -> None:
         try:
@@ -101,9 +103,10 @@ class Receipts:
             self._stranger(record["transaction_id"])
             return
         self.receipts[i] += 1
+        if WITHOUT_REDIS.intersection(record["degraded"]):
+            self.without_redis[i] = 1
         if self.receipts[i] > 1:
             return
-        self.seen += 1
         self.outcome[i], self.score[i] = outcome_number(record["decision"]), record["risk_score"]
         if record["degraded"]:
             self.degraded[i] = degraded_bits(record["degraded"])
@@ -166,6 +169,7 @@ def read_recorded(settings: Settings, run: str, accepted: Mask, within_s: float)
         score=ints(receipts.score),
         degraded=ints(receipts.degraded),
         reasons=ints(receipts.reasons),
+        without_redis=ints(receipts.without_redis) > 0,
         strangers=receipts.strangers,
     )
 

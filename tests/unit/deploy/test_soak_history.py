@@ -47,14 +47,14 @@ def make_recorded(**changed: dict[int, int]) -> Recorded:
         "score": number * 7,
         "degraded": number % 3,
         "reasons": number * 11,
+        "without_redis": np.zeros(COUNT, np.int64),
     }
     for name, values in changed.items():
         for at, value in values.items():
             columns[name][at] = value
     held = {name: column.astype(np.int64) for name, column in columns.items()}
-    return Recorded(
-        held["receipts"], held["transactions"], held["outcome"], held["score"], held["degraded"], held["reasons"], strangers=[]
-    )
+    without_redis = held.pop("without_redis") > 0
+    return Recorded(**held, without_redis=without_redis, strangers=[])
 
 
 def wrong(history: History) -> dict[str, list[str]]:
@@ -75,6 +75,17 @@ def test_an_accepted_payment_without_a_receipt_is_lost(number: int) -> None:
 @pytest.mark.parametrize("number", [POSTED, FED])
 def test_a_payment_with_two_receipts_is_duplicated(number: int) -> None:
     assert wrong(check(make_sent(), make_recorded(receipts={number: 2}), Poison())) == {"duplicated": [str(number)]}
+
+
+def test_a_payment_sent_twice_while_redis_was_away_is_told_apart_from_a_duplicate() -> None:
+    twice = {"receipts": {POSTED: 2}, "transactions": {POSTED: 2}, "outcome": {POSTED: 99}}
+    anew = check(make_sent(attempts={POSTED: 2}), make_recorded(**twice, without_redis={POSTED: 1}), Poison())
+    assert anew.clean and anew.decided_anew == 1
+    # Sent once, or decided with Redis both times: that is our doing.
+    for sent, away in ((make_sent(), 1), (make_sent(attempts={POSTED: 2}), 0)):
+        history = check(sent, make_recorded(**twice, without_redis={POSTED: away}), Poison())
+        assert wrong(history).keys() == {"duplicated", "changed", "published_twice"}
+        assert history.decided_anew == 0
 
 
 def test_two_receipts_are_a_violation_also_when_nobody_got_an_answer() -> None:
