@@ -389,6 +389,8 @@ class Drift:
             m.drift_psi.labels(MEASURES[i]).set(w.psi[i])
             m.drift_ks.labels(MEASURES[i]).set(w.ks[i])
             m.drift_alarm.labels(MEASURES[i]).set(w.alarm[i])
+            # Shown as 0 before its first, so that this is seen as an increase.
+            m.drift_alarms.labels(MEASURES[i])
         for i in np.flatnonzero(seen.begun).tolist():
             m.drift_alarms.labels(MEASURES[i]).inc()
             log.warning("drift: %s has a PSI of %.2f in the ten minutes to %d", MEASURES[i], w.psi[i], seen.end_ms)

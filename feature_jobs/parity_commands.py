@@ -15,6 +15,7 @@ from prometheus_client import start_http_server
 
 from feature_jobs.metrics import ParityMetrics
 from feature_jobs.parity import NoReceiptsError, Report, check_parity
+from gateway.contracts.features import FEATURE_NAMES
 from gateway.contracts.instants import instant_ms
 from gateway.contracts.settings import Settings, load_settings
 
@@ -87,6 +88,12 @@ def table(report: Report) -> str:
 
 
 class LiveMetrics(ParityMetrics):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in FEATURE_NAMES:
+            # Shown as 0 before its first, so that this is seen as an increase.
+            self.different.labels(name)
+
     def note(self, report: Report) -> None:
         self.compared.inc(report.compared)
         self.missing.inc(report.missing_rows * len(report.equal))

@@ -157,6 +157,9 @@ async def test_a_receiver_that_is_down_is_tried_until_it_takes_the_message_once(
         async with listening(Receiver([500, 200], port)) as receiver:
             await until(lambda: sender.states() == {"t1": "delivered"}, DEADLINE_S)
             await until(lambda: sender.count("fraudgate_webhook_delivered_total") == 1, DEADLINE_S)
+    # What has not happened is told as 0, so that its first time is an increase.
+    quiet = [f"fraudgate_webhook_{name}_total" for name in ("dead", "overflow", "old", "duplicate")]
+    assert [sender.metrics.registry.get_sample_value(name, {"webhook": "desk"}) for name in quiet] == [0, 0, 0, 0]
     ids = {headers["webhook-id"] for headers, _ in receiver.requests}
     assert len(receiver.requests) == 2 and len(ids) == 1
 
