@@ -53,7 +53,8 @@ format: setup ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: setup ## write the generated pages (settings, metrics, policy.schema.json, list of features), the chart's schema and the dashboards anew
+docs: setup ## write the generated pages (settings, metrics, policy.schema.json, list of features), the alerting rules, the chart's schema and the dashboards anew
+	$(BIN)/python -m deploy.monitoring.rules
 	$(BIN)/python -m deploy.settings_page
 	$(BIN)/python -m deploy.features_page
 	$(BIN)/python -m deploy.metrics_page

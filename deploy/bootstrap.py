@@ -10,15 +10,26 @@ a fraction of a second.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from deploy.toolchain import system_java_home, system_redis
+from deploy.toolchain import (
+    ToolMissingError,
+    find_alertmanager,
+    find_chromedriver,
+    find_chromium,
+    find_haproxy,
+    find_prometheus,
+    system_java_home,
+    system_redis,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 UV_FOLDER = ROOT / "build/uv"
@@ -27,6 +38,17 @@ APT_LOG = ROOT / "build/apt.log"
 UV_VERSION_MIN = (0, 7)
 JAVA_PACKAGES = ("openjdk-17-jre-headless", "openjdk-21-jre-headless", "default-jre-headless")
 REDIS_PACKAGES = ("redis-server", "valkey-server")
+# What only apt has: without them the rest works, and the tests that need them are left out (unless CI=true: there they fail).
+WATCHING = (
+    ("prometheus", find_prometheus, "metrics and alerts"),
+    ("prometheus-alertmanager", find_alertmanager, "alerts that reach somebody"),
+    ("haproxy", find_haproxy, "deploys that nobody notices"),
+    ("chromium", find_chromium, "tests of the console"),
+    ("chromium-driver", find_chromedriver, "tests of the console"),
+)
+# Debian asks this script before it starts what it has installed. Ours are started by fraudgate up, on loopback alone.
+POLICY_RC = Path("/usr/sbin/policy-rc.d")
+POLICY_RC_TEXT = "#!/bin/sh\n# Written by Fraudgate's make setup while it installs packages.\nexit 101\n"
 
 
 class SetupError(RuntimeError):
@@ -43,7 +65,7 @@ def check_python() -> None:
 
 
 def install_with_apt() -> None:
-    """Install Java, Redis and Python's venv where they are missing, if apt can. Where it can't, the wheels take over."""
+    """Install Java, Redis, Python's venv and what watches them where they are missing, if apt can. For the first three wheels stand in."""
     groups: list[tuple[str, ...]] = []
     if system_java_home() is None:
         groups.append(JAVA_PACKAGES)
@@ -51,22 +73,58 @@ def install_with_apt() -> None:
         groups.append(REDIS_PACKAGES)
     if find_uv() is None and not can_make_venv() and not has_pip():
         groups.append(("python3-venv",))
-    if not groups:
+    watching = missing_watchers()
+    if not groups and not watching:
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        say("apt", f"not used ({'not root' if os.geteuid() else 'no apt-get here'}); wheels stand in")
+        why = "not root" if os.geteuid() else "no apt-get here"
+        if groups:
+            say("apt", f"not used ({why}); wheels stand in")
+        for package, use in watching:
+            say("apt", f"{package} is not here ({why}): {use} are left out until somebody runs: apt-get install {package}")
         return
     begin = time.monotonic()
     say("apt", "reading package lists")
     if not _apt("update"):
         say("apt", "the package lists can't be read; wheels stand in")
         return
-    packages = [package for group in groups if (package := _first_available(group)) is not None]
+    packages = [found for group in groups if (found := _first_available(group)) is not None]
     say("apt", f"installing {', '.join(packages) or 'nothing'}")
-    if packages and not _apt("install", "--yes", "--no-install-recommends", *packages):
-        say("apt", "the installation failed; wheels stand in")
-        return
+    with no_service_started():
+        if packages and not _apt("install", "--yes", "--no-install-recommends", *packages):
+            say("apt", "the installation failed; wheels stand in")
+            return
+        for package, use in watching:
+            # One by one: what one distribution lacks doesn't keep the others away.
+            if _first_available((package,)) is None or not _apt("install", "--yes", "--no-install-recommends", package):
+                say("apt", f"{package} can't be installed here: {use} are left out")
     say("apt", f"done in {time.monotonic() - begin:.0f} s")
+
+
+def missing_watchers() -> list[tuple[str, str]]:
+    """The packages of `WATCHING` that aren't here, and what each is for."""
+    missing = []
+    for package, find, use in WATCHING:
+        try:
+            find()
+        except ToolMissingError:
+            missing.append((package, use))
+    return missing
+
+
+@contextlib.contextmanager
+def no_service_started(policy: Path = POLICY_RC) -> Iterator[None]:
+    """While this holds, apt starts nothing that it installs: nothing may listen to the world because of us."""
+    if policy.exists():
+        # Somebody else's, as in container images: it has its reasons.
+        yield
+        return
+    try:
+        policy.write_text(POLICY_RC_TEXT)
+        policy.chmod(0o755)
+        yield
+    finally:
+        policy.unlink(missing_ok=True)
 
 
 def find_uv() -> Path | None:

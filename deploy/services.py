@@ -22,9 +22,8 @@ from pathlib import Path
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from deploy.rollout.proxy import SOCKET_PATH_MAX, Proxy, configuration, socket_path
-from deploy.rollout.state import BLUE, GREEN, SERVICE_OF, State, port_of, read_state, slot_command
-from deploy.toolchain import find_haproxy, find_redis, java_home
+from deploy.monitoring import config, rules
+from deploy.toolchain import ToolMissingError, find_alertmanager, find_prometheus, find_redis, java_home
 from gateway.contracts.settings import ENV_PREFIX, Settings, settings_env
 
 PROBE_TIMEOUT_S = 2.0
@@ -47,7 +46,7 @@ class Service:
     """`ports` maps each setting to the port it gives, the one that clients use first. `prepare` writes files, once or each time.
 
     `command` returns the argument list and the environment. `healthy` asks in the service's own protocol and takes at most a few
-    seconds. `core` services start first; the others need them. One that is not `wanted` is started by its name alone.
+    seconds. `core` services start first; the others need them.
     """
 
     name: str
@@ -59,11 +58,22 @@ class Service:
     stop_within_s: float
     core: bool = True
     niceness: int = 0
-    wanted: bool = True
+    # Finds the program, or raises `ToolMissingError`: fraudgate up goes on without a service that only some machines have.
+    find: Callable[[], object] | None = None
 
     @property
     def port(self) -> int:
         return next(iter(self.ports.values()))
+
+    @property
+    def missing(self) -> str | None:
+        """Why it can't be had on this machine."""
+        try:
+            if self.find is not None:
+                self.find()
+        except ToolMissingError as exc:
+            return str(exc)
+        return None
 
 
 def local_services(settings: Settings) -> dict[str, Service]:
@@ -77,9 +87,11 @@ def local_services(settings: Settings) -> dict[str, Service]:
         found.append(_registry(settings))
     if not settings.mlflow_url:
         found.append(_mlflow(settings))
-    state = read_state(settings.home_path)
-    found += [_jobs(settings), _gateway(settings, BLUE, state), _gateway(settings, GREEN, state), _proxy(settings, state)]
-    found.append(_cases(settings))
+    found += [_jobs(settings), _gateway(settings), _cases(settings)]
+    if not settings.alertmanager_url:
+        found.append(_alertmanager(settings))
+    if not settings.prometheus_url:
+        found.append(_prometheus(settings))
     return {service.name: service for service in found}
 
 
@@ -314,48 +326,16 @@ def _jobs(settings: Settings) -> Service:
     )
 
 
-def _gateway(settings: Settings, slot: str, state: State | None) -> Service:
-    """One of the two places for a gateway. What runs in it, and which of them `fraudgate up` starts, is what was deployed last."""
-    port = port_of(settings, slot)
-
-    def command() -> tuple[list[str], dict[str, str]]:
-        argv, env = slot_command(settings, slot, read_state(settings.home_path))
-        return argv, _plain_env() | env | {"PYTHONUNBUFFERED": "1"}
-
+def _gateway(settings: Settings) -> Service:
     return Service(
-        name=SERVICE_OF[slot],
-        ports={ENV_PREFIX + ("GATEWAY_PORT" if slot == BLUE else "GATEWAY_GREEN_PORT"): port},
+        name="gateway",
+        ports={ENV_PREFIX + "GATEWAY_PORT": settings.gateway_port},
         prepare=_nothing,
-        command=command,
-        healthy=lambda: http_ok(f"http://{settings.host}:{port}/readyz"),
+        command=lambda: ([sys.executable, "-m", "deploy.cli", "serve"], _own_env(settings)),
+        healthy=lambda: http_ok(f"{settings.gateway}/readyz"),
         ready_within_s=60,
         stop_within_s=20,
         core=False,
-        wanted=slot == (BLUE if state is None else state.active),
-    )
-
-
-def _proxy(settings: Settings, state: State | None) -> Service:
-    """HAProxy before the two places. It knows from its start which of them has the traffic."""
-    config = data_path(settings, "proxy") / "haproxy.cfg"
-
-    def prepare() -> None:
-        path = socket_path(settings)
-        if len(str(path)) > SOCKET_PATH_MAX:
-            raise ServiceFilesError(f"the path {path} is too long for a socket: set {ENV_PREFIX}HOME to a shorter one")
-        config.write_text(configuration(settings, read_state(settings.home_path)))
-
-    return Service(
-        name="proxy",
-        ports={ENV_PREFIX + "PROXY_PORT": settings.proxy_port},
-        prepare=prepare,
-        # -db: in the foreground.
-        command=lambda: ([str(find_haproxy()), "-db", "-f", str(config)], _plain_env()),
-        healthy=lambda: Proxy(socket_path(settings)).answers,
-        ready_within_s=15,
-        stop_within_s=5,
-        core=False,
-        wanted=state is not None,
     )
 
 
@@ -369,6 +349,70 @@ def _cases(settings: Settings) -> Service:
         ready_within_s=60,
         stop_within_s=20,
         core=False,
+    )
+
+
+def _prometheus(settings: Settings) -> Service:
+    """Reads the metrics of all processes here and evaluates the alerts. What it keeps is bounded in days and in bytes."""
+    data = data_path(settings, "prometheus")
+    rules_path, file = data / "rules.yml", data / "prometheus.yml"
+
+    def prepare() -> None:
+        rules_path.write_text(rules.text(config.runbooks_of(settings)))
+        file.write_text(config.prometheus_yml(settings, rules_path))
+
+    def command() -> tuple[list[str], dict[str, str]]:
+        options = {
+            "config.file": file,
+            "storage.tsdb.path": data / "tsdb",
+            "storage.tsdb.retention.time": f"{settings.prometheus_keep_days}d",
+            "storage.tsdb.retention.size": f"{settings.prometheus_keep_mb}MB",
+            "web.listen-address": f"{settings.host}:{settings.prometheus_port}",
+        }
+        return [str(find_prometheus()), *(f"--{name}={value}" for name, value in options.items())], _plain_env()
+
+    return Service(
+        name="prometheus",
+        ports={ENV_PREFIX + "PROMETHEUS_PORT": settings.prometheus_port},
+        prepare=prepare,
+        command=command,
+        healthy=lambda: http_ok(f"http://{settings.host}:{settings.prometheus_port}/-/ready"),
+        ready_within_s=60,
+        stop_within_s=20,
+        core=False,
+        niceness=JOBS_NICENESS,
+        find=find_prometheus,
+    )
+
+
+def _alertmanager(settings: Settings) -> Service:
+    """Groups alerts and sends them on. One by itself: it listens to no others."""
+    data = data_path(settings, "alertmanager")
+    file = data / "alertmanager.yml"
+
+    def command() -> tuple[list[str], dict[str, str]]:
+        options = {
+            "config.file": file,
+            "storage.path": data / "state",
+            "web.listen-address": f"{settings.host}:{settings.alertmanager_port}",
+            # Else it listens on 0.0.0.0:9094.
+            "cluster.listen-address": "",
+        }
+        return [str(find_alertmanager()), *(f"--{name}={value}" for name, value in options.items())], _plain_env()
+
+    def prepare() -> None:
+        file.write_text(config.alertmanager_yml(settings))
+
+    return Service(
+        name="alertmanager",
+        ports={ENV_PREFIX + "ALERTMANAGER_PORT": settings.alertmanager_port},
+        prepare=prepare,
+        command=command,
+        healthy=lambda: http_ok(f"http://{settings.host}:{settings.alertmanager_port}/-/ready"),
+        ready_within_s=30,
+        stop_within_s=10,
+        core=False,
+        find=find_alertmanager,
     )
 
 

@@ -1,4 +1,4 @@
-"""Where Java and Redis are on this machine: from the system, or else from the wheels of the extra `wheels`.
+"""Where Java, Redis and what watches them are on this machine: from the system, or else from the wheels of the extra `wheels`.
 
 Called when the stack starts and by the command line, which hands JAVA_HOME to Spark. `deploy.bootstrap` installs what is missing.
 """
@@ -16,13 +16,14 @@ from pathlib import Path
 
 JAVA_MAJOR_MIN = 17
 REDIS_VERSION_MIN = (7, 0)
-SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 # Spark's launcher passes it whatever the JVM; the wheel's JVM lacks the module and would refuse to start.
 MISSING_MODULE_OPTION = "--add-modules=jdk.incubator.vector"
+# Where Debian puts daemons; a user's PATH often leaves it out.
+DAEMON_FOLDERS = ("/usr/sbin", "/usr/local/sbin")
 
 
 class ToolMissingError(RuntimeError):
-    """Java or Redis is not to be had here. The message says how to get it."""
+    """A program is not to be had here. The message says how to get it."""
 
 
 def java_home(cache: Path, env: Mapping[str, str] | None = None) -> Path:
@@ -84,13 +85,49 @@ def system_redis(env: Mapping[str, str] | None = None) -> Path | None:
     return None
 
 
+def find_prometheus(env: Mapping[str, str] | None = None) -> Path:
+    """Prometheus. Raises `ToolMissingError`, as all of these do."""
+    return _find(("prometheus",), "prometheus", env)
+
+
+def find_promtool(env: Mapping[str, str] | None = None) -> Path:
+    """Prometheus' checker of rules, and of tests of rules."""
+    return _find(("promtool",), "prometheus", env)
+
+
+def find_alertmanager(env: Mapping[str, str] | None = None) -> Path:
+    """Alertmanager, by Debian's name or its own."""
+    return _find(("prometheus-alertmanager", "alertmanager"), "prometheus-alertmanager", env)
+
+
+def find_amtool(env: Mapping[str, str] | None = None) -> Path:
+    """Alertmanager's checker of its configuration."""
+    return _find(("amtool",), "prometheus-alertmanager", env)
+
+
 def find_haproxy(env: Mapping[str, str] | None = None) -> Path:
-    """HAProxy on PATH, or where Debian puts it, which is on root's PATH alone. Raises `ToolMissingError`."""
-    env = os.environ if env is None else env
-    on_path = shutil.which("haproxy", path=env.get("PATH")) or shutil.which("haproxy", path=SYSTEM_PATH)
-    if on_path is None:
-        raise ToolMissingError("HAProxy is missing: run make setup as root, or install haproxy")
-    return Path(on_path)
+    """HAProxy, the local proxy that deploys go through."""
+    return _find(("haproxy",), "haproxy", env)
+
+
+def find_chromium(env: Mapping[str, str] | None = None) -> Path:
+    """Chromium, for tests of what the gateway shows in a browser."""
+    return _find(("chromium", "chromium-browser", "google-chrome"), "chromium", env)
+
+
+def find_chromedriver(env: Mapping[str, str] | None = None) -> Path:
+    """What drives Chromium by WebDriver."""
+    return _find(("chromedriver",), "chromium-driver", env)
+
+
+def _find(names: tuple[str, ...], package: str, env: Mapping[str, str] | None) -> Path:
+    """The first of `names` on PATH or among the daemons. Only Debian has these packages: there are no wheels of them."""
+    path = (os.environ if env is None else env).get("PATH", "")
+    for name in names:
+        found = shutil.which(name, path=os.pathsep.join([path, *DAEMON_FOLDERS] if env is None else [path]))
+        if found is not None:
+            return Path(found)
+    raise ToolMissingError(f"{names[0]} is missing: run make setup as root, or apt-get install {package}")
 
 
 def java_major(java: Path) -> int:

@@ -182,6 +182,7 @@ class Gateway:
         self._note_build()
         # Asked for when somebody reads the metrics.
         self.metrics.kafka_connected.set_function(lambda: self.kafka is None or not self._consumes or self.kafka.connected)
+        self.metrics.model_serving.set_function(lambda: self.models.model is not None)
         self.metrics.policy_refused.set_function(lambda: self.policies.refused is not None)
         self.console: Console | None = None
         if settings.console_access != CONSOLE_OFF:
@@ -279,15 +280,14 @@ class Gateway:
         log.info("gateway: ready on port %d; degraded: %s", self.settings.gateway_port, ", ".join(self.degraded()) or "nothing")
 
     def consume(self) -> None:
-        """Join the consumer group. Nothing happens in a gateway that is in it, or has no Kafka door."""
+        """Join the consumer group."""
         self._consumes = True
-        if self.kafka is not None and not self.kafka.running:
+        if self.kafka is not None:
             self.kafka.start()
             self._watch(self.kafka)
 
     async def stop_consuming(self) -> None:
-        """Finish and commit the chunk under way and leave the consumer group. `consume` joins it again."""
-        self._consumes = False
+        """Finish and commit the chunk under way and leave the consumer group."""
         if self.watchdog is not None:
             self.watchdog.stop()
         if self.kafka is not None:
@@ -434,7 +434,6 @@ def _status(gateway: Gateway) -> dict[str, Any]:
     return {
         "ready": gateway.ready,
         "degraded": gateway.degraded(),
-        "consuming": gateway.kafka is not None and gateway.kafka.running,
         "model": None if model is None else {"name": model.ref.name, "version": model.ref.version, "digest": model.digest},
         "model_refused": gateway.models.refused,
         "policy": {"name": gateway.policies.policy.name, "digest": gateway.policies.policy.digest},

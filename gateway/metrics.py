@@ -147,6 +147,7 @@ class Metrics(Instruments):
     unobserved: Gauge
     unobserved_dropped: Counter
     model_info: Gauge
+    model_serving: Gauge
     model_refused: Counter
     routed: Counter
     challenger_share: Gauge

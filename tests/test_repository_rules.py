@@ -127,7 +127,7 @@ def metric_complaints(text: str) -> list[str]:
             name, behind = found[0], line[found.end() : found.end() + 1]
             if name in SERIES or name in BY_NAME or name in NO_METRICS:
                 continue
-            if not (behind in ("*", "=") or name.endswith("_") and any(known.startswith(name) for known in BY_NAME)):
+            if not (behind in ("*", "=") or name.endswith("_") and any(known.startswith(name) for known in SERIES)):
                 complaints.append(f"line {i} names {name}")
     return complaints
 

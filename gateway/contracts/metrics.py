@@ -95,7 +95,7 @@ class Metric:
         return tuple(self.name + s for s in ("_bucket", "_sum", "_count")) if self.kind is Kind.HISTOGRAM else (self.name,)
 
 
-SEEDED_MAX = 64
+SEEDED_MAX = 128
 
 # An answer within this is a good one. Through Kafka nobody waits at a till: a decision is good when it is committed within a second.
 GOOD_WITHIN_S = {Door.HTTP: 0.1, Door.KAFKA: 1.0}
@@ -276,6 +276,7 @@ GATEWAY: tuple[Metric, ...] = (
     ),
     # Models.
     _g("model_info", "fraudgate_model_info", "The model that serves", NAME, VERSION, DIGEST, over=_most),
+    _g("model_serving", "fraudgate_model_serving", "1 while a model scores", over=_least),
     _c("model_refused", "fraudgate_model_refused_total", "Models that failed a check and don't serve"),
     _c("routed", "fraudgate_routed_total", "Decisions with a model's score, by the route that scored them", ROUTE),
     _g("challenger_share", "fraudgate_challenger_share", "Part of the cards that the challenger gets, 0 to 1", over=_most),
