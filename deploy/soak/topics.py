@@ -28,6 +28,7 @@ POLL_S = 0.5
 REACH_TIMEOUT_S = 30.0
 FRAME_BYTES = 5
 STRANGERS_MAX = 1000
+READ_A_SECOND_LEAST = 4000
 WITHOUT_REDIS = frozenset({Degraded.REQUEST_ONLY.value, Degraded.STATIC_POLICY.value})
 # Errors that a client passes on while the broker is away for a moment.
 _PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
@@ -151,8 +152,12 @@ def number_of(transaction_id: str, prefix: str, count: int) -> int | None:
 
 
 def read_recorded(settings: Settings, run: str, accepted: Mask, within_s: float) -> Recorded:
-    """Read both topics to their ends, and on until every accepted payment is there or time is over: what is missing then is lost."""
+    """Read both topics to their ends, and on until every accepted payment is there or time is over: what is missing then is lost.
+
+    `within_s` is for what may still be on its way; reading itself gets as long as it needs at READ_A_SECOND_LEAST.
+    """
     count = len(accepted)
+    within_s += count / READ_A_SECOND_LEAST
     receipts = Receipts(SchemaRegistry(settings.registry, settings.schemas_path), run, count)
     transactions = Transactions(run, count)
     wanted = np.flatnonzero(accepted)
