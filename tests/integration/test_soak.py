@@ -51,14 +51,15 @@ def test_two_minutes_with_a_killed_gateway_keep_every_promise_about_history(sett
     assert report, text
     history, features = report["history"], report["features"]
     assert not any(history["counts"].values())
-    assert history["accepted"] == history["decided"] == pytest.approx(200 * 140, rel=0.01)
+    assert history["accepted"] == pytest.approx(200 * 140, rel=0.02)
+    assert history["decided"] == history["accepted"] + history["decided_without_an_answer"]
     assert not any(held["count"] for held in report["tables"].values())
-    assert features["compared"] > 0 and features["different"] == 0
+    assert features["receipts"] > 0 and features["different"] == 0
     [happened] = report["happened"]
     assert (happened["kind"], happened["error"]) == ("gateway_kill", "")
     # How fast it was is not judged here: tests share the machine with others.
     assert report["whole"]["requests"] == 200 * 120 * 9 // 10
-    assert report["whole"]["failed"] <= 5
+    assert report["whole"]["failed"] < 0.01 * report["whole"]["requests"]
     assert all((tmp_path / f"soak{suffix}").stat().st_size > 10_000 for suffix in (".png", ".svg"))
 
 
