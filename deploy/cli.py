@@ -13,15 +13,18 @@ import sys
 from dataclasses import dataclass
 from typing import NoReturn
 
+from deploy import processes
+from deploy.rollout.state import RolloutError
 from deploy.toolchain import ToolMissingError, spark_env
-from gateway.contracts.settings import SettingError, load_settings
+from gateway.contracts.settings import ENV_PREFIX, SettingError, load_settings
 
 
 @dataclass(frozen=True)
 class Command:
     """`module:function` takes the arguments behind the command's name and returns the exit status.
 
-    `spark`: it starts Spark in this process, which needs JAVA_HOME and PYSPARK_PYTHON in the environment.
+    `spark`: it starts Spark in this process, which needs JAVA_HOME and PYSPARK_PYTHON in the environment. `calls`: it is a caller of the
+    gateway, and asks the local proxy where that runs.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Command:
     function: str
     help: str
     spark: bool = False
+    calls: bool = False
 
 
 GROUPS: dict[str, tuple[Command, ...]] = {
@@ -44,12 +48,18 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("status", "deploy.commands", "status", "what runs, on which port, and whether it is well"),
         Command("topics", "deploy.topics_command", "topics", "create the topics that are missing and register their schemas"),
         Command("alerts", "deploy.monitoring.command", "alerts", "what Prometheus finds wrong now, and the runbook of each alert"),
+        Command(
+            "deploy",
+            "deploy.rollout.command",
+            "deploy",
+            "the next version of the gateway takes over without a lost request, or the old one goes on; --rollback, --status",
+        ),
         Command("demo", "deploy.demo", "demo", "the whole pipeline, from an empty directory to a table of results"),
     ),
     "Scoring": (
         Command("serve", "gateway.commands", "serve", "run the gateway: POST /score and the transactions topic"),
         Command("reload", "gateway.commands", "reload", "replace the workers of the gateway that runs, one by one"),
-        Command("score", "gateway.commands", "score", "score one transaction, given as JSON, and print the decision"),
+        Command("score", "gateway.commands", "score", "score one transaction, given as JSON, and print the decision", calls=True),
         Command(
             "explain",
             "deploy.explain",
@@ -139,6 +149,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "gateway.route_commands",
             "route",
             "share live traffic with the challenger, explore declines, let back in what the guard took out",
+            calls=True,
         ),
     ),
     "Load": (
@@ -147,6 +158,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "loadtest.commands",
             "simulate",
             "generate seeded transactions with fraud patterns, to Kafka, HTTP or a file",
+            calls=True,
         ),
         Command(
             "loadtest",
@@ -154,7 +166,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "loadtest",
             "the SLA scenario by Locust; exit status 1 when p99 or error budget is broken",
         ),
-        Command("replay", "loadtest.commands", "replay", "send a public data set through Kafka or HTTP at a chosen speed"),
+        Command(
+            "replay", "loadtest.commands", "replay", "send a public data set through Kafka or HTTP at a chosen speed", calls=True
+        ),
     ),
     "Faults": (
         Command("chaos", "deploy.chaos", "chaos", "a fault on the gateway that runs, and what it cost: overload"),
@@ -188,6 +202,14 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+def ask_the_proxy() -> None:
+    """Callers go through the local proxy while it runs, since either of the gateways behind it may have ended."""
+    settings = load_settings()
+    record = processes.read_record(settings.home_path / "run/proxy.json")
+    if not settings.gateway_url and record is not None and processes.is_alive(record):
+        os.environ[ENV_PREFIX + "GATEWAY_URL"] = settings.proxy
+
+
 def main() -> int:
     """Exit status 2 for a wrong call or setting, else the command's own."""
     commands = {c.name: c for group in GROUPS.values() for c in group}
@@ -201,12 +223,14 @@ def main() -> int:
     try:
         if command.spark:
             os.environ.update(spark_env(load_settings().cache_path))
+        if command.calls:
+            ask_the_proxy()
         module = importlib.import_module(command.module)
         status = getattr(module, command.function)(sys.argv[2:])
     except SettingError as exc:
         print(f"fraudgate {command.name}: {exc}", file=sys.stderr)
         return 2
-    except ToolMissingError as exc:
+    except (ToolMissingError, RolloutError) as exc:
         print(f"fraudgate {command.name}: {exc}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as exc:

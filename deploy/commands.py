@@ -20,9 +20,19 @@ def up(argv: list[str]) -> int:
     parser.add_argument(
         "--all", action="store_true", help="also start the feature jobs, the gateway, the case service, Prometheus and Alertmanager"
     )
+    parser.add_argument("service", nargs="*", help="start these alone; nothing is created, and what they need must run")
+    parser.add_argument(
+        "--proxy", action="store_true", help="also start the local proxy that fraudgate deploy swaps gateways behind"
+    )
     arguments = parser.parse_args(argv)
     try:
-        Stack(load_settings(), _say).up(everything=arguments.all)
+        stack = Stack(load_settings(), _say)
+        if arguments.service:
+            stack.start(arguments.service)
+        else:
+            stack.up(everything=arguments.all)
+        if arguments.proxy:
+            stack.start(["proxy"])
     except StackError as exc:
         return _fail("up", exc)
     return 0
@@ -30,20 +40,29 @@ def up(argv: list[str]) -> int:
 
 def down(argv: list[str]) -> int:
     """`fraudgate down`."""
-    argparse.ArgumentParser(prog="fraudgate down", description="Stop everything that up started.").parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="fraudgate down", description="Stop everything that up started, or the services that are named."
+    )
+    parser.add_argument("service", nargs="*", help="stop these alone")
+    names = parser.parse_args(argv).service
     settings = load_settings()
     try:
-        stopped = Stack(settings, _say).stop()
+        stopped = Stack(settings, _say).stop(names or None)
     except StackError as exc:
         return _fail("down", exc)
-    _say("everything is stopped" if stopped else f"nothing of {settings.home_path} is running")
+    if not names:
+        _say("everything is stopped" if stopped else f"nothing of {settings.home_path} is running")
+    elif not stopped:
+        _say(f"{' and '.join(names)}: not running")
     return 0
 
 
 def restart(argv: list[str]) -> int:
     """`fraudgate restart SERVICE`."""
     parser = argparse.ArgumentParser(prog="fraudgate restart", description="Stop one service and start it again.")
-    parser.add_argument("service", help="kafka, redis, registry, mlflow, jobs, gateway, cases, prometheus or alertmanager")
+    parser.add_argument(
+        "service", help="kafka, redis, registry, mlflow, jobs, gateway, gateway-green, proxy, cases, prometheus or alertmanager"
+    )
     arguments = parser.parse_args(argv)
     try:
         Stack(load_settings(), _say).restart(arguments.service)

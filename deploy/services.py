@@ -22,8 +22,11 @@ from pathlib import Path
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from deploy.monitoring import config, rules
-from deploy.toolchain import ToolMissingError, find_alertmanager, find_prometheus, find_redis, java_home
+from deploy.monitoring import config as monitoring
+from deploy.monitoring import rules
+from deploy.rollout.proxy import SOCKET_PATH_MAX, Proxy, configuration, socket_path
+from deploy.rollout.state import BLUE, GREEN, SERVICE_OF, State, port_of, read_state, slot_command
+from deploy.toolchain import ToolMissingError, find_alertmanager, find_haproxy, find_prometheus, find_redis, java_home
 from gateway.contracts.settings import ENV_PREFIX, Settings, settings_env
 
 PROBE_TIMEOUT_S = 2.0
@@ -46,7 +49,7 @@ class Service:
     """`ports` maps each setting to the port it gives, the one that clients use first. `prepare` writes files, once or each time.
 
     `command` returns the argument list and the environment. `healthy` asks in the service's own protocol and takes at most a few
-    seconds. `core` services start first; the others need them.
+    seconds. `core` services start first; the others need them. One that is not `wanted` is started by its name alone.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Service:
     stop_within_s: float
     core: bool = True
     niceness: int = 0
+    wanted: bool = True
     # Finds the program, or raises `ToolMissingError`: fraudgate up goes on without a service that only some machines have.
     find: Callable[[], object] | None = None
 
@@ -87,7 +91,9 @@ def local_services(settings: Settings) -> dict[str, Service]:
         found.append(_registry(settings))
     if not settings.mlflow_url:
         found.append(_mlflow(settings))
-    found += [_jobs(settings), _gateway(settings), _cases(settings)]
+    state = read_state(settings.home_path)
+    found += [_jobs(settings), _gateway(settings, BLUE, state), _gateway(settings, GREEN, state), _proxy(settings, state)]
+    found.append(_cases(settings))
     if not settings.alertmanager_url:
         found.append(_alertmanager(settings))
     if not settings.prometheus_url:
@@ -326,16 +332,48 @@ def _jobs(settings: Settings) -> Service:
     )
 
 
-def _gateway(settings: Settings) -> Service:
+def _gateway(settings: Settings, slot: str, state: State | None) -> Service:
+    """One of the two places for a gateway. What runs in it, and which of them `fraudgate up` starts, is what was deployed last."""
+    port = port_of(settings, slot)
+
+    def command() -> tuple[list[str], dict[str, str]]:
+        argv, env = slot_command(settings, slot, read_state(settings.home_path))
+        return argv, _plain_env() | env | {"PYTHONUNBUFFERED": "1"}
+
     return Service(
-        name="gateway",
-        ports={ENV_PREFIX + "GATEWAY_PORT": settings.gateway_port},
+        name=SERVICE_OF[slot],
+        ports={ENV_PREFIX + ("GATEWAY_PORT" if slot == BLUE else "GATEWAY_GREEN_PORT"): port},
         prepare=_nothing,
-        command=lambda: ([sys.executable, "-m", "deploy.cli", "serve"], _own_env(settings)),
-        healthy=lambda: http_ok(f"{settings.gateway}/readyz"),
+        command=command,
+        healthy=lambda: http_ok(f"http://{settings.host}:{port}/readyz"),
         ready_within_s=60,
         stop_within_s=20,
         core=False,
+        wanted=slot == (BLUE if state is None else state.active),
+    )
+
+
+def _proxy(settings: Settings, state: State | None) -> Service:
+    """HAProxy before the two places. It knows from its start which of them has the traffic."""
+    config = data_path(settings, "proxy") / "haproxy.cfg"
+
+    def prepare() -> None:
+        path = socket_path(settings)
+        if len(str(path)) > SOCKET_PATH_MAX:
+            raise ServiceFilesError(f"the path {path} is too long for a socket: set {ENV_PREFIX}HOME to a shorter one")
+        config.write_text(configuration(settings, read_state(settings.home_path)))
+
+    return Service(
+        name="proxy",
+        ports={ENV_PREFIX + "PROXY_PORT": settings.proxy_port},
+        prepare=prepare,
+        # -db: in the foreground.
+        command=lambda: ([str(find_haproxy()), "-db", "-f", str(config)], _plain_env()),
+        healthy=lambda: Proxy(socket_path(settings)).answers,
+        ready_within_s=15,
+        stop_within_s=5,
+        core=False,
+        wanted=state is not None,
     )
 
 
@@ -358,8 +396,8 @@ def _prometheus(settings: Settings) -> Service:
     rules_path, file = data / "rules.yml", data / "prometheus.yml"
 
     def prepare() -> None:
-        rules_path.write_text(rules.text(config.runbooks_of(settings)))
-        file.write_text(config.prometheus_yml(settings, rules_path))
+        rules_path.write_text(rules.text(monitoring.runbooks_of(settings)))
+        file.write_text(monitoring.prometheus_yml(settings, rules_path))
 
     def command() -> tuple[list[str], dict[str, str]]:
         options = {
@@ -401,7 +439,7 @@ def _alertmanager(settings: Settings) -> Service:
         return [str(find_alertmanager()), *(f"--{name}={value}" for name, value in options.items())], _plain_env()
 
     def prepare() -> None:
-        file.write_text(config.alertmanager_yml(settings))
+        file.write_text(monitoring.alertmanager_yml(settings))
 
     return Service(
         name="alertmanager",

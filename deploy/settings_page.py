@@ -25,7 +25,7 @@ This page is generated (`make docs`) from `gateway/contracts/settings.py`.
 def page() -> str:
     rows = []
     for f in fields(Settings):
-        allowed = f"{f.metadata['least']:,} to {f.metadata['most']:,}" if isinstance(f.default, int) else "text"
+        allowed = f"{f.metadata['least']:,} to {f.metadata['most']:,}" if isinstance(f.default, int) else f.metadata["kind"].words
         default = f"`{f.default}`" if f.default != "" else "empty"
         rows.append(f"| `{ENV_PREFIX}{f.name.upper()}` | {default} | {allowed} | {f.metadata['doc'].replace('|', '/')} |\n")
     return HEADER + "".join(rows)

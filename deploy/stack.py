@@ -82,7 +82,7 @@ class Stack:
         self.start(self.core_names)
         self.create_topics_and_schemas()
         if everything:
-            rest = [s for s in self.services.values() if not s.core]
+            rest = [s for s in self.services.values() if not s.core and s.wanted]
             for service in rest:
                 if service.missing is not None:
                     self._say(f"{service.name:<11} left out: {service.missing}")
@@ -124,7 +124,7 @@ class Stack:
 
     def stop(self, names: Iterable[str] | None = None) -> list[str]:
         """Stop the services, the last started first: all, or those named. Returns the names of those that ran."""
-        wanted = set(self.services if names is None else names)
+        wanted = set(self.services if names is None else [self._service(name).name for name in names])
         stopped = []
         with self._lock():
             for service in reversed([self._service(name) for name in self.services if name in wanted]):
@@ -187,9 +187,10 @@ class Stack:
             raise StackError(f"{name} died, and something else answers on port {service.port}")
 
     def status(self) -> list[ServiceStatus]:
-        """One entry a service, asked at the same time."""
-        with ThreadPoolExecutor(max_workers=len(self.services)) as pool:
-            return list(pool.map(self._status, self.services.values()))
+        """One entry a service, asked at the same time; without those that nobody wants and nobody started."""
+        shown = [s for s in self.services.values() if s.wanted or self.record(s.name) is not None]
+        with ThreadPoolExecutor(max_workers=len(shown)) as pool:
+            return list(pool.map(self._status, shown))
 
     def _status(self, service: Service) -> ServiceStatus:
         record = self.record(service.name)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 JAVA_MAJOR_MIN = 17
 REDIS_VERSION_MIN = (7, 0)
+# Where Debian puts daemons, which is on root's PATH alone.
+SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 # Spark's launcher passes it whatever the JVM; the wheel's JVM lacks the module and would refuse to start.
 MISSING_MODULE_OPTION = "--add-modules=jdk.incubator.vector"
-# Where Debian puts daemons; a user's PATH often leaves it out.
-DAEMON_FOLDERS = ("/usr/sbin", "/usr/local/sbin")
 
 
 class ToolMissingError(RuntimeError):
@@ -124,10 +124,10 @@ def _find(names: tuple[str, ...], package: str, env: Mapping[str, str] | None) -
     """The first of `names` on PATH or among the daemons. Only Debian has these packages: there are no wheels of them."""
     path = (os.environ if env is None else env).get("PATH", "")
     for name in names:
-        found = shutil.which(name, path=os.pathsep.join([path, *DAEMON_FOLDERS] if env is None else [path]))
+        found = shutil.which(name, path=path) or shutil.which(name, path=SYSTEM_PATH)
         if found is not None:
             return Path(found)
-    raise ToolMissingError(f"{names[0]} is missing: run make setup as root, or apt-get install {package}")
+    raise ToolMissingError(f"{names[0]} is missing: run make setup as root, or install {package}")
 
 
 def java_major(java: Path) -> int:

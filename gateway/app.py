@@ -280,14 +280,15 @@ class Gateway:
         log.info("gateway: ready on port %d; degraded: %s", self.settings.gateway_port, ", ".join(self.degraded()) or "nothing")
 
     def consume(self) -> None:
-        """Join the consumer group."""
+        """Join the consumer group. Nothing happens in a gateway that is in it, or has no Kafka door."""
         self._consumes = True
-        if self.kafka is not None:
+        if self.kafka is not None and not self.kafka.running:
             self.kafka.start()
             self._watch(self.kafka)
 
     async def stop_consuming(self) -> None:
-        """Finish and commit the chunk under way and leave the consumer group."""
+        """Finish and commit the chunk under way and leave the consumer group. `consume` joins it again."""
+        self._consumes = False
         if self.watchdog is not None:
             self.watchdog.stop()
         if self.kafka is not None:
@@ -434,6 +435,7 @@ def _status(gateway: Gateway) -> dict[str, Any]:
     return {
         "ready": gateway.ready,
         "degraded": gateway.degraded(),
+        "consuming": gateway.kafka is not None and gateway.kafka.running,
         "model": None if model is None else {"name": model.ref.name, "version": model.ref.version, "digest": model.digest},
         "model_refused": gateway.models.refused,
         "policy": {"name": gateway.policies.policy.name, "digest": gateway.policies.policy.digest},

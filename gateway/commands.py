@@ -30,6 +30,11 @@ def serve(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="fraudgate serve", description="Run the gateway: POST /score and the transactions topic.")
     parser.add_argument("--no-kafka", action="store_true", help="leave the transactions topic alone; HTTP only")
     parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="serve HTTP, and leave the transactions topic to another gateway of this instance until SIGUSR1 says so",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
@@ -38,12 +43,14 @@ def serve(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.workers is not None and not 1 <= args.workers <= WORKERS_MAX:
         parser.error(f"--workers must be in 1..{WORKERS_MAX}")
+    if args.workers is not None and args.standby:
+        parser.error("--standby is for one process, not for --workers")
     settings = load_settings()
     log_to_stderr()
     if args.workers is not None:
         return asyncio.run(Supervisor(settings, args.workers, kafka=not args.no_kafka).run())
     try:
-        return run(settings, kafka=not args.no_kafka)
+        return run(settings, kafka=not args.no_kafka, consume=not args.standby)
     except KeyFileError as exc:
         print(f"fraudgate serve: the API keys can't be used: {exc}", file=sys.stderr)
         return POLICY_STATUS

@@ -104,7 +104,16 @@ class KafkaDoor:
         self._link: Link | None = None
         self.connected = False
 
+    @property
+    def running(self) -> bool:
+        """True from `start` until `stop` is through: it is in the group, or tries to be."""
+        return self._task is not None and not self._task.done()
+
     def start(self) -> None:
+        """Nothing happens while it runs. After `stop` it begins anew."""
+        if self.running:
+            return
+        self._stopping.clear()
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run())
 

@@ -3,6 +3,9 @@
 A worker gets the listening socket, a control line and a directory for metrics from its supervisor. On the line it says `ready` when it
 serves and `released` when it has left the consumer group; it is told `consume` when the worker before it has left, since two of one
 instance would fence each other. When the line breaks, the supervisor is gone and the worker leaves too.
+
+A process without a supervisor is told by signals: SIGUSR1 to join the consumer group, SIGUSR2 to leave it and go on serving HTTP. So
+`fraudgate deploy` hands the topic from one version to the next, and back.
 """
 
 from __future__ import annotations
@@ -42,11 +45,18 @@ class GatewayServer(uvicorn.Server):
         self._gateway = gateway
         self._control = control
         self._listening: asyncio.Task[None] | None = None
+        self._turns: set[asyncio.Task[None]] = set()
+        # Joining and leaving take their turns, in the order they were asked for.
+        self._turn = asyncio.Lock()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._control is not None and self.started:
             self._listening = asyncio.create_task(self._listen(self._control))
+        elif self.started:
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGUSR1, self._heed, True)
+            loop.add_signal_handler(signal.SIGUSR2, self._heed, False)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gateway.leave()
@@ -57,8 +67,22 @@ class GatewayServer(uvicorn.Server):
             self._listening.cancel()
 
     async def _leave_group(self) -> None:
-        await self._gateway.stop_consuming()
+        async with self._turn:
+            await self._gateway.stop_consuming()
         self._say(RELEASED)
+
+    def _heed(self, joins: bool) -> None:
+        turn = asyncio.create_task(self._change(joins))
+        self._turns.add(turn)
+        turn.add_done_callback(self._turns.discard)
+
+    async def _change(self, joins: bool) -> None:
+        async with self._turn:
+            if not joins:
+                await self._gateway.stop_consuming()
+            elif not self.should_exit:
+                self._gateway.consume()
+        log.info("worker: %s the consumer group, as told", "joins" if joins else "left")
 
     def _say(self, line: bytes) -> None:
         if self._control is not None:
@@ -76,9 +100,12 @@ class GatewayServer(uvicorn.Server):
         self.should_exit = True
 
 
-def run(settings: Settings, *, kafka: bool) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit status. Raises `PolicyRefusedError`."""
-    return _serve(settings, Gateway(settings, kafka=kafka), None, None)
+def run(settings: Settings, *, kafka: bool, consume: bool = True) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status. Raises `PolicyRefusedError`.
+
+    Without `consume` it is in no consumer group until SIGUSR1.
+    """
+    return _serve(settings, Gateway(settings, kafka=kafka, consume=consume), None, None)
 
 
 def _serve(settings: Settings, gateway: Gateway, socket_: socket.socket | None, control: socket.socket | None) -> int:

@@ -156,16 +156,17 @@ async def offer(
     request_of: Callable[[int], tuple[str, bytes]],
     connections: int = 256,
     headers: bytes = b"",
+    enough: Callable[[], bool] = lambda: False,
 ) -> Offered:
     """`rate` tells the requests a second at a time of the run; `request_of(i)` the i-th's transaction_id and body.
 
-    `headers` are lines that end with CRLF.
+    `headers` are lines that end with CRLF. It ends after `duration_s`, or when `enough` says so.
     """
     run = _Run(host, port, connections)
     run.began_s = due_s = time.monotonic()
     end_s = due_s + duration_s
     i = 0
-    while due_s < end_s:
+    while due_s < end_s and not enough():
         now_s = time.monotonic()
         while due_s <= now_s and due_s < end_s:
             run.result.late_ms = max(run.result.late_ms, (now_s - due_s) * 1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -58,10 +59,7 @@ def free_ports(count: int) -> list[int]:
 
 def local_settings(home: Path, **overrides: Any) -> Settings:
     """Settings of a stack of its own: free ports and the given home. The cache of downloads is the usual one."""
-    names = [
-        *("kafka_port", "kafka_controller_port", "redis_port", "registry_port", "mlflow_port", "gateway_port", "jobs_port"),
-        *("parity_port", "cases_port", "prometheus_port", "alertmanager_port"),
-    ]
+    names = [f.name for f in dataclasses.fields(Settings) if f.name.endswith("_port")]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     cache = os.environ.get("FRAUDGATE_CACHE_DIR")
     values: dict[str, Any] = {"home": str(home), **ports, **({"cache_dir": cache} if cache else {}), **overrides}

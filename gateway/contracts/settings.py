@@ -5,28 +5,32 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gateway.contracts.redis_address import cluster_seeds, is_cluster
+from gateway.contracts.setting_kinds import BROKERS, HOST, HTTP_URL, NAME, PORT_MAX, REDIS_URL, TEXT, Kind, one_of
 
 ENV_PREFIX = "FRAUDGATE_"
 EXACTLY_ONCE, AT_LEAST_ONCE = "exactly_once", "at_least_once"
 # Who sees the console: whoever a key or this machine makes one of ours, everybody, nobody.
 CONSOLE_GUARDED, CONSOLE_OPEN, CONSOLE_OFF = "guarded", "open", "off"
-PORT_MAX = 65_535
 CLIENT_KEY_LENGTH_MAX = 128
+DIGITS = re.compile(r"-?[0-9]{1,18}")
+# Of a value that is refused.
+SHOWN_CHARS_MAX = 40
 
 
 class SettingError(ValueError):
     """A setting has a value it can't have. The message names the variable and what is allowed."""
 
 
-def _setting(default: Any, doc: str, *, least: float | None = None, most: float | None = None) -> Any:
-    return field(default=default, metadata={"doc": doc, "least": least, "most": most})
+def _setting(default: Any, doc: str, *, least: float | None = None, most: float | None = None, kind: Kind = TEXT) -> Any:
+    return field(default=default, metadata={"doc": doc, "least": least, "most": most, "kind": kind})
 
 
 def _port(default: int, doc: str) -> Any:
@@ -43,14 +47,16 @@ class Settings:
     data_dir: str = _setting(
         "../shared/data", "directory of the public data sets, for replays and tests that are left out without it"
     )
-    host: str = _setting("127.0.0.1", "address that every server listens on")
+    host: str = _setting("127.0.0.1", "address that every server listens on", kind=HOST)
 
     kafka_port: int = _port(19092, "port of the local Kafka broker")
     kafka_controller_port: int = _port(19093, "port of the local Kafka controller")
     redis_port: int = _port(16379, "port of the local Redis")
     registry_port: int = _port(18081, "port of the local schema registry")
     mlflow_port: int = _port(15000, "port of the local MLflow server")
-    gateway_port: int = _port(18080, "port of the gateway")
+    gateway_port: int = _port(18080, "port of the gateway, the first of the two that fraudgate deploy swaps")
+    gateway_green_port: int = _port(18084, "port of the second")
+    proxy_port: int = _port(18070, "port of the local proxy before the two, which callers use so that they notice no deploy")
     cases_port: int = _port(18082, "port of the case service")
     jobs_port: int = _port(18090, "port of the feature jobs' metrics")
     parity_port: int = _port(18091, "port of the metrics of fraudgate parity --live")
@@ -62,49 +68,47 @@ class Settings:
         1024, "most memory of the local Redis, MiB; writes beyond it are refused, nothing is evicted", least=16, most=1_048_576
     )
 
-    kafka_bootstrap: str = _setting("", "Kafka brokers, host:port separated by commas; empty: the local broker")
+    kafka_bootstrap: str = _setting("", "Kafka brokers, host:port separated by commas; empty: the local broker", kind=BROKERS)
     redis_url: str = _setting(
-        "", "Redis, redis://host:port/db, or a Redis Cluster, redis+cluster://host:port,host:port,...; empty: the local one"
+        "",
+        "Redis, redis://host:port/db, or a Redis Cluster, redis+cluster://host:port,host:port,...; empty: the local one",
+        kind=REDIS_URL,
     )
-    registry_url: str = _setting("", "root of the Confluent-compatible registry; empty: the local one")
+    registry_url: str = _setting("", "root of the Confluent-compatible registry; empty: the local one", kind=HTTP_URL)
     mlflow_url: str = _setting("", "MLflow tracking and registry; empty: the local server")
-    prometheus_url: str = _setting("", "Prometheus that fraudgate alerts asks; empty: the local one")
-    alertmanager_url: str = _setting("", "Alertmanager that the local Prometheus tells; empty: the local one")
+    gateway_url: str = _setting(
+        "",
+        "root of the gateway that our own commands ask; empty: the local proxy where fraudgate deploy has started one, else the gateway",
+        kind=HTTP_URL,
+    )
+    prometheus_url: str = _setting("", "Prometheus that fraudgate alerts asks; empty: the local one", kind=HTTP_URL)
+    alertmanager_url: str = _setting("", "Alertmanager that the local Prometheus tells; empty: the local one", kind=HTTP_URL)
 
     prometheus_scrape_ms: int = _setting(
-        5000, "time between two readings of the metrics by the local Prometheus, milliseconds", least=100, most=60_000
+        5000, "how often the local Prometheus reads the metrics, milliseconds", least=100, most=60_000
     )
-    prometheus_evaluate_ms: int = _setting(
-        15_000, "time between two evaluations of the alerts by the local Prometheus, milliseconds", least=100, most=60_000
-    )
-    prometheus_keep_days: int = _setting(
-        15, "how long the local Prometheus keeps metrics, days; a burn rate looks back 3", least=1, most=3650
-    )
-    prometheus_keep_mb: int = _setting(1024, "most disk that the local Prometheus takes, MiB", least=64, most=1_048_576)
-    alert_page_url: str = _setting(
-        "", "webhook that the local Alertmanager sends what pages to (severity page); empty: nobody is paged"
-    )
-    alert_ticket_url: str = _setting(
-        "", "webhook that it sends what can wait for the morning to (severity ticket); empty: it goes nowhere"
-    )
+    prometheus_evaluate_ms: int = _setting(15_000, "how often it evaluates the alerts, milliseconds", least=100, most=60_000)
+    prometheus_keep_days: int = _setting(15, "how long it keeps metrics, days; a burn rate looks back 3", least=1, most=3650)
+    prometheus_keep_mb: int = _setting(1024, "most disk that it takes, MiB", least=64, most=1_048_576)
+    alert_page_url: str = _setting("", "webhook of the local Alertmanager for what pages; empty: nobody is paged", kind=HTTP_URL)
+    alert_ticket_url: str = _setting("", "webhook for what can wait for the morning; empty: it goes nowhere", kind=HTTP_URL)
     alert_token_path: str = _setting("", "file with the bearer token for those webhooks, read by Alertmanager; empty: none is sent")
-    alert_group_wait_ms: int = _setting(
-        30_000, "how long Alertmanager waits for more of the same before its first message, milliseconds", least=100, most=600_000
-    )
+    alert_group_wait_ms: int = _setting(30_000, "its wait for more of the same alert, milliseconds", least=100, most=600_000)
     alert_repeat_m: int = _setting(240, "how often an alert that goes on is told again, minutes", least=1, most=10_080)
     runbooks_url: str = _setting(
-        "", "where the runbooks lie, for the links in alerts; empty: docs/runbooks of this checkout, as file://"
+        "", "where the runbooks lie, for links in alerts; empty: docs/runbooks of this checkout, as file://"
     )
 
     kafka_partitions: int = _setting(4, "partitions of each topic that fraudgate creates", least=1, most=1024)
     kafka_replication: int = _setting(1, "replicas of each topic that fraudgate creates", least=1, most=16)
-    consumer_group: str = _setting("fraudgate-gateway", "consumer group of the Kafka door")
-    instance_id: str = _setting("0", "name of this gateway among its replicas; its Kafka transactions are fenced by it")
+    consumer_group: str = _setting("fraudgate-gateway", "consumer group of the Kafka door", kind=NAME)
+    instance_id: str = _setting("0", "name of this gateway among its replicas; its Kafka transactions are fenced by it", kind=NAME)
 
     kafka_delivery: str = _setting(
         "exactly_once",
         "how the Kafka door commits: exactly_once, in transactions, or at_least_once, which is faster and may repeat receipts after"
         " a crash",
+        kind=one_of(EXACTLY_ONCE, AT_LEAST_ONCE),
     )
     kafka_chunk_interval_ms: int = _setting(
         20,
@@ -143,10 +147,13 @@ class Settings:
         "guarded",
         "who may see the live console: guarded, a key of scope review or admin, or without API keys this machine alone; open, everybody"
         " who reaches the gateway's port; off, nobody",
+        kind=one_of(CONSOLE_GUARDED, CONSOLE_OPEN, CONSOLE_OFF),
     )
     console_viewers_max: int = _setting(16, "most browsers that one gateway process shows the console to", least=1, most=1000)
-    console_jobs_url: str = _setting("", "where the console asks the feature jobs for their metrics; empty: the local ones")
-    console_cases_url: str = _setting("", "root of the case service that the console asks; empty: the local one")
+    console_jobs_url: str = _setting(
+        "", "where the console asks the feature jobs for their metrics; empty: the local ones", kind=HTTP_URL
+    )
+    console_cases_url: str = _setting("", "root of the case service that the console asks; empty: the local one", kind=HTTP_URL)
 
     challenger_share_permille: int = _setting(
         100,
@@ -212,6 +219,7 @@ class Settings:
     trace_url: str = _setting(
         "",
         "collector that traces of decisions are sent to by OTLP over HTTP, for instance http://127.0.0.1:4318; empty: nothing is traced",
+        kind=HTTP_URL,
     )
     trace_sample_permille: int = _setting(
         1,
@@ -225,7 +233,7 @@ class Settings:
         1000, "most traced decisions waiting for the collector; more are dropped", least=1, most=100_000
     )
 
-    cases_group: str = _setting("fraudgate-cases", "consumer group of the case service")
+    cases_group: str = _setting("fraudgate-cases", "consumer group of the case service", kind=NAME)
     cases_reviews_max: int = _setting(
         100_000,
         "most reviews without a verdict; beyond it the case service takes in none, and Kafka keeps them",
@@ -362,7 +370,11 @@ class Settings:
 
     @property
     def gateway(self) -> str:
-        return f"http://{self.host}:{self.gateway_port}"
+        return self.gateway_url or f"http://{self.host}:{self.gateway_port}"
+
+    @property
+    def proxy(self) -> str:
+        return f"http://{self.host}:{self.proxy_port}"
 
     @property
     def cases(self) -> str:
@@ -445,33 +457,36 @@ def load_settings(env: Mapping[str, str] | None = None) -> Settings:
         if not name.startswith(ENV_PREFIX):
             continue
         if name not in known:
-            raise SettingError(f"{name} is not a setting; docs/settings.md lists them")
+            raise SettingError(f"{name} is not a setting; {_meant(name, known)}")
         f = known[name]
-        if not isinstance(f.default, int):
-            values[f.name] = text
-            continue
-        least, most = f.metadata["least"], f.metadata["most"]
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            raise SettingError(f"{name} must be a whole number in {least}..{most}: {f.metadata['doc']}")
-        values[f.name] = value
+        values[f.name] = _number(name, text, f) if isinstance(f.default, int) else _text(name, text, f)
     settings = Settings(**values)
     if settings.feature_budget_ms >= settings.decision_budget_ms:
         raise SettingError("FRAUDGATE_FEATURE_BUDGET_MS must be less than FRAUDGATE_DECISION_BUDGET_MS")
     if settings.dedup_window_s < settings.idempotency_window_s:
         raise SettingError("FRAUDGATE_DEDUP_WINDOW_S must be at least FRAUDGATE_IDEMPOTENCY_WINDOW_S")
-    if settings.kafka_delivery not in (EXACTLY_ONCE, AT_LEAST_ONCE):
-        raise SettingError(f"FRAUDGATE_KAFKA_DELIVERY must be {EXACTLY_ONCE} or {AT_LEAST_ONCE}")
-    if settings.trace_url and not settings.trace_url.startswith(("http://", "https://")):
-        raise SettingError("FRAUDGATE_TRACE_URL must begin with http:// or https://")
-    if settings.console_access not in (CONSOLE_GUARDED, CONSOLE_OPEN, CONSOLE_OFF):
-        raise SettingError(f"FRAUDGATE_CONSOLE_ACCESS must be {CONSOLE_GUARDED}, {CONSOLE_OPEN} or {CONSOLE_OFF}")
-    if is_cluster(settings.redis_url):
-        try:
-            cluster_seeds(settings.redis_url)
-        except ValueError as exc:
-            raise SettingError(f"FRAUDGATE_REDIS_URL: {exc}") from exc
     return settings
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """What somebody may have meant who wrote `name`."""
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
+    return f"is {near[0]} meant? docs/settings.md lists them" if near else "docs/settings.md lists them"
+
+
+def _number(name: str, text: str, f: Field[Any]) -> int:
+    least, most = f.metadata["least"], f.metadata["most"]
+    # int() takes more than anybody means: 1_000, digits of any script, spaces around them.
+    if DIGITS.fullmatch(text) is None or not least <= int(text) <= most:
+        raise SettingError(f"{name} must be a whole number in {least}..{most}, not {text[:SHOWN_CHARS_MAX]!r}: {f.metadata['doc']}")
+    return int(text)
+
+
+def _text(name: str, text: str, f: Field[Any]) -> str:
+    """The value isn't shown in a refusal: a URL may hold a password."""
+    kind: Kind = f.metadata["kind"]
+    if not text and f.default != "":
+        raise SettingError(f"{name} must not be empty: {f.metadata['doc']}")
+    if text and not kind.accepts(text):
+        raise SettingError(f"{name} must be {kind.words}: {f.metadata['doc']}")
+    return text

@@ -67,10 +67,11 @@ def test_a_child_started_elsewhere_gets_the_same_settings() -> None:
 
 def test_the_page_of_settings_names_units_ranges_and_defaults() -> None:
     assert "| `FRAUDGATE_KAFKA_PARTITIONS` | `4` | 1 to 1,024 |" in page()
-    assert "| `FRAUDGATE_REDIS_URL` | empty | text |" in page()
+    assert "| `FRAUDGATE_TABLES_URI` | empty | text |" in page()
+    assert "| `FRAUDGATE_REGISTRY_URL` | empty | http:// or https:// with a host |" in page()
 
 
 def test_up_all_starts_jobs_gateway_and_cases_after_what_they_need() -> None:
     services = local_services(Settings(cases_port=12345))
-    assert [s.name for s in services.values() if not s.core] == ["jobs", "gateway", "cases"]
+    assert [s.name for s in services.values() if not s.core and s.wanted] == ["jobs", "gateway", "cases"]
     assert services["cases"].ports == {"FRAUDGATE_CASES_PORT": 12345}
