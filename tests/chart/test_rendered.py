@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 
 from deploy.chart_schema import CHART
+from deploy.cli import GROUPS
 from gateway.metrics import Metrics
 from gateway.policy.folder import SHIPPED, read_folder
 from gateway.policy_slot import open_policy
 from tests.chart.rendering import LEAST, VALUES, RenderError, helm, one, render, render_text, values_file
-from tests.chart.rules import RULES, Manifest, containers, pod_of, pods
+from tests.chart.rules import RULES, Manifest, containers, is_ours, name_of, pod_of, pods
 from tests.chart.tools import KUBERNETES_VERSION, Tools
+from tests.unit.deploy.dockerfiles import COMMANDS
 
 pytestmark = [pytest.mark.chart, pytest.mark.slow]
 
@@ -93,6 +96,33 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         made[key] = merged(made.get(key, {}), value) if isinstance(value, dict) else value
     return made
+
+
+@pytest.mark.parametrize(("name", "files", "values"), shapes(), ids=[shape[0] for shape in shapes()])
+def test_every_container_runs_a_command_of_its_image_with_options_that_the_command_has(
+    name: str,
+    files: tuple[str, ...],
+    values: dict[str, Any] | None,
+    tools: Tools,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    known = {command.name: command for group in GROUPS.values() for command in group}
+    seen = set()
+    for workload, template in pods(render(tools, tmp_path, *files, values=values)):
+        for container in filter(is_ours, containers(template)):
+            image = container["image"].split("/")[-1].split(":")[0].removeprefix("fraudgate-")
+            if "command" in container:
+                assert container["command"][0] in ("cp", "mkdir", "python"), f"{name_of(workload)}: {container['name']}"
+                continue
+            command, *options = container["args"]
+            assert command in COMMANDS[image], f"{name}: the image {image} can't run {command}"
+            with pytest.raises(SystemExit):
+                getattr(importlib.import_module(known[command].module), known[command].function)(["--help"])
+            text = capsys.readouterr().out
+            assert [option for option in options if option.split("=")[0] not in text] == []
+            seen.add(command)
+    assert {"serve", "jobs", "cases", "pull", "topics", "retrain", "train", "maintain"} <= seen
 
 
 def test_large_numbers_reach_the_settings_whole(tools: Tools, tmp_path: Path) -> None:

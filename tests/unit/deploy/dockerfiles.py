@@ -19,6 +19,29 @@ MOVED = ("/opt/fraudgate", "/build")
 RUN_TIMEOUT_S = 1200
 SECRET_WORD = re.compile(r"password|secret|token|api_?key|credential", re.IGNORECASE)
 
+# Commands that each image must be able to run.
+COMMANDS = {
+    "gateway": ("serve", "reload", "score", "cases", "keys", "policy", "route", "topics"),
+    "jobs": ("jobs", "rebuild", "parity", "training-set", "backfill", "maintain", "topics"),
+    "export": (
+        *("pull", "publish", "models", "promote", "rollback", "demote", "compare", "drift", "train", "retrain", "maintain"),
+        *(
+            "training-set",
+            "backfill",
+            "why",
+            "replay-decision",
+            "audit",
+            "erase",
+            "backtest",
+            "explain",
+            "keys",
+            "policy",
+            "route",
+            "topics",
+        ),
+    ),
+}
+
 
 @dataclass
 class Stage:

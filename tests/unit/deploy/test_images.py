@@ -12,36 +12,18 @@ import pytest
 
 from deploy.bootstrap import find_uv
 from deploy.cli import GROUPS
+from deploy.services import http_ok
+from gateway.supervisor import LEAVE_TIMEOUT_S
+from tests.helpers import HOST, free_ports, wait_until
 from tests.s3 import s3_server
-from tests.unit.deploy.dockerfiles import Dockerfile, build, complaints, read_dockerfile, words
+from tests.unit.deploy.dockerfiles import COMMANDS, Dockerfile, build, complaints, read_dockerfile, words
 
 ROOT = Path(__file__).resolve().parents[3]
 IMAGES = ROOT / "deploy/images"
 NAMES = ("gateway", "jobs", "export")
 BUCKET = "payments"
 HEAVY = ("pyspark", "mlflow", "xgboost", "pandas", "pyarrow", "delta", "deltalake", "sklearn", "pytest", "mypy", "tqdm")
-# Commands that each image must be able to run, and what it must not carry.
-COMMANDS = {
-    "gateway": ("serve", "reload", "score", "cases", "keys", "policy", "route", "topics"),
-    "jobs": ("jobs", "rebuild", "parity", "training-set", "backfill", "maintain", "topics"),
-    "export": (
-        *("pull", "publish", "models", "promote", "rollback", "demote", "compare", "drift", "train", "retrain", "maintain"),
-        *(
-            "training-set",
-            "backfill",
-            "why",
-            "replay-decision",
-            "audit",
-            "erase",
-            "backtest",
-            "explain",
-            "keys",
-            "policy",
-            "route",
-            "topics",
-        ),
-    ),
-}
+# What an image must not carry.
 ABSENT = {
     "gateway": HEAVY,
     "jobs": ("mlflow", "xgboost", "sklearn", "onnxruntime", "fastapi", "matplotlib", "pytest", "mypy", "tqdm"),
@@ -108,6 +90,8 @@ PROBE = """
 import importlib, importlib.util, sys
 from deploy.bootstrap import find_uv
 from deploy.cli import GROUPS
+from deploy.services import http_ok
+from gateway.supervisor import LEAVE_TIMEOUT_S
 absent, wanted = sys.argv[1].split(","), sys.argv[2].split(",")
 print("carries", [name for name in absent if importlib.util.find_spec(name) is not None])
 commands = {c.name: c for group in GROUPS.values() for c in group}
@@ -147,8 +131,43 @@ def test_an_image_runs_its_commands_with_what_its_build_installs(name: str, tmp_
     assert entry.returncode == 0, entry.stderr
     if name == "gateway":
         starts_without_compiling(tmp_path, python, env)
+        serves_alone_and_leaves(tmp_path, python.with_name("fraudgate"), env, "serve", "GATEWAY_PORT")
+        keys = {"FRAUDGATE_API_KEYS_PATH": str(tmp_path / "keys.json")}
+        run_checked([str(python.with_name("fraudgate")), "keys", "create", "shop", "--scope", "review"], tmp_path, env | keys)
+        serves_alone_and_leaves(tmp_path, python.with_name("fraudgate"), env | keys, "cases", "CASES_PORT")
     if name == "jobs":
         starts_spark(tmp_path, python, env)
+
+
+def run_checked(argv: list[str], cwd: Path, env: dict[str, str]) -> None:
+    done = subprocess.run(argv, env=env, cwd=cwd, capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def serves_alone_and_leaves(tmp_path: Path, program: Path, env: dict[str, str], command: str, port_setting: str) -> None:
+    """On every address, as in a pod, while nothing that it needs is there: ready all the same, and gone in time when it is told."""
+    port, nobody = free_ports(2)
+    away = {
+        "KAFKA_BOOTSTRAP": f"{HOST}:{nobody}",
+        "REDIS_URL": f"redis://{HOST}:{nobody}/0",
+        "REGISTRY_URL": f"http://{HOST}:{nobody}",
+    }
+    settings = {f"FRAUDGATE_{name}": value for name, value in away.items()} | {f"FRAUDGATE_{port_setting}": str(port)}
+    log_path = tmp_path / f"{command}.log"
+    with (
+        log_path.open("wb") as log,
+        subprocess.Popen([str(program), command], env=env | settings, cwd=tmp_path, stdout=log, stderr=log) as process,
+    ):
+        try:
+            wait_until(
+                lambda: process.poll() is not None or http_ok(f"http://{HOST}:{port}/readyz"), 240, f"fraudgate {command} is ready"
+            )
+            assert process.poll() is None, log_path.read_text()[-4000:]
+            assert http_ok(f"http://{HOST}:{port}/healthz")
+            process.terminate()
+            assert process.wait(LEAVE_TIMEOUT_S) == 0, log_path.read_text()[-4000:]
+        finally:
+            process.kill()
 
 
 def starts_without_compiling(tmp_path: Path, python: Path, env: dict[str, str]) -> None:
