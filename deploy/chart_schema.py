@@ -25,6 +25,7 @@ CHART_SETTINGS = frozenset(
         *("api_keys_path", "cache_dir", "checkpoints_uri", "client_key_path", "data_dir", "home", "host", "instance_id"),
         *("kafka_bootstrap", "maven_url", "mlflow_url", "model_dir", "model_public_key_path", "model_signing_key_path"),
         *("policy_path", "redis_url", "registry_url", "spool_dir", "tables_uri", "webhooks_path"),
+        *("console_cases_url", "console_jobs_url", "trace_url"),
     }
 )
 # Maps whose keys are the user's or Kubernetes' own: by their last name, or by their whole path.
@@ -96,7 +97,7 @@ def _of(value: Any, path: str) -> dict[str, Any]:
 def _settings() -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for f in fields(Settings):
-        if f.name in CHART_SETTINGS or f.name.endswith(("_port", "_url")):
+        if f.name in CHART_SETTINGS or f.name.endswith("_port"):
             continue
         whole = isinstance(f.default, int)
         bounds = {"type": "integer", "minimum": f.metadata["least"], "maximum": f.metadata["most"]} if whole else {"type": "string"}

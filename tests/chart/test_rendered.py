@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,17 @@ def test_only_score_is_to_be_had_from_outside(tools: Tools, tmp_path: Path) -> N
     ingress = one(render(tools, tmp_path, values=EVERYTHING), "Ingress", "fraudgate-gateway")
     paths = [(p["path"], p["pathType"]) for rule in ingress["spec"]["rules"] for p in rule["http"]["paths"]]
     assert paths == [("/score", "Exact")]
+
+
+def test_prometheus_knows_each_process_by_the_name_that_the_alerts_use(tools: Tools, tmp_path: Path) -> None:
+    monitors = [m for m in render(tools, tmp_path, values=EVERYTHING) if m["kind"] == "ServiceMonitor"]
+    names = {
+        r["replacement"] for m in monitors for e in m["spec"]["endpoints"] for r in e["relabelings"] if r["targetLabel"] == "job"
+    }
+    assert names == {"gateway", "jobs", "cases"}
+    rules = CHART.parents[1] / "monitoring/rules.yml"
+    asked = set(re.findall(r'up\{job="([^"]+)"\}', rules.read_text())) if rules.is_file() else set()
+    assert asked <= names
 
 
 def test_what_is_rendered_is_the_same_every_time(tools: Tools, tmp_path: Path) -> None:
