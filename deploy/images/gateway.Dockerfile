@@ -24,7 +24,8 @@ COPY model_export ./model_export
 RUN uv sync --frozen --no-dev --no-editable --extra gateway
 # Numba knows a source by its size and time: the time must not be that of the build.
 RUN find /opt/fraudgate/venv/lib -path '*/site-packages/gateway/*' -name '*.py' -exec touch -d '2020-01-01T00:00:00Z' {} +
-RUN /opt/fraudgate/venv/bin/python -m gateway.warm
+# Of what is installed, not of the sources here: they are known by their place too.
+RUN /opt/fraudgate/venv/bin/python -P -m gateway.warm
 
 FROM ${PYTHON_IMAGE}
 RUN groupadd --gid 10001 fraudgate && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/fraudgate fraudgate \
