@@ -41,7 +41,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind("gateway_kill", "gateway", 0, "kill -9 to one of the two workers; the supervisor starts another"),
         Kind("gateway_stop", "gateway", 15, "SIGSTOP to one of the two workers, then SIGCONT"),
-        Kind("redis_stop", "redis", 80, "SIGSTOP to Redis, then SIGCONT", ("RedisNotReady",), 75),
+        Kind("redis_stop", "redis", 15, "SIGSTOP to Redis, then SIGCONT", ("RedisNotReady",), 75),
         Kind("redis_kill", "redis", 5, "kill -9 to Redis, started again from its append-only file", ("RedisNotReady",), 75),
         Kind("redis_slow", "redis", 20, "Redis stopped for 60 of every 80 ms"),
         Kind("broker_kill", "broker", 10, "kill -9 to the Kafka broker, then started again", ("KafkaDoorOut",), 150),
