@@ -116,11 +116,11 @@ def test_the_schema_of_the_values_is_current() -> None:
     assert SCHEMA_PATH.read_text() == text(), "run: python -m deploy.chart_schema"
 
 
-def test_the_chart_has_the_dashboards_of_the_monitoring() -> None:
-    linked = CHART / "files/dashboards"
+@pytest.mark.parametrize(("name", "place"), [("dashboards", "dashboards/json"), ("rules.yml", "rules.yml")])
+def test_the_chart_has_the_rules_and_the_dashboards_of_the_monitoring(name: str, place: str) -> None:
+    linked = CHART / "files" / name
     assert linked.is_symlink()
-    assert linked.resolve() == CHART.parents[1] / "monitoring/dashboards/json"
-    assert len(list(linked.glob("*.json"))) > 0
+    assert linked.resolve(strict=True) == CHART.parents[1] / "monitoring" / place
 
 
 def test_every_setting_is_either_the_users_or_the_charts() -> None:
