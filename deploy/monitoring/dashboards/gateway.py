@@ -157,6 +157,16 @@ PROCESS = Row(
             Unit.COUNT,
             one(total("fraudgate_traces_waiting", "instance", where=PICKED), "{{instance}}"),
         ),
+        Panel(
+            "Console",
+            "Browsers that watch it, and how often one was turned away or told no more in the last hour.",
+            Unit.COUNT,
+            (
+                Query(total("fraudgate_console_viewers", where=PICKED), "watching"),
+                Query(f"sum (increase(fraudgate_console_refused_total{{{PICKED}}}[1h]))", "turned away"),
+                Query(f"sum (increase(fraudgate_console_dropped_total{{{PICKED}}}[1h]))", "told no more"),
+            ),
+        ),
     ),
 )
 

@@ -32,6 +32,15 @@ SERVE = Row(
             limits=((0.5, Colour.BAD),),
         ),
         Panel(
+            "A model scores",
+            "1 while every gateway has a model. 0: one decides by rules alone.",
+            Unit.YES,
+            one(least("fraudgate_model_serving"), "scores"),
+            Kind.NUMBER,
+            limits=((1, Colour.GOOD),),
+            below=Colour.BAD,
+        ),
+        Panel(
             "Model's time",
             "Of a batch in the model's step.",
             Unit.SECONDS,

@@ -17,13 +17,13 @@ from deploy.monitoring.dashboards.spec import (
     rate,
     total,
 )
+from deploy.monitoring.slo import FAST, SLOS
 from gateway.contracts.decision import Door, Outcome
 from gateway.contracts.metrics import FRESH_WITHIN_S, GOOD_WITHIN_S
 
-# Of the decisions that are asked for, so many are good.
-OBJECTIVE = 0.999
-# The SRE workbook's rates: the budget of 30 days would be gone in two days, in five, in ten, in thirty.
-BURN_PAGE = 14.4
+# Of the decisions that are asked for, so many are good; and how fast the budget may burn until somebody is called.
+OBJECTIVE = next(slo.objective for slo in SLOS if slo.name == "decisions")
+BURN_PAGE = max(burn.factor for burn in FAST)
 HTTP, KAFKA = (f'door="{door.value}"' for door in (Door.HTTP, Door.KAFKA))
 COSTS = f'outcome!="{Outcome.APPROVE.value}"'
 DECISIONS, DEGRADED, LATENCY = "fraudgate_decisions_total", "fraudgate_degraded_total", "fraudgate_decision_latency_seconds"
@@ -56,7 +56,8 @@ WELL = Row(
         ),
         Panel(
             "Budget burns, 1 h",
-            "How many times faster than allowed the error budget was used in the last hour. At 14.4 the budget of 30 days lasts two days,"
+            "How many times faster than allowed the error budget was used in the last hour."
+            f" At {BURN_PAGE:g} the budget of 30 days lasts two days,"
             " and somebody is called.",
             Unit.RATIO,
             one(burn_rate("1h"), "times"),

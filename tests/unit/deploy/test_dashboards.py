@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from deploy.monitoring.dashboards.checks import complaints_of, plain, queries_of, query_complaints
 from deploy.monitoring.dashboards.commands import BOARDS, FOLDER, PAGE_PATH, dashboards, stale
 from gateway.contracts.metrics import BY_NAME, SERIES
+from tests.tools import needs_prometheus, run_tool
 
 ROOT = Path(__file__).resolve().parents[3]
 PROVISIONING = ROOT / "deploy" / "monitoring" / "grafana" / "provisioning"
@@ -27,10 +25,6 @@ FILES = sorted(FOLDER.glob("*.json"))
 NO_METRIC = "_".join(("fraudgate", "descisions", "total"))
 # Metrics that no panel asks for.
 NOT_SHOWN: frozenset[str] = frozenset()
-PROMTOOL = shutil.which("promtool")
-needs_promtool = pytest.mark.skipif(
-    PROMTOOL is None and os.environ.get("CI", "").lower() != "true", reason="promtool is missing: apt-get install prometheus"
-)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -132,14 +126,14 @@ def test_what_is_said_of_a_query_is_told_of_its_panel(good: dict[str, Any]) -> N
     assert list(query_complaints("sum by (door) (rate(fraudgate_decisions_total[$__rate_interval]))", "{{door}}")) == []
 
 
-@needs_promtool
+@needs_prometheus
 def test_prometheus_parses_every_query(tmp_path: Path) -> None:
     queries = [(f"{path.stem}: {title}", plain(expr)) for path in FILES for title, expr in queries_of(read(path))]
     assert len(queries) > 150
     assert parsed(tmp_path, [expr for _, expr in queries]) == ""
 
 
-@needs_promtool
+@needs_prometheus
 def test_a_query_that_is_none_is_seen(tmp_path: Path) -> None:
     assert "parse" in parsed(tmp_path, ["sum(rate(fraudgate_decisions_total[1m])"])
     assert "parse" in parsed(tmp_path, ["rate(fraudgate_decisions_total)"])
@@ -150,9 +144,7 @@ def parsed(folder: Path, queries: list[str]) -> str:
     rules = [{"record": f"query:{i}", "expr": expr} for i, expr in enumerate(queries)]
     path = folder / "rules.yml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "dashboards", "rules": rules}]}))
-    ended = subprocess.run(
-        [PROMTOOL or "promtool", "check", "rules", str(path)], capture_output=True, text=True, timeout=60, check=False
-    )
+    ended = run_tool("promtool", "check", "rules", str(path))
     return "" if ended.returncode == 0 else ended.stdout + ended.stderr
 
 
