@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,15 +86,19 @@ class Payments:
         run, host, port = name("pay"), self._settings.host, self._settings.gateway_port
         while not self._stopping.wait(self._pause_s):
             self.sent += 1
-            # Most are small, some risky by the model of write_model, and one in forty needs a person by the shipped policy.
-            large = self.sent % 40 == 7
-            minor = rng.randrange(5_100_000, 9_000_000) if large else rng.choice([rng.randrange(300, 9_000)] * 9 + [60_000])
-            t = make_transaction(
-                f"{run}-{self.sent}",
-                card_id=f"card-{rng.randrange(60)}",
-                merchant_id=f"shop-{rng.randrange(9)}",
-                amount_minor=minor,
-            )
+            now_ms = time.time_ns() // 1_000_000
+            # Most are small, one in ten is risky by the model of write_model.
+            minor = rng.choice([rng.randrange(300, 9_000)] * 9 + [60_000])
+            called = f"{run}-{self.sent}"
+            changes: dict[str, Any] = {"card_id": f"card-{rng.randrange(5000)}", "merchant_id": f"shop-{rng.randrange(9)}"}
+            if self.sent % 20 in (7, 8):
+                # A card that is in two places within a minute needs a person by the shipped policy.
+                first = self.sent % 20 == 7
+                place = {"latitude": 52.5, "longitude": 13.4} if first else {"latitude": -33.9, "longitude": 151.2}
+                now_ms -= 60_000 if first else 0
+                changes |= {"card_id": f"{run}-traveller-{self.sent // 20}", **place}
+                minor = 4_200
+            t = make_transaction(called, now_ms, amount_minor=minor, **changes)
             try:
                 status, _ = ask(host, port, "POST", SCORE_PATH, encode_json(t), key=self._key)
             except OSError:
