@@ -173,7 +173,7 @@ def _own_troubles(state: State, seen: Mapping[str, Any]) -> list[Trouble]:
     share = seen["degraded_share"]
     if share is not None and share > DEGRADED_SHARE_MAX and not missing & {"redis", "model"}:
         kinds = " and ".join(kind.replace("_", " ") for kind in sorted(seen["degraded"], key=lambda k: -seen["degraded"][k])[:2])
-        add(Level.DEGRADED, "degraded", "features", f"{share:.0%} of decisions made without everything ({kinds})")
+        add(Level.DEGRADED, "degraded", "features", f"{share:.0%} of decisions lack something ({kinds})")
     p99 = seen["latency"]["ms"][1]
     if seen["latency"]["door"] == "http" and p99 is not None and p99 > P99_PROMISED_MS:
         add(Level.DEGRADED, "slow", "serve", f"answers are slow, p99 {number(p99)} ms where {number(P99_PROMISED_MS)} are promised")

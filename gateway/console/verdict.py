@@ -69,7 +69,7 @@ class Verdicts:
         age_s = now_s - self._since_s[first.code]
         since = f" for {seconds(age_s)}" if age_s >= 2 else ""
         more = len(gravest) - 1
-        also = "" if not more else f"; {more} more" if more > 1 else f"; also {gravest[1].text}"
+        also = f"; {more} more below" if more else ""
         return {
             "level": first.level.name.lower(),
             "text": f"{first.level.name.capitalize()}: {first.text}{since}{also}",

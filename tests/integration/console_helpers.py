@@ -198,10 +198,10 @@ def looking(browser: Browser, at: Shown, *, width: str = "wide", scheme: str = "
         context.close()
 
 
-def picture(page: Page, called: str) -> None:
-    """Kept as build output."""
+def picture(page: Page, called: str, *, whole: bool = True) -> None:
+    """Kept as build output: the whole page, or what a window shows of it."""
     PICTURES.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=PICTURES / f"{called}.png", full_page=True)
+    page.screenshot(path=PICTURES / f"{called}.png", full_page=whole)
 
 
 def grave_findings(page: Page) -> list[str]:

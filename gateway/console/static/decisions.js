@@ -82,7 +82,7 @@ export function openStory(story, texts = {}) {
     story.reasons.length ? el("ul", {}, story.reasons.map((r) => el("li", {}, el("code", {}, r.code), ` ${r.text}`))) : el("p", { class: "soft" }, "None: nothing speaks against it."),
     ...hits("Rules that fired", story.rule_hits), ...hits("Lists it stands on", story.list_hits), ...hits("Rules in shadow that would have", story.shadow_hits ?? []), ...hits("Rules that couldn't be evaluated", story.rule_errors ?? []),
     el("h3", {}, "Decided by"),
-    facts([["model", story.model.name === null ? "none" : `${story.model.name} ${story.model.version}, ${story.model.route}`], ["model digest", short(story.digests.model)], ["policy", short(story.digests.policy)], ["lists", String(story.digests.lists_version)], ["features", story.digests.features], ["gateway", story.code_version], ...steps]),
+    facts([["model", story.model.name === null ? "none" : `${story.model.name} ${story.model.version}, ${story.model.route}`], ["model digest", short(story.digests.model)], ["policy", short(story.digests.policy)], ["lists", story.digests.lists_version < 0 ? "not known" : `version ${story.digests.lists_version}`], ["features", story.digests.features], ["gateway", story.code_version], ...steps]),
     el("h3", {}, "The whole of it"),
     el("p", { class: "soft" }, "Counterfactuals, what the chain of receipts says, and the payment decided once more:"),
     el("div", { class: "command" }, el("code", {}, command), copy),
