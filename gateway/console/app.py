@@ -29,7 +29,7 @@ from gateway.console.gather import Gatherer, ReadOwn, event
 from gateway.console.picture import State
 from gateway.console.reviews import Reviews
 from gateway.console.samples import Samples, Window, samples_of, samples_of_families
-from gateway.console.sources import Source, read_cases, read_jobs
+from gateway.console.sources import Source, read_alertmanager, read_cases, read_jobs
 from gateway.console.tables import Tables
 from gateway.console.tap import Tap
 from gateway.console.verdict import Verdicts
@@ -97,7 +97,7 @@ class Console:
             routing={},
             jobs=Source("feature jobs", f"{settings.console_jobs}/metrics", read_jobs),
             cases=Source("case service", f"{settings.console_cases}/metrics", read_cases),
-            alertmanager=_alertmanager(settings),
+            alertmanager=Source("Alertmanager", f"{settings.alertmanager}/api/v2/alerts?active=true", read_alertmanager),
             alerts=self.alerts,
             tables=Tables(),
             tap=self.tap,
@@ -278,7 +278,3 @@ def _read_files() -> dict[str, File]:
             content = entry.read_bytes()
             found[entry.name] = File(content, kind, f'"{hashlib.sha256(content).hexdigest()[:16]}"')
     return found
-
-
-def _alertmanager(settings: Settings) -> Source | None:
-    return None

@@ -52,7 +52,8 @@ def follower() -> AlertFollower:
 
 
 def take(alerts: AlertFollower, *records: Record) -> None:
-    alerts.take(cast(list[Message], list(records)))
+    found: list[Message] = list(records)
+    alerts.take(found)
 
 
 def test_a_storm_of_declines_leaves_the_alert_of_the_guard_on_the_screen() -> None:

@@ -36,7 +36,14 @@ class Reply:
 
 
 def make_console(tmp_path: Path, keys: KeyBook | None = None, **changes: Any) -> Console:
-    values: dict[str, Any] = {"home": str(tmp_path), "kafka_port": 9, "registry_port": 9, "jobs_port": 9, "cases_port": 9}
+    values: dict[str, Any] = {
+        "home": str(tmp_path),
+        "kafka_port": 9,
+        "registry_port": 9,
+        "jobs_port": 9,
+        "cases_port": 9,
+        "alertmanager_port": 9,
+    }
     settings = Settings(**(values | changes))
     return Console(settings, Metrics(), keys, kafka=False, accounts=lambda: (STATUS, ROUTING), texts=lambda: {})
 
