@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from deploy import toolchain
+from deploy.bootstrap import no_service_started
 from deploy.toolchain import ToolMissingError
 
 
@@ -90,3 +92,37 @@ def test_the_home_of_the_wheel_follows_a_runtime_that_moved(tmp_path: Path) -> N
         home = toolchain.wheel_java_home(tmp_path / name, tmp_path / "cache")
         assert subprocess.run([home / "bin/java"], capture_output=True, text=True, check=True).stdout == f"{name}\n"
     assert list((tmp_path / "cache").iterdir()) == [home]
+
+
+@pytest.mark.parametrize(
+    ("find", "program", "package"),
+    [
+        (toolchain.find_prometheus, "prometheus", "prometheus"),
+        (toolchain.find_promtool, "promtool", "prometheus"),
+        (toolchain.find_alertmanager, "alertmanager", "prometheus-alertmanager"),
+        (toolchain.find_chromium, "chromium-browser", "chromium"),
+        (toolchain.find_chromedriver, "chromedriver", "chromium-driver"),
+    ],
+)
+def test_what_only_debian_has_is_found_on_path_or_the_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, find: Callable[[Mapping[str, str]], Path], program: str, package: str
+) -> None:
+    monkeypatch.setattr(toolchain, "SYSTEM_PATH", str(tmp_path / "sbin"))
+    with pytest.raises(ToolMissingError, match=f"install {package}$"):
+        find({"PATH": str(tmp_path / "bin")})
+    made = make_program(tmp_path / "sbin" / program, "true")
+    assert find({"PATH": str(tmp_path / "bin")}) == made
+    preferred = make_program(tmp_path / "bin" / program, "true")
+    assert find({"PATH": str(tmp_path / "bin")}) == preferred
+
+
+def test_apt_starts_nothing_while_it_installs_and_somebody_elses_policy_stays(tmp_path: Path) -> None:
+    policy = tmp_path / "policy-rc.d"
+    with no_service_started(policy):
+        # 101 is "action forbidden by policy" to invoke-rc.d.
+        assert subprocess.run([policy, "redis-server", "start"], check=False).returncode == 101
+    assert not policy.exists()
+    policy.write_text("theirs")
+    with no_service_started(policy):
+        assert policy.read_text() == "theirs"
+    assert policy.read_text() == "theirs"
