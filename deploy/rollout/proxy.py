@@ -83,6 +83,8 @@ global
 defaults
     mode http
     option http-keep-alive
+    # A connection that was opened ahead and never used is closed, and not told 408, which its caller would take for its next answer.
+    option http-ignore-probes
     option redispatch 1
     retries {RETRIES}
     retry-on conn-failure empty-response junk-response 500
