@@ -21,7 +21,7 @@ VARIABLE = re.compile(r"\bFRAUDGATE_[A-Z0-9_]+\b")
 # Pages whose commands are tried, option by option.
 PAGES_OF_COMMANDS = ("docs/operations.md",)
 # Pages that are being written.
-PROMISED = frozenset({"monitoring.md", "console.md", "kubernetes.md", "soak.md", "runbooks"})
+PROMISED = frozenset({"console.md"})
 # Words that follow the program's name in sentences about it.
 PROSE = frozenset({"help", "itself", "command"})
 

@@ -36,9 +36,10 @@ from tests.integration.gateway_helpers import (
     request,
 )
 from tests.integration.kafka_faults import Flow, Receipts, assert_each_decided_once
+from tests.tools import needs_haproxy
 from tests.unit.gateway.factories import write_model
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, needs_haproxy]
 READY_WITHIN_S = 60
 DEPLOY_WITHIN_S = 150
 # More than wait at a time on a machine that is busy with other things.
