@@ -42,8 +42,9 @@ from gateway.worker_metrics import WorkerMetrics
 
 PATH = "/console"
 WINDOW_S = 10.0
-# A stream ends after so long and the page begins another; the key is looked at again meanwhile.
-STREAM_S, CHECK_S = 300.0, 15.0
+# A stream ends after so long and the page begins another, within the time that a deploy gives a gateway to drain (deploy/rollout); the key
+# is looked at again meanwhile.
+STREAM_S, CHECK_S = 25.0, 15.0
 RECONNECT_MS = 1000
 TYPES = {
     ".html": "text/html; charset=utf-8",

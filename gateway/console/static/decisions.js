@@ -9,9 +9,8 @@ let held = [];
 let seen = { seen: 0, kept: 0 };
 
 export function begin(names, told) {
+  // A stream that begins anew goes on where the one before ended.
   features = names;
-  stories = [];
-  held = [];
   add(told);
 }
 
@@ -20,14 +19,14 @@ const looking = () => $("decisions").matches(":hover") || $("decisions").contain
 
 export function add(told, sampled = null) {
   if (sampled !== null) seen = sampled;
-  held.push(...told);
+  const known = new Set([...stories, ...held].map((s) => s.transaction_id));
+  held = [...held, ...told.filter((s) => !known.has(s.transaction_id))].slice(-KEPT);
   if (!looking() || !stories.length) take();
   draw();
 }
 
 function take() {
-  const known = new Set(stories.map((s) => s.transaction_id));
-  stories = [...held.reverse().filter((s) => !known.has(s.transaction_id)), ...stories].slice(0, KEPT);
+  stories = [...held.reverse(), ...stories].slice(0, KEPT);
   held = [];
 }
 
