@@ -87,14 +87,17 @@ def probe_complaints(manifests: list[Manifest]) -> list[str]:
 
 
 def environment(container: Manifest, manifests: list[Manifest]) -> dict[str, str]:
-    """What a container's process finds; what comes from a Secret is made up."""
+    """What a container's process finds; what comes from a Secret or from the pod is made up."""
     env: dict[str, str] = {}
     maps = {m["metadata"]["name"]: m["data"] for m in manifests if m["kind"] == "ConfigMap"}
     for source in container.get("envFrom", []):
         if "configMapRef" in source:
             env |= maps[source["configMapRef"]["name"]]
     for entry in container.get("env") or []:
-        env[entry["name"]] = entry["value"] if "value" in entry else "redis://:secret@elsewhere:6379/0"
+        made_up = (
+            "fraudgate-gateway-7d9c5b6f4-x2x9p" if "fieldRef" in entry.get("valueFrom", {}) else "redis://:secret@elsewhere:6379/0"
+        )
+        env[entry["name"]] = entry.get("value", made_up)
     return env
 
 
