@@ -75,7 +75,7 @@ class Swap:
         old, new = before.active, before.other
         former = before.versions[old]
         write_state(self._settings.home_path, msgspec.structs.replace(before, trial=version))
-        old_serves = self._stack.pid(SERVICE_OF[old]) is not None
+        old_serves = self._serves(old)
         try:
             self._start(new)
             self._wait_able(old, new)
@@ -128,11 +128,18 @@ class Swap:
             raise RolloutError(
                 f"the gateway in {state.active} is of a version that can't hand over its consumer group: end it and start one of today's"
             )
-        if stack.pid(SERVICE_OF[state.active]) is not None:
-            self._wait(
-                lambda: self._proxy.stats()[state.active].up, UP_WITHIN_S, f"{state.active} is up for the proxy", state.active
-            )
+        self._look_for(state.active)
         return state
+
+    def _look_for(self, slot: str) -> None:
+        """Give the proxy time to find the gateway in `slot` up. One that hangs or died is what a new version is wanted for: no error."""
+        try:
+            self._wait(lambda: self._proxy.stats()[slot].up, UP_WITHIN_S, "", slot)
+        except (RolloutError, TimeoutError):
+            self._step(f"{slot} does not serve, and can take nothing back")
+
+    def _serves(self, slot: str) -> bool:
+        return self._stack.pid(SERVICE_OF[slot]) is not None and self._proxy.stats()[slot].up
 
     def _start(self, new: str) -> None:
         name = SERVICE_OF[new]
@@ -200,6 +207,9 @@ class Swap:
                 return
             reaches_kafka = "kafka" not in theirs.degraded
             self._leave_group(old)
+        else:
+            # It may hang and be in the group all the same, where two of one name fence each other.
+            self._stack.stop([SERVICE_OF[old]])
         self._join_group(new)
         if reaches_kafka:
             self._wait(lambda: self._consumes(new), HANDOVER_WITHIN_S, f"{new} consumes the transactions topic", new)
