@@ -20,8 +20,6 @@ COMMAND = re.compile(r"\bfraudgate ([a-z][a-z-]*)((?: +(?:--?[a-z][a-z-]*))*)")
 VARIABLE = re.compile(r"\bFRAUDGATE_[A-Z0-9_]+\b")
 # Pages whose commands are tried, option by option.
 PAGES_OF_COMMANDS = ("docs/operations.md",)
-# Pages that are being written.
-PROMISED = frozenset({"console.md"})
 # Words that follow the program's name in sentences about it.
 PROSE = frozenset({"help", "itself", "command"})
 
@@ -49,8 +47,6 @@ def link_complaints(text: str, at: Path) -> list[str]:
             continue
         name, _, heading = target.partition("#")
         path = (at.parent / name).resolve() if name else at
-        if not path.exists() and path.name in PROMISED:
-            continue
         if not path.exists():
             complaints.append(f"{target}: no such file")
         elif heading and path.suffix == ".md" and heading not in anchors(text if path == at else path.read_text()):
