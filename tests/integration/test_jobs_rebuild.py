@@ -40,6 +40,7 @@ from tests.oracle import Oracle, differences
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.spark,
+    pytest.mark.slow,
     # py4j leaves its sockets to the garbage collector, which says so.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
 ]

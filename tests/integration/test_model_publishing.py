@@ -28,7 +28,7 @@ from tests.helpers import free_ports, running_command
 from tests.integration.gateway_helpers import make_transaction, name, post, ready_without
 from tests.s3 import s3_server
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROWS = 1500
 BUCKET = "models"

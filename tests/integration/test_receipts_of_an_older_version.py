@@ -33,6 +33,7 @@ from tests.unit.gateway.factories import make_transaction
 
 pytestmark = [
     pytest.mark.spark,
+    pytest.mark.slow,
     # py4j leaves its sockets to the garbage collector, which says so.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
 ]

@@ -38,7 +38,7 @@ from tests.oracle import Oracle, differences
 from tests.redis_nodes import NODES, Cluster, running_cluster
 from tests.unit.gateway.factories import NOW_MS, make_job, make_transaction, write_model
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 T = TypeVar("T")
 BUDGET_S = 10.0
 READY_WITHIN_S = 40

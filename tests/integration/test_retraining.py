@@ -28,7 +28,7 @@ from tests.agreement.test_offline_engine_equals_a_recount import in_order, silve
 from tests.entities import make_stream
 from tests.helpers import run_command, running_command
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 PAYMENTS_A_DAY = 60
 LABELS = pa.schema([("transaction_id", pa.string()), ("is_fraud", pa.bool_()), ("reported_at_ms", pa.int64())])
