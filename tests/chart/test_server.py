@@ -96,7 +96,7 @@ def _mount(manifests: list[Manifest]) -> None:
         (_root, "runAsNonRoot"),
         (_old_version, "no matches for kind"),
         (_schedule, "expected exactly 5 fields"),
-        (_mount, "not found"),
+        (_mount, 'Not found: "kernels"'),
     ],
     ids=lambda value: value.__name__.strip("_") if callable(value) else "",
 )
