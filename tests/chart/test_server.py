@@ -13,7 +13,7 @@ import yaml
 
 from deploy.chart_schema import CHART
 from tests.chart.apiserver import ApiServer
-from tests.chart.rendering import LEAST, NAMESPACE, VALUES, helm, one, render, render_text
+from tests.chart.rendering import LEAST, VALUES, helm, one, render, render_text
 from tests.chart.rules import Manifest, service_complaints
 from tests.chart.test_rendered import EVERYTHING
 from tests.chart.tools import Tools
@@ -154,13 +154,13 @@ def test_a_release_is_upgraded_in_place(name: str, tools: Tools, server: ApiServ
         assert refused.returncode != 0
         assert "updates to statefulset spec for fields other than" in refused.stderr
     finally:
-        gone = server.kubectl("delete", "--wait=false", "--cascade=orphan", "-f", "-", text=before)
+        gone = server.kubectl("delete", "--wait=false", "--cascade=background", "-f", "-", text=before)
         assert gone.returncode == 0, gone.stderr
 
 
 def test_the_notes_say_when_gateways_are_more_than_partitions(tools: Tools, server: ApiServer, tmp_path: Path) -> None:
     path = tmp_path / "values.yaml"
     path.write_text(yaml.safe_dump(LEAST))
-    where = (f"--kubeconfig={server.config}", f"--namespace={NAMESPACE}")
+    where = (f"--kubeconfig={server.config}", "--namespace=elsewhere")
     said = helm(tools, "install", "fraudgate", str(CHART), "--dry-run=server", "-f", str(path), *where)
     assert "Of 12 gateways only 4 can take part in the Kafka door" in said
