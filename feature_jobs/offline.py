@@ -19,6 +19,7 @@ from gateway.contracts.features import (
     AGGREGATES,
     ENTITIES,
     FEATURES,
+    FRAUD_RUN_AGGREGATES,
     LABEL_AGGREGATES,
     REQUEST_FEATURES,
     Entity,
@@ -48,7 +49,7 @@ from gateway.contracts.windows import (
 Int64s = npt.NDArray[np.int64]
 
 CHUNK_ROWS = 200_000
-_OF_FIRST_FRAUD = frozenset({"since_first_fraud", "since_last_fraud", "rate_since_fraud"})
+_OF_FIRST_FRAUD = FRAUD_RUN_AGGREGATES | {"since_first_fraud", "since_last_fraud", "rate_since_fraud"}
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,12 @@ class _Chunk:
         out: Int64s = np.minimum(found, self.here)
         return out
 
+    def places_of(self, rows: Int64s, time_ms: Int64s) -> Int64s:
+        """`place_of` for some rows, `time_ms` (rows,)."""
+        found = np.searchsorted(self.keys, self.rank[rows] * self.span + np.maximum(time_ms - self.base, 0), side="left")
+        out: Int64s = np.minimum(found, rows)
+        return out
+
     def aggregates(self) -> Aggregates:
         windows, n = self.definition.windows, len(self.here)
         amount = self.request.amount_minor
@@ -208,6 +215,10 @@ class _Chunk:
             first_fraud_ms=np.full(n, NEVER, np.int64),
             last_fraud_ms=np.full(n, NEVER, np.int64),
             payments_since_fraud=np.zeros(n, np.int64),
+            fraud_run=np.zeros(n, np.int64),
+            run_day_ms=np.full(n, NEVER, np.int64),
+            genuine_day_ms=np.full(n, NEVER, np.int64),
+            payments_after_fraud=np.zeros(n, np.int64),
         )
         for i, window in enumerate(windows):
             for a, b in self._ranges(window):
@@ -276,6 +287,8 @@ class _Chunk:
             result.label_frauds[i] = np.cumsum(difference[:-1])
         if counted is not None and any(f.aggregate in _OF_FIRST_FRAUD for f in self.definition.features):
             self._first_and_last_fraud(result, *counted)
+            if any(f.aggregate in FRAUD_RUN_AGGREGATES for f in self.definition.features):
+                self._fraud_runs(result, changes)
 
     def _first_and_last_fraud(self, result: Aggregates, payment: Int64s, change: Int64s, begin: Int64s, end: Int64s) -> None:
         """Of the last of the label windows, from the changes that count in it: each for the rows [begin, end)."""
@@ -303,6 +316,43 @@ class _Chunk:
         longest = self.definition.label_windows[-1]
         since_first = self.place_of(payments_end(self.t_ms, longest)) - self.place_of(first_day)
         result.payments_since_fraud[:] = np.where(known, since_first, 0)
+
+    def _fraud_runs(self, result: Aggregates, changes: tuple[Int64s, Int64s, Int64s]) -> None:
+        """Day by day back from the one in which the delay ends, for the rows that know of a fraud; most meet a genuine payment soon."""
+        longest = self.definition.label_windows[-1]
+        rows = np.flatnonzero(result.first_fraud_ms != NEVER)
+        day_ms = self.t_ms[rows] - longest.delay_ms
+        day_ms -= day_ms % DAY_MS
+        last_ms = result.last_fraud_ms[rows]
+        after = self.places_of(rows, day_ms) - self.places_of(rows, last_ms - last_ms % DAY_MS + DAY_MS)
+        result.payments_after_fraud[rows] = np.maximum(after, 0)
+        stop = self.places_of(rows, fraud_end(self.t_ms[rows], longest))
+        whole = False
+        for _ in range(longest.length_ms // DAY_MS + 1):
+            if not len(rows):
+                return
+            first = self.places_of(rows, day_ms)
+            frauds = self._frauds_of(rows, first, stop, changes)
+            met = whole & (stop - first > frauds)
+            result.genuine_day_ms[rows[met]] = day_ms[met]
+            found = ~met & (frauds > 0)
+            result.run_day_ms[rows[found]] = day_ms[found]
+            result.fraud_run[rows[found]] += frauds[found]
+            rows, stop, day_ms, whole = rows[~met], first[~met], day_ms[~met] - DAY_MS, True
+
+    def _frauds_of(self, rows: Int64s, first: Int64s, stop: Int64s, changes: tuple[Int64s, Int64s, Int64s]) -> Int64s:
+        """For each of `rows`, which rise, the frauds it knows of among the payments at places [first, stop) of its id."""
+        payment, change, known = changes
+        rank, n = self.rank[rows], len(self.here)
+        at = self.rank[payment] * (n + 1) + payment
+        begin = np.maximum(np.searchsorted(rank * (n + 1) + stop, at, side="right"), np.searchsorted(rows, known))
+        end = np.searchsorted(rank * (n + 1) + first, at, side="right")
+        counts = begin < end
+        difference = np.zeros(len(rows) + 1, np.int64)
+        np.add.at(difference, begin[counts], change[counts])
+        np.add.at(difference, end[counts], -change[counts])
+        out: Int64s = np.cumsum(difference[:-1])
+        return out
 
     def _own_changes(self) -> tuple[Int64s, Int64s, Int64s] | None:
         """Of each change to a payment of this chunk: the payment's place, the change, and the first place of its id that knows it."""

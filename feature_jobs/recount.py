@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from feature_jobs.offline import History, take
-from gateway.contracts.features import ENTITIES, feature_matrix
+from gateway.contracts.feature_matrix import feature_matrix
+from gateway.contracts.features import ENTITIES
 from gateway.contracts.layout import FRAUD_HOUR, HEAD_EVENT
 from gateway.contracts.windows import DAY_MS, HOUR_MS, LABELLED_RETENTION_MS, Asked, Int64s, aggregate, boundary, nothing_held
 

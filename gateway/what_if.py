@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gateway.contracts.features import ENTITIES, FEATURE_INDEX, FEATURES
+from gateway.contracts.features import ENTITIES, FEATURE_INDEX, FEATURES, FRAUD_RUN_AGGREGATES
 from gateway.contracts.transaction import AMOUNT_MINOR_MAX, AMOUNT_MINOR_MIN, CHANNELS, Transaction
 from gateway.contracts.windows import DAY_MS, HOUR_MS, SKETCH_ESTIMATE, WINDOWS
 
@@ -95,6 +95,7 @@ class _Usual:
         for entity in (e.name for e in ENTITIES):
             ratio, zscore, mean, std = (_window_features(entity, a) for a in ("ratio", "zscore", "mean", "std"))
             found += [_Usual(ratio.get(w), zscore.get(w), mean.get(w), std.get(w)) for w in sorted(set(ratio) | set(zscore))]
+            found += [_Usual(name, None, None, None) for name in _window_features(entity, "ratio_before").values()]
         return found
 
     def mean_of(self, case: Case) -> float:
@@ -294,14 +295,14 @@ class SinceLast(Lever):
         return case.with_features({**values, self.name: value, **self.past.speed_after(case, value)})
 
 
-_OF_FRAUDS = frozenset({"since_first_fraud", "since_last_fraud", "rate_since_fraud"})
+_OF_FRAUDS = (FRAUD_RUN_AGGREGATES - {"fraud_run"}) | {"since_first_fraud", "since_last_fraud", "rate_since_fraud"}
 
 
 class NoFrauds(Lever):
     """An entity without reported frauds. The last to be offered: nobody who pays can change it."""
 
     def __init__(self, entity: str) -> None:
-        self._features = [f.name for f in FEATURES if f.entity == entity and f.aggregate in ("label_rate", "frauds")]
+        self._features = [f.name for f in FEATURES if f.entity == entity and f.aggregate in ("label_rate", "frauds", "fraud_run")]
         # Known only of an entity with frauds.
         self._of_frauds = [f.name for f in FEATURES if f.entity == entity and f.aggregate in _OF_FRAUDS]
         super().__init__(self._features[-1], 5.0)
@@ -320,15 +321,16 @@ class Past:
     def __init__(self, entity: str) -> None:
         self.count = _window_features(entity, "count")
         self._sum = _window_features(entity, "sum")
-        self._of_some = [_window_features(entity, a) for a in ("mean", "max", "ratio")]
+        self._of_some = [_window_features(entity, a) for a in ("mean", "max", "ratio", "peak", "surge")]
         self._of_two = [_window_features(entity, a) for a in ("std", "zscore")]
+        self._before = _window_features(entity, "ratio_before")
         self._distinct = [_window_features(entity, a) for a in ("distinct_a", "distinct_b", "distinct_c")]
         named = {f.aggregate: f.name for f in FEATURES if f.entity == entity and f.window is None}
         self.since_last = named.get("since_last")
         self._speed = named.get("speed")
         self._changed = named.get("changed_b")
         self._new = [named[a] for a in ("new_a", "new_c") if a in named]
-        for each in (self._sum, *self._of_some, *self._of_two, *self._distinct):
+        for each in (self._sum, *self._of_some, *self._of_two, self._before, *self._distinct):
             assert set(each) <= set(self.count), "what is said of a window follows from its count"
 
     def with_count(self, case: Case, window: int, count: float) -> dict[str, float]:
@@ -358,6 +360,9 @@ class Past:
             values |= {of[w]: math.nan for of in self._of_some if w in of and n == 0}
             values |= {of[w]: math.nan for of in self._of_two if w in of and n < 2}
             values |= {of[w]: min(case.of(of[w]), _estimate(n)) for of in self._distinct if w in of}
+        # What lies in the longest window alone: of the same size as before, while there is any.
+        longest = max(after, default=0)
+        values |= {name: math.nan for w, name in self._before.items() if w in after and after[w] == after[longest]}
         return values
 
     def _last(self, case: Case, after: dict[int, float]) -> dict[str, float]:

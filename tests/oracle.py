@@ -87,6 +87,21 @@ class Past:
                 by_hour[hour] = by_hour.get(hour, 0) + c.change
         return sorted(hour for hour, frauds in by_hour.items() if frauds > 0)
 
+    def fraud_run(self, t_ms: int) -> tuple[int, int | None, int | None, int]:
+        """(frauds, midnight of the first day with one) since the last whole day with a genuine payment, that day's midnight, and the
+        payments of whole days after the last day with a fraud."""
+        end_ms = floor_to(t_ms - LABEL_DELAY_MS, DAY_MS)
+        until_ms = floor_to(t_ms - LABEL_DELAY_MS, HOUR_MS)
+        days = range(end_ms - max(LABEL_WINDOWS_MS.values()), end_ms + DAY_MS, DAY_MS)
+        frauds = {d: sum(c.change for c in self.labels if d <= c.event_time_ms < min(d + DAY_MS, until_ms)) for d in days}
+        paid = {d: sum(d <= e.event_time_ms < d + DAY_MS for e in self.events) for d in days}
+        genuine_days = [d for d in days if d < end_ms and paid[d] > frauds[d]]
+        genuine = genuine_days[-1] if genuine_days else None
+        run = [d for d in days if frauds[d] > 0 and (genuine is None or d > genuine)]
+        last = max((d for d in days if frauds[d] > 0), default=end_ms)
+        after = sum(paid[d] for d in days if last < d < end_ms)
+        return sum(frauds[d] for d in run), run[0] if run else None, genuine, after
+
     def last(self, entity: Entity, t_ms: int) -> Transaction | None:
         before = [e for e in self.events[-entity.head_events_max :] if e.event_time_ms <= t_ms]
         last = _newest(before) if before else None
@@ -153,6 +168,19 @@ def _history_value(aggregate: str, entity: Entity, amount: int, events: list[Tra
     return sketched_distinct([getattr(e, dim) for e in events])
 
 
+def _compared_value(aggregate: str, amount: int, events: list[Transaction], longest: list[Transaction]) -> float:
+    """A window beside the longest, which holds all of its events."""
+    if aggregate == "ratio_before":
+        before = [e.amount_minor for e in longest if e not in events]
+        return _over(float(amount), _over(float(sum(before)), float(len(before))))
+    mean = _over(float(sum(e.amount_minor for e in longest)), float(len(longest)))
+    newest = [e.amount_minor for e in events]
+    if aggregate == "peak":
+        return _over(float(max(newest, default=math.nan)), mean)
+    assert aggregate == "surge"
+    return _over(_over(float(sum(newest)), float(len(newest))), mean)
+
+
 def pair_hash(value: str | None) -> int:
     return zlib.crc32((value or "").encode()) & 0x7FFF
 
@@ -166,11 +194,25 @@ def _lasting_value(aggregate: str, entity: Entity, t: Transaction, past: Past) -
             _, frauds = past.label_window(t.event_time_ms, max(LABEL_WINDOWS_MS, key=lambda w: LABEL_WINDOWS_MS[w]))
             return _over(float(frauds), float(past.payments_since(t.event_time_ms, floor_to(hours[0], DAY_MS))))
         return (t.event_time_ms - hours[0 if aggregate == "since_first_fraud" else -1]) / 1000.0
+    if aggregate in {"fraud_run", "since_fraud_run", "since_genuine", "payments_after_fraud"}:
+        return _run_value(aggregate, t.event_time_ms, past)
     if aggregate in {"new_a", "new_c"}:
         dim = entity.dim_a if aggregate == "new_a" else entity.dim_c
         before = past.covered(entity, t.event_time_ms, "30d")
         return float(all(pair_hash(getattr(e, dim)) != pair_hash(getattr(t, dim)) for e in before))
     return _last_value(aggregate, t, past.last(entity, t.event_time_ms))
+
+
+def _run_value(aggregate: str, t_ms: int, past: Past) -> float:
+    frauds, run_ms, genuine_ms, after = past.fraud_run(t_ms)
+    if aggregate == "fraud_run":
+        return float(frauds)
+    if not past.fraud_hours(t_ms):
+        return math.nan
+    if aggregate == "payments_after_fraud":
+        return float(after)
+    since_ms = run_ms if aggregate == "since_fraud_run" else genuine_ms
+    return math.nan if since_ms is None else (t_ms - since_ms) / 1000.0
 
 
 def _last_value(aggregate: str, t: Transaction, last: Transaction | None) -> float:
@@ -207,6 +249,10 @@ def features_of(t: Transaction, past: dict[str, Past]) -> list[float]:
             values.append(float32(float(frauds) if f.aggregate == "frauds" else _over(float(frauds), float(payments))))
         else:
             covered = past[f.entity].covered(entity, t.event_time_ms, f.window)
+            if f.aggregate in {"ratio_before", "peak", "surge"}:
+                longest = past[f.entity].covered(entity, t.event_time_ms, "30d")
+                values.append(float32(_compared_value(f.aggregate, t.amount_minor, covered, longest)))
+                continue
             values.append(float32(_history_value(f.aggregate, entity, t.amount_minor, covered)))
     return values
 

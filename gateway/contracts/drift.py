@@ -26,8 +26,8 @@ STEP_MS = 60_000
 assert WINDOW_MS % STEP_MS == 0
 # Fewer rows say nothing.
 WINDOW_ROWS_MIN = 20
-# 94 measures, a window each minute of a week: 948,000 tests, that share many rows, so that under 1 % of weeks have a false alarm.
-ALPHA = 1e-8
+# 101 measures, a window each minute of a week: 1,018,000 tests, that share many rows, so that under 1 % of weeks have a false alarm.
+ALPHA = 9e-9
 assert ALPHA * len(MEASURES) * 7 * 24 * 60 < 0.01
 # The usual reading of PSI: under 0.1 nothing has changed.
 PSI_EFFECT_MIN = 0.1

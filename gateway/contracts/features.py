@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -147,6 +147,22 @@ def _zscore(a: Aggregates, w: int | slice, r: RequestColumns) -> Floats:
     return _divide(r.amount_minor.astype(np.float64) - _mean(a, w, r), _std(a, w, r))
 
 
+def _ratio_before(a: Aggregates, w: int | slice, r: RequestColumns) -> Floats:
+    """The amount over the mean of the longest window without this one: what was usual before the newest payments."""
+    total, count = a.total[-1] - a.total[w], a.count[-1] - a.count[w]
+    return _divide(r.amount_minor.astype(np.float64), _divide(total.astype(np.float64), count.astype(np.float64)))
+
+
+def _peak(a: Aggregates, w: int | slice, r: RequestColumns) -> Floats:
+    """The largest amount over the mean of the longest window."""
+    return _divide(_max(a, w, r), _mean(a, -1, r))
+
+
+def _surge(a: Aggregates, w: int | slice, r: RequestColumns) -> Floats:
+    """The mean amount over that of the longest window."""
+    return _divide(_mean(a, w, r), _mean(a, -1, r))
+
+
 def _distinct_a(a: Aggregates, w: int | slice, _: RequestColumns) -> Floats:
     return _distinct(a.distinct_a[w])
 
@@ -187,6 +203,27 @@ def _since_last_fraud(a: Aggregates, _w: int | slice, r: RequestColumns) -> Floa
 def _rate_since_fraud(a: Aggregates, _w: int | slice, _: RequestColumns) -> Floats:
     """Share of frauds since the day of the first, in the longest label window: of a terminal that was taken over, near 1."""
     return _divide(a.label_frauds[-1].astype(np.float64), a.payments_since_fraud.astype(np.float64))
+
+
+def _fraud_run(a: Aggregates, _w: int | slice, _: RequestColumns) -> Floats:
+    """Frauds since the last whole day with a payment that is not known to be fraud, in the longest label window."""
+    out: Floats = a.fraud_run.astype(np.float64)
+    return out
+
+
+def _since_fraud_run(a: Aggregates, _w: int | slice, r: RequestColumns) -> Floats:
+    """Seconds since the midnight at which the first day of those frauds began."""
+    return np.where(a.run_day_ms == NEVER, np.nan, (r.t_ms - a.run_day_ms) / 1000.0)
+
+
+def _since_genuine(a: Aggregates, _w: int | slice, r: RequestColumns) -> Floats:
+    """Seconds since the midnight at which that last whole day began: what was taken over was so at some time after it."""
+    return np.where(a.genuine_day_ms == NEVER, np.nan, (r.t_ms - a.genuine_day_ms) / 1000.0)
+
+
+def _payments_after_fraud(a: Aggregates, _w: int | slice, _: RequestColumns) -> Floats:
+    """Payments of the whole days after the last fraud's: none of them is known to be one."""
+    return np.where(a.first_fraud_ms == NEVER, np.nan, a.payments_after_fraud.astype(np.float64))
 
 
 def _new_a(a: Aggregates, _w: int | slice, _: RequestColumns) -> Floats:
@@ -247,6 +284,9 @@ AGGREGATES: dict[str, Callable[[Aggregates, int | slice, RequestColumns], Floats
     "std": _std,
     "ratio": _ratio,
     "zscore": _zscore,
+    "ratio_before": _ratio_before,
+    "peak": _peak,
+    "surge": _surge,
     "distinct_a": _distinct_a,
     "distinct_b": _distinct_b,
     "distinct_c": _distinct_c,
@@ -256,13 +296,24 @@ AGGREGATES: dict[str, Callable[[Aggregates, int | slice, RequestColumns], Floats
     "since_first_fraud": _since_first_fraud,
     "since_last_fraud": _since_last_fraud,
     "rate_since_fraud": _rate_since_fraud,
+    "fraud_run": _fraud_run,
+    "since_fraud_run": _since_fraud_run,
+    "since_genuine": _since_genuine,
+    "payments_after_fraud": _payments_after_fraud,
     "new_a": _new_a,
     "new_c": _new_c,
     "changed_b": _changed_b,
     "since_last": _since_last,
     "speed": _speed,
 }
-LABEL_AGGREGATES = frozenset({"label_rate", "label_count", "frauds", "since_first_fraud", "since_last_fraud", "rate_since_fraud"})
+# Of the longest label window alone; all but the first are unknown without a fraud in it.
+FRAUD_RUN_AGGREGATES = frozenset({"fraud_run", "since_fraud_run", "since_genuine", "payments_after_fraud"})
+LABEL_AGGREGATES = FRAUD_RUN_AGGREGATES | {
+    *("label_rate", "label_count", "frauds", "since_first_fraud", "since_last_fraud", "rate_since_fraud"),
+}
+# Compared with the longest window.
+COMPARED_AGGREGATES = frozenset({"ratio_before", "peak", "surge"})
+assert all(w.length_ms < WINDOWS[-1].length_ms for w in WINDOWS[:-1]), "the last one holds all others"
 SKETCH_AGGREGATES = frozenset({"distinct_a", "distinct_b", "distinct_c"})
 PAIR_AGGREGATES = frozenset({"new_a", "new_c"})
 REQUEST_FEATURES: dict[str, Callable[[RequestColumns], Floats]] = {
@@ -313,6 +364,7 @@ def _of(entity: str, aggregate: str, *windows: str) -> list[Feature]:
         "since_first_fraud": "since_first_fraud",
         "since_last_fraud": "since_last_fraud",
         "rate_since_fraud": "fraud_rate_since_first",
+        **{name: name for name in FRAUD_RUN_AGGREGATES},
         "new_a": f"new_{e.dim_a.removesuffix('_id')}",
         "new_c": f"new_{e.dim_c.removesuffix('_id')}",
         "changed_b": f"{e.dim_b}_changed",
@@ -333,6 +385,9 @@ FEATURES: tuple[Feature, ...] = (
     *_of("card", "std", "7d", "30d"),
     *_of("card", "ratio", "24h", "30d"),
     *_of("card", "zscore", "7d", "30d"),
+    *_of("card", "ratio_before", "7d"),
+    *_of("card", "peak", "7d"),
+    *_of("card", "surge", "7d"),
     *_of("card", "distinct_a", "1h", "24h"),
     *_of("card", "distinct_b", "24h"),
     *_of("card", "distinct_c", "24h"),
@@ -360,6 +415,10 @@ FEATURES: tuple[Feature, ...] = (
     *_of("merchant", "since_first_fraud"),
     *_of("merchant", "since_last_fraud"),
     *_of("merchant", "rate_since_fraud"),
+    *_of("merchant", "fraud_run"),
+    *_of("merchant", "since_fraud_run"),
+    *_of("merchant", "since_genuine"),
+    *_of("merchant", "payments_after_fraud"),
     *_of("device", "count", "5m", "1h", "24h", "7d"),
     *_of("device", "distinct_a", "1h", "24h"),
     *_of("device", "distinct_b", "24h"),
@@ -389,49 +448,9 @@ def _fingerprint() -> str:
         "settle_ms": SETTLE_MS,
         "tiles_ms": TILE_RESOLUTIONS_MS,
         "sketch": [float(v) for v in SKETCH_ESTIMATE],
-        "semantics": 3,
+        "semantics": 4,
     }
     return hashlib.sha256(msgspec.json.encode(definition)).hexdigest()[:16]
 
 
 FINGERPRINT = _fingerprint()
-
-
-_ALL_WINDOWS = slice(None)
-
-
-def _blocks() -> list[tuple[str, int]]:
-    """Each aggregate that some feature is of, and how many rows it has: a window each, or one."""
-    used = dict.fromkeys(f.aggregate for f in FEATURES if f.entity is not None)
-    lasting = {f.aggregate for f in FEATURES if f.entity is not None and f.window is None}
-    return [(name, 1 if name in lasting else len(LABEL_WINDOWS if name in LABEL_AGGREGATES else WINDOWS)) for name in used]
-
-
-# What `feature_matrix` computes once for all entities and windows, and where each feature then stands.
-_BLOCKS = _blocks()
-_BLOCK_START = dict(zip((name for name, _ in _BLOCKS), np.cumsum([0, *(rows for _, rows in _BLOCKS)]).tolist(), strict=False))
-_ENTITY_COLUMNS = np.array([i for i, f in enumerate(FEATURES) if f.entity is not None])
-_OF_ENTITY = np.array([ENTITY_INDEX[f.entity] for f in FEATURES if f.entity is not None])
-_ROWS = np.array([_BLOCK_START[f.aggregate] + (f.window_index or 0) for f in FEATURES if f.entity is not None])
-
-
-def feature_matrix(request: RequestColumns, aggregates: Aggregates, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-    """The model's input, (batch, len(FEATURES)), float32.
-
-    `aggregates` has an owner for each transaction and entity, by transaction, then entity; `known` is (batch, len(ENTITIES)), False
-    where the transaction doesn't name the entity or its state couldn't be read: those features are NaN.
-    """
-    batch, entities = known.shape
-    each = RequestColumns(*(np.repeat(getattr(request, f.name), entities) for f in fields(RequestColumns)))
-    values = np.empty((sum(rows for _, rows in _BLOCKS), batch * entities))
-    at = 0
-    for name, rows in _BLOCKS:
-        values[at : at + rows] = AGGREGATES[name](aggregates, _ALL_WINDOWS, each)
-        at += rows
-    values[:, ~known.reshape(-1)] = np.nan
-    out = np.empty((batch, len(FEATURES)), np.float32)
-    out[:, _ENTITY_COLUMNS] = values.reshape(-1, batch, entities)[_ROWS, :, _OF_ENTITY].T
-    for i, f in enumerate(FEATURES):
-        if f.entity is None:
-            out[:, i] = REQUEST_FEATURES[f.aggregate](request)
-    return out

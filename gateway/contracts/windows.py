@@ -88,6 +88,8 @@ assert all(a.length_ms < b.length_ms for a, b in zip(LABEL_WINDOWS, LABEL_WINDOW
     "the last one holds all others"
 )
 assert LABEL_DELAY_MS % DAY_MS == 0
+# The days that the longest label window touches: the last is the one in which the delay ends, the others are whole.
+LABEL_DAYS = LABEL_WINDOWS[-1].length_ms // DAY_MS + 1
 # The day in which the delay ends is over and in its tile.
 assert LABEL_DELAY_MS >= DAY_MS + SETTLE_MS + BOUNDARY_MS
 
@@ -159,6 +161,11 @@ class Aggregates:
     the transaction's own value of a dimension was not seen in PAIR_WINDOW; it holds for entities that remember pairs. `first_fraud_ms` and
     `last_fraud_ms` (owners,) are the first and the last hour with a fraud in the longest label window, `NEVER` without;
     `payments_since_fraud` (owners,) the window's payments since the day of the first.
+
+    `fraud_run` (owners,) counts that window's frauds since its last whole day with a payment that is not known to be fraud; whole days are
+    those before the one in which the delay ends. `genuine_day_ms` is that day's midnight, `run_day_ms` the midnight of the first day with
+    a fraud after it, both `NEVER` where there is none or no fraud at all. `payments_after_fraud` (owners,) counts the payments of the
+    whole days after the last one with a fraud.
     """
 
     count: Int64s
@@ -179,6 +186,10 @@ class Aggregates:
     first_fraud_ms: Int64s
     last_fraud_ms: Int64s
     payments_since_fraud: Int64s
+    fraud_run: Int64s
+    run_day_ms: Int64s
+    genuine_day_ms: Int64s
+    payments_after_fraud: Int64s
 
 
 NEVER = -(2**62)
@@ -308,6 +319,10 @@ def aggregate(asked: Asked, held: Held) -> Aggregates:
         first_fraud_ms=np.full(owners, NEVER, np.int64),
         last_fraud_ms=np.full(owners, NEVER, np.int64),
         payments_since_fraud=np.zeros(owners, np.int64),
+        fraud_run=np.zeros(owners, np.int64),
+        run_day_ms=np.full(owners, NEVER, np.int64),
+        genuine_day_ms=np.full(owners, NEVER, np.int64),
+        payments_after_fraud=np.zeros(owners, np.int64),
     )
     in_pairs = from_head[WINDOW_INDEX[PAIR_WINDOW.name]]
     # By the bits that tiles keep, so that it doesn't matter which of the two holds an event.
@@ -382,3 +397,31 @@ def _labels(
     np.maximum.at(result.last_fraud_ms, of_frauds[labelled], fraud_ms[labelled])
     result.first_fraud_ms[:] = np.where(first == -NEVER, NEVER, first)
     result.payments_since_fraud[:] = np.where(first == -NEVER, 0, payments(first - first % DAY_MS))
+
+    from_ms = tail(t_ms, longest)
+
+    def by_day(of: Int64s, at_ms: Int64s, what: Int64s, chosen: npt.NDArray[np.bool_]) -> Int64s:
+        """(owners, LABEL_DAYS) sums of `what`."""
+        of, at_ms, what = of[chosen], at_ms[chosen], what[chosen]
+        found = np.bincount(of * LABEL_DAYS + (at_ms - from_ms[of]) // DAY_MS, what, owners * LABEL_DAYS)
+        return found.astype(np.int64).reshape(owners, LABEL_DAYS)
+
+    paid = by_day(of_day, day_ms, day_count, before & (day_ms >= from_ms[of_day]))
+    if forgotten.any():
+        inside = forgotten & (untiled_ms >= from_ms[of_untiled])
+        paid += by_day(of_untiled, untiled_ms, np.ones(len(of_untiled), np.int64), inside)
+    _fraud_runs(result, from_ms, paid, by_day(of_frauds, fraud_ms, frauds, labelled))
+
+
+def _fraud_runs(result: Aggregates, from_ms: Int64s, paid: Int64s, frauds: Int64s) -> None:
+    """Fill in what is said of the newest run of frauds from (owners, LABEL_DAYS) payments and frauds a day, the first from `from_ms`."""
+    day = np.arange(LABEL_DAYS)
+    genuine = np.max(np.where(paid > frauds, day, -1)[:, :-1], axis=1)
+    last = np.max(np.where(frauds > 0, day, -1), axis=1)
+    run = frauds * (day > genuine[:, None])
+    result.fraud_run[:] = run.sum(axis=1)
+    runs = result.fraud_run > 0
+    result.run_day_ms[:] = np.where(runs, from_ms + np.argmax(run > 0, axis=1) * DAY_MS, NEVER)
+    known = (last >= 0) & (genuine >= 0)
+    result.genuine_day_ms[:] = np.where(known, from_ms + genuine * DAY_MS, NEVER)
+    result.payments_after_fraud[:] = np.where(last >= 0, (paid * (day > last[:, None]))[:, :-1].sum(axis=1), 0)

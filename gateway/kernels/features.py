@@ -1,6 +1,6 @@
 """From what Redis held to the model's input, for a whole batch. Called by gateway/store.py; 2 to 4 us a transaction.
 
-Says in loops what contracts.windows.aggregate and contracts.features.feature_matrix say with numpy, on the same list of features:
+Says in loops what contracts.windows.aggregate and contracts.feature_matrix say with numpy, on the same list of features:
 those two are its slow twins, equal to the bit (tests/agreement). The one exception is `speed`, whose sines and cosines numpy computes.
 """
 
@@ -27,6 +27,7 @@ from gateway.contracts.windows import (
     BOUNDARY_MS,
     DAY_MS,
     HOUR_MS,
+    LABEL_DAYS,
     LABEL_DELAY_MS,
     LABEL_WINDOWS,
     LAST_MS_MAX,
@@ -48,6 +49,7 @@ from gateway.kernels.compiled import compiled
 from gateway.kernels.intake import Floats, Int64s
 from gateway.kernels.packed import events_from, place_in, sound, sound_head
 from gateway.kernels.raw import Bytes, i64, u16, u32, u64
+from gateway.kernels.values import COMPARED_CODES, compared, divided, f32, fraud_run, ones
 
 _EVENT, _TILES = HEAD_EVENT_BYTES, TILES_HEADER.size
 _FINE, _DAY, _SEEN, _LABELS, _FRAUDS = FINE_TILE_BYTES, DAY_TILE_BYTES, SEEN_BYTES, LABELS_HEADER.size, FRAUD_HOUR.itemsize
@@ -78,11 +80,15 @@ AGGREGATE_CODES = (
     *("count", "sum", "mean", "max", "std", "ratio", "zscore", "distinct_a", "distinct_b", "distinct_c"),
     *("label_rate", "label_count", "frauds", "new_a", "new_c", "changed_b", "since_last", "speed"),
     *("since_first_fraud", "since_last_fraud", "rate_since_fraud"),
+    *("fraud_run", "since_fraud_run", "since_genuine", "payments_after_fraud"),
+    *COMPARED_CODES,
 )
 REQUEST_CODES = ("amount_minor", "hour", "weekday", "is_night", "is_weekend", "channel", "mcc", "cross_border")
 (_C_COUNT, _C_SUM, _C_MEAN, _C_MAX, _C_STD, _C_RATIO, _C_ZSCORE, _C_A, _C_B, _C_C) = range(10)
 (_C_RATE, _C_LABELS, _C_FRAUDS, _C_NEW_A, _C_NEW_C, _C_CHANGED, _C_SINCE, _C_SPEED) = range(10, 18)
 (_C_FIRST_FRAUD, _C_LAST_FRAUD, _C_RATE_SINCE) = range(18, 21)
+(_C_RUN, _C_RUN_FROM, _C_GENUINE, _C_AFTER) = range(21, 25)
+_C_COMPARED = 25
 _LONGEST = len(LABEL_WINDOWS) - 1
 # (features of the entity, 3): code, window, column; by entity from _FEATURE_FROM[e] to _FEATURE_FROM[e + 1] - 1
 _BY_ENTITY = [
@@ -97,17 +103,6 @@ _FEATURE_FROM = np.cumsum([0, *(len(of) for of in _BY_ENTITY)])
 _OF_ENTITY = np.array([f for of in _BY_ENTITY for f in of], np.int64)
 _OF_REQUEST = np.array([(REQUEST_CODES.index(f.aggregate), i) for i, f in enumerate(FEATURES) if f.entity is None], np.int64)
 _REQUEST_FEATURES = len(_OF_REQUEST)
-
-
-@compiled
-def _f32(buf: Bytes, at: int, scratch: Bytes) -> float:
-    scratch[:4] = buf[at : at + 4]
-    return np.float64(scratch.view(np.float32)[0])
-
-
-@compiled
-def _divided(a: float, b: float) -> float:
-    return np.nan if b == 0 else a / b
 
 
 @compiled
@@ -170,14 +165,15 @@ def _entity(
     counts: Int64s,
     bits: npt.NDArray[np.uint64],
     labels: Int64s,
+    by_day: Int64s,
     froms: Int64s,
     label_froms: Int64s,
     scratch: Bytes,
 ) -> None:
     """The features of one entity of one transaction into `out` (features,); `last` gets time, latitude, longitude of its last event.
 
-    `counts` (4, windows): count, total, squares, largest; `bits` (3, windows); `labels` (2, label windows): payments, frauds.
-
+    `counts` (4, windows): count, total, squares, largest; `bits` (3, windows); `labels` (2, label windows): payments, frauds; `by_day`
+    (2, LABEL_DAYS) the same of each day, filled in where there is a fraud.
     `froms` (windows,) and `label_froms` (label windows,) are the times from which each window counts, its tail rounded down.
     """
     counts[:3] = 0
@@ -196,6 +192,9 @@ def _entity(
     pair_from = froms[_PAIR_WINDOW]
 
     first_fraud, last_fraud, since_day, payments_since = NEVER, NEVER, t_ms, 0
+    label_from = label_froms[_LONGEST]
+    if frauded > 0:
+        by_day[:] = 0
     for at in range(frauds + _LABELS, frauds + frauded, _FRAUDS):
         start = u32(buf, at) * HOUR_MS
         count = u16(buf, at + 4)
@@ -203,7 +202,8 @@ def _entity(
             for w in range(_LW):
                 if start >= label_froms[w]:
                     labels[1, w] += count
-            if start >= label_froms[_LONGEST]:
+            if start >= label_from:
+                by_day[1, (start - label_from) // DAY_MS] += count
                 first_fraud = start if first_fraud == NEVER else min(first_fraud, start)
                 last_fraud = max(last_fraud, start)
     if first_fraud != NEVER:
@@ -228,6 +228,8 @@ def _entity(
                 if when >= label_froms[w]:
                     labels[0, w] += 1
             payments_since += when >= since_day
+            if first_fraud != NEVER and when >= label_from:
+                by_day[0, (when - label_from) // DAY_MS] += 1
         if not recent and not loose:
             continue
         amount = u32(buf, at + _AMOUNT)
@@ -289,6 +291,8 @@ def _entity(
                         labels[0, w] += count
                 if start >= since_day:
                     payments_since += count
+                if first_fraud != NEVER and start >= label_from:
+                    by_day[0, (start - label_from) // DAY_MS] += count
             at += _DAY
         if pairs:
             now_step = t_ms // SEEN_STEP_MS
@@ -312,15 +316,20 @@ def _entity(
     if last_ms != NEVER:
         changed = 1.0 if u16(buf, last_at + _DIM_B) != country else 0.0
         last[0] = last_ms
-        last[1] = _f32(buf, last_at + _LATITUDE, scratch)
-        last[2] = _f32(buf, last_at + _LONGITUDE, scratch)
+        last[1] = f32(buf, last_at + _LATITUDE, scratch)
+        last[2] = f32(buf, last_at + _LONGITUDE, scratch)
 
+    run, run_from, genuine_from, after = 0, NEVER, NEVER, 0
+    if first_fraud != NEVER:
+        run, run_from, genuine_from, after = fraud_run(by_day, label_from)
     amount_float = np.float64(amount_minor)
     for i in range(_FEATURE_FROM[entity], _FEATURE_FROM[entity + 1]):
         code, w, column = _OF_ENTITY[i]
-        if code >= _C_RATE:
+        if code >= _C_COMPARED:
+            value = compared(code - _C_COMPARED, w, amount_float, counts)
+        elif code >= _C_RATE:
             if code == _C_RATE:
-                value = _divided(np.float64(labels[1, w]), np.float64(labels[0, w]))
+                value = divided(np.float64(labels[1, w]), np.float64(labels[0, w]))
             elif code == _C_LABELS:
                 value = np.float64(labels[0, w])
             elif code == _C_FRAUDS:
@@ -338,11 +347,19 @@ def _entity(
             elif code == _C_LAST_FRAUD and last_fraud != NEVER:
                 value = (t_ms - last_fraud) / 1000.0
             elif code == _C_RATE_SINCE and first_fraud != NEVER:
-                value = _divided(np.float64(labels[1, _LONGEST]), np.float64(payments_since))
+                value = divided(np.float64(labels[1, _LONGEST]), np.float64(payments_since))
+            elif code == _C_RUN:
+                value = np.float64(run)
+            elif code == _C_RUN_FROM and run_from != NEVER:
+                value = (t_ms - run_from) / 1000.0
+            elif code == _C_GENUINE and genuine_from != NEVER:
+                value = (t_ms - genuine_from) / 1000.0
+            elif code == _C_AFTER and first_fraud != NEVER:
+                value = np.float64(after)
             else:
                 value = np.nan
         elif code >= _C_A:
-            value = SKETCH_ESTIMATE[_ones(bits[code - _C_A, w])]
+            value = SKETCH_ESTIMATE[ones(bits[code - _C_A, w])]
         elif code == _C_MAX:
             value = np.nan if counts[3, w] < 0 else np.float64(counts[3, w])
         elif code == _C_SUM:
@@ -352,27 +369,17 @@ def _entity(
             if code == _C_COUNT:
                 value = n
             else:
-                mean = _divided(np.float64(counts[1, w]), n)
+                mean = divided(np.float64(counts[1, w]), n)
                 if code == _C_MEAN:
                     value = mean
                 elif code == _C_RATIO:
-                    value = _divided(amount_float, mean)
+                    value = divided(amount_float, mean)
                 else:
-                    deviation = np.nan
+                    spread = np.nan
                     if n >= 2:
-                        deviation = np.sqrt(max(np.float64(counts[2, w]) / n - mean * mean, 0.0))
-                    value = deviation if code == _C_STD else _divided(amount_float - mean, deviation)
+                        spread = np.sqrt(max(np.float64(counts[2, w]) / n - mean * mean, 0.0))
+                    value = spread if code == _C_STD else divided(amount_float - mean, spread)
         out[column] = value
-
-
-@compiled
-def _ones(bits: np.uint64) -> int:
-    """How many bits are set (Kernighan's way: sketches are sparse)."""
-    count = 0
-    while bits != np.uint64(0):
-        bits &= bits - np.uint64(1)
-        count += 1
-    return count
 
 
 @compiled
@@ -421,6 +428,7 @@ def decode(
     counts = np.zeros((4, _W), np.int64)
     bits = np.zeros((3, _W), np.uint64)
     labels = np.zeros((2, _LW), np.int64)
+    by_day = np.zeros((2, LABEL_DAYS), np.int64)
     froms, label_froms = np.zeros(_W, np.int64), np.zeros(_LW, np.int64)
     scratch = np.zeros(8, np.uint8)
     for row in range(rows):
@@ -478,6 +486,7 @@ def decode(
                         counts,
                         bits,
                         labels,
+                        by_day,
                         froms,
                         label_froms,
                         scratch,

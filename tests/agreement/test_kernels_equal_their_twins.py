@@ -20,7 +20,8 @@ from msgspec import structs
 from gateway.avro import encode_receipt, encode_transaction, receipt_of
 from gateway.contracts import layout
 from gateway.contracts.decision import SEVERITY, ModelRef, Outcome, Receipt, RoutedBy
-from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, LABELLED, feature_matrix, request_columns
+from gateway.contracts.feature_matrix import feature_matrix
+from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, LABELLED, request_columns
 from gateway.contracts.transaction import CHANNELS, RefusedError, Transaction, check, holds_card_number
 from gateway.contracts.windows import Asked, aggregate, nothing_held
 from gateway.job import requests_of

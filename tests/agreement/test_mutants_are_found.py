@@ -88,6 +88,18 @@ MUTANTS = (
     Mutant("labels count one day too early", "features", "if start < label_end:", "if start <= label_end:"),
     Mutant("labels have no delay", "features", "label_end = t_ms - LABEL_DELAY_MS", "label_end = t_ms"),
     Mutant(
+        "a genuine payment doesn't end a run of frauds",
+        "features",
+        "by_day[0, (start - label_from) // DAY_MS] += count",
+        "by_day[0, (start - label_from) // DAY_MS] += 0",
+    ),
+    Mutant(
+        "a fraud goes to the day before",
+        "features",
+        "by_day[1, (start - label_from) // DAY_MS] += count",
+        "by_day[1, (start - label_from) // DAY_MS - 1] += count",
+    ),
+    Mutant(
         "the last step before the boundary isn't remembered",
         "features",
         "start + SEEN_STEP_MS <= edge",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gateway.contracts import features
-from gateway.contracts.features import ENTITIES, FEATURE_INDEX, FEATURES, feature_matrix, request_columns
+from gateway.contracts.feature_matrix import feature_matrix
+from gateway.contracts.features import ENTITIES, FEATURE_INDEX, FEATURES, request_columns
 from gateway.contracts.transaction import Transaction
 from gateway.contracts.windows import Asked, aggregate, nothing_held
 

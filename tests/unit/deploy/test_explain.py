@@ -66,7 +66,7 @@ class Home:
 def payment(transaction_id: str, row: npt.NDArray[np.float32]) -> Transaction:
     """A payment that fits `row`, whose comparisons with the past are made unknown: at random they fit no past."""
     row[0, FEATURE_INDEX["channel"]] = 0
-    row[0, [i for i, f in enumerate(FEATURES) if f.aggregate in ("ratio", "zscore")]] = math.nan
+    row[0, [i for i, f in enumerate(FEATURES) if f.aggregate in ("ratio", "ratio_before", "zscore")]] = math.nan
     return make_transaction(transaction_id, amount_minor=int(row[0, 0]), channel="pos")
 
 

@@ -95,7 +95,7 @@ def rows_of_policy(settings: Settings, model: Model, policy: Policy) -> list[Rec
 
 def fit(row: npt.NDArray[np.float32]) -> None:
     row[0, FEATURE_INDEX["channel"]] = 0
-    row[0, [i for i, f in enumerate(FEATURES) if f.aggregate in ("ratio", "zscore")]] = math.nan
+    row[0, [i for i, f in enumerate(FEATURES) if f.aggregate in ("ratio", "ratio_before", "zscore")]] = math.nan
 
 
 def renamed(receipt: Receipt, name: str, **changes: Any) -> Receipt:

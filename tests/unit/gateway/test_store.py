@@ -211,6 +211,43 @@ async def test_frauds_of_a_merchant_become_its_rate() -> None:
     assert feature(found, "merchant_since_first_fraud") == (NOW_MS - hours[0][0] * HOUR_MS) / 1000
     assert feature(found, "merchant_since_last_fraud") == (NOW_MS - hours[1][0] * HOUR_MS) / 1000
     assert found.label_changes.tolist() == [[0, 7]]
+    # One of the first day's four was genuine, so there is no run, and no whole day has come after.
+    assert feature(found, "merchant_fraud_run") == 0
+    assert math.isnan(feature(found, "merchant_since_fraud_run"))
+    assert feature(found, "merchant_since_genuine") == (NOW_MS - day * DAY_MS) / 1000
+    assert feature(found, "merchant_payments_after_fraud") == 0
+
+
+@pytest.mark.parametrize(
+    ("frauds_by_day", "run", "first_day", "genuine_day", "after"),
+    [
+        # Days before the one in which the delay ends, and how many of the day's two payments were fraud.
+        ({4: 0, 3: 2, 1: 2, 0: 1}, 5, 3, 4, 0),  # not stopped by the day without payments
+        ({4: 1, 3: 2, 2: 0, 1: 0}, 0, None, 1, 4),  # it ended
+        ({4: 1, 3: 1, 2: 2, 1: 1}, 0, None, 1, 0),  # the newest whole day had a genuine one
+        ({3: 2, 1: 2}, 4, 3, None, 0),  # nothing genuine is known
+        ({2: 0, 0: 1}, 1, 0, 2, 0),  # it began on the day in which the delay ends
+    ],
+)
+async def test_frauds_since_a_merchants_last_genuine_payment_are_a_run(
+    frauds_by_day: dict[int, int], run: int, first_day: int | None, genuine_day: int | None, after: int
+) -> None:
+    merchant, end_day = key_check("merchant", "merchant-1"), (NOW_MS - LABEL_DELAY_MS) // DAY_MS
+    header = np.zeros(1, TILES_HEADER_FIELDS)
+    header["version"], header["entity"], header["check"], header["days"] = LAYOUT_VERSION, 2, merchant, len(frauds_by_day)
+    tiles = header.tobytes() + np.array([(end_day - back, 2, 1, 1, 1) for back in frauds_by_day], DAY_TILE).tobytes()
+    hours = [((end_day - back) * 24, n) for back, n in frauds_by_day.items() if n]
+    reply = reply_of(progress=FRESH)
+    reply[1][3], reply[1][5] = tiles, pack_frauds(2, merchant, 1, 1, 7, np.array(hours, FRAUD_HOUR))
+    found = await observed(make_store(ScriptedLink(reply)), make_job())
+
+    def since(days_back: int | None) -> float:
+        return math.nan if days_back is None else np.float32((NOW_MS - (end_day - days_back) * DAY_MS) / 1000)
+
+    assert feature(found, "merchant_fraud_run") == run
+    assert feature(found, "merchant_since_fraud_run") == pytest.approx(since(first_day), nan_ok=True)
+    assert feature(found, "merchant_since_genuine") == pytest.approx(since(genuine_day), nan_ok=True)
+    assert feature(found, "merchant_payments_after_fraud") == after
 
 
 async def test_a_head_that_may_soon_expire_is_renewed_when_a_payment_is_appended() -> None:
