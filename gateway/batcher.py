@@ -18,13 +18,14 @@ import numpy as np
 from gateway.admission import AdaptiveLimit
 from gateway.bodies import read_bodies
 from gateway.contracts.decision import Door
+from gateway.contracts.layout import FINGERPRINT_BYTES
 from gateway.contracts.transaction import RefusedError
 from gateway.errors import DrainingError, GatewayError, OverloadedError
 from gateway.job import Job, Result, Verdict, http_job
 from gateway.metrics import Metrics
 from gateway.publisher import Publisher
 from gateway.records import Record, decision_records, transaction_records
-from gateway.requests import Requests, read_requests
+from gateway.requests import Requests, fingerprints_of, read_requests
 from gateway.scorer import TAIL_BUDGET_MS, Scorer
 from gateway.trace import accepted as accepted_traceparent
 from gateway.tracing import Tracer
@@ -197,11 +198,16 @@ class Batcher:
             records = found  # type: ignore[assignment]
         in_flight, deciding = self._in_flight, self._scorer.deciding
         batch: list[Accepted] = []
-        for accepted, transaction_id, card_id, record in zip(taken, requests.ids(), requests.cards(), records, strict=True):
+        prints = fingerprints_of(requests)
+        columns = zip(taken, requests.ids(), requests.cards(), records, strict=True)
+        for i, (accepted, transaction_id, card_id, record) in enumerate(columns):
+            fingerprint = prints[i * FINGERPRINT_BYTES : (i + 1) * FINGERPRINT_BYTES]
             received_s = accepted.received_s
             received_ms = now_ms - round((now_s - received_s) * 1000)
             accepted.body = b""
-            job = accepted.job = http_job(transaction_id, card_id, record, received_ms, received_s, accepted.deadline_s)
+            job = accepted.job = http_job(
+                transaction_id, card_id, record, fingerprint, received_ms, received_s, accepted.deadline_s
+            )
             job.explain = accepted.explain
             if self._tracer is not None and accepted.traceparent is not None:
                 job.traceparent = accepted_traceparent(accepted.traceparent)

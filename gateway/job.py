@@ -9,8 +9,9 @@ from enum import Enum
 
 import numpy as np
 
-from gateway.contracts.decision import Answer, Door
-from gateway.contracts.layout import POSITION
+from gateway.answers import answer_in
+from gateway.contracts.decision import Answer, Door, Outcome
+from gateway.contracts.layout import CLAIM_BYTES, FINGERPRINT_BYTES, POSITION
 from gateway.contracts.transaction import Transaction
 from gateway.kernels.intake import READ, UNREAD
 from gateway.requests import Requests, read_requests, transactions_of
@@ -21,7 +22,9 @@ HTTP_POSITION = POSITION.pack(b"h", 0, 0, 0)
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """`payload` is the transaction as a record of schemas/transaction.avsc in its shortest form, `fingerprint` of it; it has been checked.
+    """`payload` is the transaction as a record of schemas/transaction.avsc in its shortest form; it has been checked.
+
+    `claim` is its fingerprint and the position that it came from, CLAIM_BYTES: what an idempotency record begins with.
 
     `arrived_ms` is the wall clock at arrival (HTTP) or the record's timestamp (Kafka); `received_s` is time.monotonic().
 
@@ -31,8 +34,7 @@ class Job:
     transaction_id: str
     card_id: bytes
     payload: bytes
-    fingerprint: bytes
-    position: bytes
+    claim: bytes
     door: Door
     arrived_ms: int
     received_ms: int
@@ -46,8 +48,8 @@ class Job:
     traceparent: bytes | None = None
 
     @property
-    def claim(self) -> bytes:
-        return self.fingerprint + self.position
+    def fingerprint(self) -> bytes:
+        return self.claim[:FINGERPRINT_BYTES]
 
     @property
     def transaction(self) -> Transaction:
@@ -63,15 +65,20 @@ def fingerprint_of(payload: bytes) -> bytes:
 
 
 def http_job(
-    transaction_id: str, card_id: bytes, payload: bytes, received_ms: int, received_s: float, deadline_s: float | None
+    transaction_id: str,
+    card_id: bytes,
+    payload: bytes,
+    fingerprint: bytes,
+    received_ms: int,
+    received_s: float,
+    deadline_s: float | None,
 ) -> Job:
     """A job of the HTTP door."""
     return Job(
         transaction_id=transaction_id,
         card_id=card_id,
         payload=payload,
-        fingerprint=fingerprint_of(payload),
-        position=HTTP_POSITION,
+        claim=fingerprint + HTTP_POSITION,
         door=Door.HTTP,
         arrived_ms=received_ms,
         received_ms=received_ms,
@@ -103,16 +110,36 @@ class Verdict(Enum):
     IN_PROGRESS = "in_progress"
 
 
-@dataclass(slots=True, eq=False)
 class Result:
-    """`answer` is None for CONFLICT and IN_PROGRESS, and for a DUPLICATE whose first has no answer yet.
+    """What became of `job`. `answer` is None for CONFLICT and IN_PROGRESS, and for a DUPLICATE whose first has no answer yet.
 
-    `receipt` (Avro payload) stands only in what was DECIDED.
+    `receipt` (Avro payload) and `outcome` stand only in what was DECIDED. An answer that is given as the `record` which holds it is
+    unpacked when somebody asks: nobody does at the Kafka door.
     """
 
-    job: Job
-    verdict: Verdict
-    answer: Answer | None = None
-    receipt: bytes | None = None
-    # Of the few that are traced.
-    trace: Trace | None = None
+    __slots__ = ("_answer", "_record", "job", "outcome", "receipt", "trace", "verdict")
+
+    def __init__(
+        self,
+        job: Job,
+        verdict: Verdict,
+        *,
+        answer: Answer | None = None,
+        record: bytes | None = None,
+        receipt: bytes | None = None,
+        outcome: Outcome | None = None,
+    ) -> None:
+        self.job = job
+        self.verdict = verdict
+        self.receipt = receipt
+        self.outcome = outcome
+        self._answer = answer
+        self._record = record
+        # Of the few that are traced.
+        self.trace: Trace | None = None
+
+    @property
+    def answer(self) -> Answer | None:
+        if self._answer is None and self._record is not None and len(self._record) > CLAIM_BYTES:
+            self._answer = answer_in(self._record)
+        return self._answer

@@ -26,6 +26,7 @@ from confluent_kafka import KafkaException
 from gateway import avro
 from gateway.avro import SchemaBook
 from gateway.contracts.decision import Door
+from gateway.contracts.layout import FINGERPRINT_BYTES
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.registry import RegistryUnavailableError
 from gateway.contracts.topics import QUARANTINE, SCORED_HEADER, TRANSACTIONS
@@ -36,7 +37,7 @@ from gateway.kernels.intake import CLEAN
 from gateway.metrics import Metrics
 from gateway.poison import PoisonFilter
 from gateway.records import Record, decision_records
-from gateway.requests import Int64s, read_requests
+from gateway.requests import Int64s, fingerprints_of, read_requests
 from gateway.scorer import Scorer
 from gateway.trace import accepted_of
 from gateway.tracing import Tracer
@@ -276,12 +277,13 @@ class KafkaDoor:
         clean = requests.state == CLEAN
         # What isn't has no text to be read, and is read below.
         requests.starts[~clean], requests.lengths[~clean] = 0, 0
+        prints = fingerprints_of(requests)
         jobs: list[Job] = []
         sources: list[Any] = []
         times_ms: list[int] = []
-        for m, payload, is_clean, m_arrived_ms, transaction_id, card_id, t_ms in zip(
-            *(wanted, payloads, clean.tolist(), arrived_ms, requests.ids(), requests.cards(), requests.t_ms.tolist()), strict=True
-        ):
+        columns = (wanted, payloads, clean.tolist(), arrived_ms, requests.ids(), requests.cards(), requests.t_ms.tolist())
+        for i, (m, payload, is_clean, m_arrived_ms, transaction_id, card_id, t_ms) in enumerate(zip(*columns, strict=True)):
+            fingerprint = prints[i * FINGERPRINT_BYTES : (i + 1) * FINGERPRINT_BYTES]
             if not is_clean:
                 # JSON, another schema, or something to look at more closely.
                 try:
@@ -296,12 +298,12 @@ class KafkaDoor:
                     t.card_id.encode(),
                     t.event_time_ms,
                 )
+                fingerprint = fingerprint_of(payload)
             job = Job(
                 transaction_id=transaction_id,
                 card_id=card_id,
                 payload=payload,
-                fingerprint=fingerprint_of(payload),
-                position=kafka_position(m.partition, m.offset),
+                claim=fingerprint + kafka_position(m.partition, m.offset),
                 door=Door.KAFKA,
                 arrived_ms=m_arrived_ms,
                 received_ms=now_ms,

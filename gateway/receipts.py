@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from gateway.answers import Notes
 from gateway.avro import encode_long, encode_text, encode_text_or_null, encode_texts
 from gateway.contracts.decision import SEVERITY, Door, ModelRef, Outcome, RoutedBy
 from gateway.contracts.features import FINGERPRINT
@@ -54,7 +55,7 @@ class Decided:
     severity: Int64s
     score: Int64s
     probability: npt.NDArray[np.float64]
-    notes: Sequence[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
+    notes: Notes
     models: Sequence[Model | None]
     model: Int64s
     routed_by: RoutedBy
@@ -75,11 +76,10 @@ class Decided:
 def encode_receipts(d: Decided) -> list[bytes]:
     """One record for each decision."""
     count = len(d.jobs)
-    assert len(d.model) == len(d.policy_severity) == len(d.propensity) == count, "the kernel doesn't check its indices"
+    by_row = (d.notes.place, d.model, d.policy_severity, d.propensity)
+    assert all(len(column) == count for column in by_row), "the kernel doesn't check its indices"
     tails, tail_edges, tail, longest_tail = _tails(d.tails, d.lists_version, count)
-    places: dict[tuple[tuple[str, ...], ...], int] = {}
-    note = np.fromiter((places.setdefault(n, len(places)) for n in d.notes), np.int64, count)
-    notes = [_note(*n) for n in places]
+    notes = [_note(*n) for n in d.notes.distinct]
     note_edges = np.cumsum([0, *map(len, notes)])
     door = _DOORS[d.jobs[0].door]
     models, model_edges, longest = _models(tuple([None if m is None else (m.ref, m.digest) for m in d.models]))
@@ -113,7 +113,7 @@ def encode_receipts(d: Decided) -> list[bytes]:
         d.probability,
         np.frombuffer(b"".join(notes), np.uint8),
         note_edges,
-        note,
+        d.notes.place,
         models,
         model_edges,
         d.model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gateway.contracts.decision import Door
 from gateway.contracts.layout import CLAIM_BYTES
@@ -32,12 +32,15 @@ class RecentDecisions:
     def __len__(self) -> int:
         return len(self._records)
 
-    def add(self, job: Job, answer: bytes) -> None:
+    def add(self, decided: Sequence[tuple[Job, bytes]]) -> None:
+        """Jobs and their records."""
         records = self._records
-        transaction_id = job.transaction_id
-        records[transaction_id] = job.claim + answer, self._clock_s() + self._window_s
-        records.move_to_end(transaction_id)
-        if len(records) > self._decisions_max:
+        until_s = self._clock_s() + self._window_s
+        for job, record in decided:
+            # What is there already goes to the end.
+            records.pop(job.transaction_id, None)
+            records[job.transaction_id] = record, until_s
+        while len(records) > self._decisions_max:
             records.popitem(last=False)
 
     def settles(self, job: Job) -> bytes | None:

@@ -42,16 +42,16 @@ DEFAULTS = {
     ALERTS: (avro.encode_text("decision") + avro.encode_text(""),),
 }
 assert all(len(DEFAULTS[topic]) == form for topic, form in FORMS.items())
-_SCORED = [(SCORED_HEADER, SCORED_BY_HTTP)]
+_SCORED = ((SCORED_HEADER, SCORED_BY_HTTP),)
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True):
+class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """`payload` is the Avro record without its frame: the schema's id is looked up when it is sent."""
 
     topic: str
     key: bytes | None
     payload: bytes
-    headers: list[tuple[str, bytes]] = []
+    headers: tuple[tuple[str, bytes], ...] = ()
     # Which fields a receipt or alert ends with: those of the local log of an earlier version lack the newest.
     form: int = 0
 
@@ -87,10 +87,10 @@ async def send_all(producer: AIOKafkaProducer, records: Sequence[Record], schema
         batch = producer.create_batch()
         for record in group:
             value = frame(schema_id, record.payload)
-            if batch.append(timestamp=now_ms, key=record.key, value=value, headers=record.headers) is None:
+            if batch.append(timestamp=now_ms, key=record.key, value=value, headers=list(record.headers)) is None:
                 futures.append(await producer.send_batch(batch, topic, partition=partition))
                 batch = producer.create_batch()
-                appended = batch.append(timestamp=now_ms, key=record.key, value=value, headers=record.headers)
+                appended = batch.append(timestamp=now_ms, key=record.key, value=value, headers=list(record.headers))
                 assert appended is not None, "the first record of a batch always fits"
         batch.close()
         futures.append(await producer.send_batch(batch, topic, partition=partition))
@@ -117,12 +117,14 @@ def decision_records(results: Sequence[Result]) -> list[Record]:
     """The receipts, and the alerts of those declined, of what was decided."""
     records = []
     for result in results:
-        if result.receipt is None or result.answer is None:
+        if result.receipt is None:
             continue
-        answer, key = result.answer, result.job.card_id
-        headers = [] if result.job.traceparent is None else [(TRACEPARENT, result.job.traceparent)]
+        key, traceparent = result.job.card_id, result.job.traceparent
+        headers = () if traceparent is None else ((TRACEPARENT, traceparent),)
         records.append(Record(DECISIONS, key, result.receipt, headers, form=RECEIPT_FORM))
-        if answer.decision is Outcome.DECLINE:
+        if result.outcome is Outcome.DECLINE:
+            answer = result.answer
+            assert answer is not None, "what was decided has an answer"
             alert = {
                 "transaction_id": answer.transaction_id,
                 "card_id": key.decode(),

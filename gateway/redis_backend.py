@@ -70,8 +70,8 @@ class Found:
 
 
 @dataclass(slots=True)
-class Answered:
-    """An answer to be stored: the idempotency key, the claim and the answer behind it, and how long to keep it in milliseconds."""
+class Kept:
+    """A record to be stored under its idempotency key, claim and answer behind it, and how long to keep it in milliseconds."""
 
     key: str
     record: bytes
@@ -93,8 +93,11 @@ class Backend(Protocol):
     def pack(self, call: Call) -> object:
         """The commands that `observe` sends first."""
 
-    def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
+    def record(self, answers: Sequence[Kept], failed: Callable[[int], None]) -> None:
         """Write answers at once. `failed` is told later how many could not be stored."""
+
+    def write(self, commands: bytes, count: int, failed: Callable[[int], None]) -> bool:
+        """The same of `count` commands as they go over the wire. False when they don't all go to one place: nothing was written then."""
 
     def renew(self, heads: Sequence[str]) -> None:
         """Let these keys live for another HEAD_TTL_MS; at once, and nobody is told when it fails."""
@@ -183,19 +186,21 @@ class SingleRedis:
         )
         return out[:size].tobytes()
 
-    def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
-        if not answers:
-            return
+    def record(self, answers: Sequence[Kept], failed: Callable[[int], None]) -> None:
+        self.write(b"".join([_store_packed(answer) for answer in answers]), len(answers), failed)
 
+    def write(self, commands: bytes, count: int, failed: Callable[[int], None]) -> bool:
         def done(future: asyncio.Future[list[Any]]) -> None:
             if future.cancelled() or future.exception() is not None:
-                failed(len(answers))
+                failed(count)
                 return
             errors = sum(isinstance(reply, RedisReplyError) for reply in future.result())
             if errors:
                 failed(errors)
 
-        self._link.send([_store_packed(answer) for answer in answers]).replies.add_done_callback(done)
+        if count:
+            self._link.send([commands], count).replies.add_done_callback(done)
+        return True
 
     def renew(self, heads: Sequence[str]) -> None:
         self._link.send([("PEXPIRE", head, HEAD_TTL_MS) for head in heads])
@@ -273,7 +278,7 @@ class ClusterRedis:
                 found.append((hash_slot(head), ("EVALSHA", self._sha, "2", head, tiles, *arguments)))
         return found
 
-    def record(self, answers: Sequence[Answered], failed: Callable[[int], None]) -> None:
+    def record(self, answers: Sequence[Kept], failed: Callable[[int], None]) -> None:
         """When one can't be stored, all that were written with it count as failed."""
 
         def done(task: asyncio.Task[list[Any]]) -> None:
@@ -283,6 +288,9 @@ class ClusterRedis:
         commands: list[Keyed] = [(hash_slot(answer.key), _store(answer)) for answer in answers]
         if commands:
             self._link.send_all(commands).add_done_callback(done)
+
+    def write(self, commands: bytes, count: int, failed: Callable[[int], None]) -> bool:
+        return False
 
     def renew(self, heads: Sequence[str]) -> None:
         commands: list[Keyed] = [(hash_slot(head), ("PEXPIRE", head, HEAD_TTL_MS)) for head in heads]
@@ -311,7 +319,7 @@ def settles(before: bytes, claim: bytes) -> bool:
     return before[:CLAIM_BYTES] != claim or (len(before) > CLAIM_BYTES and claim[FINGERPRINT_BYTES : FINGERPRINT_BYTES + 1] == b"h")
 
 
-def _store(answer: Answered) -> tuple[Argument, ...]:
+def _store(answer: Kept) -> tuple[Argument, ...]:
     return ("SET", answer.key, answer.record, "PX", answer.ttl_ms)
 
 
@@ -319,7 +327,7 @@ def _bulk(argument: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(argument), argument)
 
 
-def _store_packed(answer: Answered) -> bytes:
+def _store_packed(answer: Kept) -> bytes:
     """The command of `_store` as it goes over the wire."""
     key, ttl_ms = answer.key.encode(), b"%d" % answer.ttl_ms
     return b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.transaction import Transaction
-from gateway.kernels.intake import CLEAN, TEXT_INDEX, TEXTS, read_records
+from gateway.kernels.digests import DIGEST_BYTES, md5
+from gateway.kernels.intake import CLEAN, TEXT_INDEX, TEXTS, TRANSACTION_ID, read_records
 from gateway.kernels.raw import Bytes
 
 Int64s = npt.NDArray[np.int64]
@@ -69,6 +70,20 @@ def edges_of(parts: Sequence[bytes]) -> Int64s:
     edges = np.zeros(len(parts) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)), out=edges[1:])
     return edges
+
+
+def fingerprints_of(requests: Requests) -> bytes:
+    """gateway.job.fingerprint_of each row's record, one after the other."""
+    out = np.empty((len(requests), DIGEST_BYTES), np.uint8)
+    md5(requests.buf, requests.edges[:-1], np.diff(requests.edges), out)
+    return out.tobytes()
+
+
+def hashes_of(requests: Requests) -> npt.NDArray[np.uint64]:
+    """contracts.layout.txn_hash of each row, (rows,)."""
+    out = np.empty((len(requests), DIGEST_BYTES), np.uint8)
+    md5(requests.buf, requests.starts[:, TRANSACTION_ID], requests.lengths[:, TRANSACTION_ID], out)
+    return out.view("<u8")[:, 0].copy()
 
 
 def read_requests(payloads: Sequence[bytes], now_ms: Int64s) -> Requests:

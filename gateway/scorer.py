@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from gateway.answers import encode_answers, gather, make_answers
 from gateway.console.tap import Tap
-from gateway.contracts.decision import RISK_SCORE_MAX, Answer, Door, Outcome, ReasonText, Route
+from gateway.contracts.decision import RISK_SCORE_MAX, Door, Outcome, Route
 from gateway.contracts.features import ENTITIES, LABELLED
 from gateway.contracts.layout import CLAIM_BYTES, FINGERPRINT_BYTES
-from gateway.contracts.reasons import CARDHOLDER_TEXT, REASON_TEXT, Degraded, Reason
+from gateway.contracts.reasons import Degraded
 from gateway.explore import Explorer
 from gateway.job import Job, Result, Verdict, requests_of
 from gateway.kernels.intake import CARD
@@ -54,12 +54,9 @@ STREAM_REASONS_BUDGET_MS = 200
 REPLY_BUDGET_MS = 3
 assert MODEL_BUDGET_MS + REPLY_BUDGET_MS < TAIL_BUDGET_MS
 
-_answer_encoder = msgspec.msgpack.Encoder()
-_answer_decoder = msgspec.msgpack.Decoder(Answer)
 # What holds for every row where nothing is shared and nothing explored, for as many rows as a batch has.
 _READY_ROWS = 512
 _FIRST, _CERTAIN = np.zeros(_READY_ROWS, np.int64), np.ones(_READY_ROWS)
-_REASONS: dict[Reason, ReasonText] = {r: ReasonText(r.value, text, CARDHOLDER_TEXT[r]) for r, text in REASON_TEXT.items()}
 
 
 @dataclass(slots=True)
@@ -221,14 +218,14 @@ class Scorer:
             if before[:FINGERPRINT_BYTES] != job.fingerprint:
                 results[i] = Result(job, Verdict.CONFLICT)
             elif len(before) > CLAIM_BYTES:
-                results[i] = Result(job, Verdict.DUPLICATE, answer=_answer_decoder.decode(before[CLAIM_BYTES:]))
+                results[i] = Result(job, Verdict.DUPLICATE, record=before)
             elif job.door is Door.HTTP:
                 results[i] = Result(job, Verdict.IN_PROGRESS)
             elif before[FINGERPRINT_BYTES : FINGERPRINT_BYTES + 1] == b"k" or job.transaction_id in self.deciding:
                 # The first record of Kafka is decided, or will be when it is delivered again.
                 results[i] = Result(job, Verdict.DUPLICATE)
             else:
-                job.position = before[FINGERPRINT_BYTES:CLAIM_BYTES]
+                job.claim = before[:CLAIM_BYTES]
                 overtaken.append(job)
         return results, overtaken
 
@@ -280,6 +277,13 @@ class Scorer:
         # contracts.decision.risk_score, for a batch.
         score = decisions.stand_in() if probability is None else np.minimum(columns.score, RISK_SCORE_MAX).astype(np.int64)
         received_s = np.fromiter((job.received_s for job in fresh), np.float64, len(fresh))
+        given = np.full(len(fresh), np.nan) if probability is None else probability
+        notes = gather(
+            [
+                (tuple([r.value for r in reasons]), tuple(hits), tuple(kinds))
+                for reasons, hits, kinds in zip(reasons_of, decisions.rule_hits, degraded, strict=True)
+            ]
+        )
         receipts = encode_receipts(
             Decided(
                 requests=requests,
@@ -288,11 +292,8 @@ class Scorer:
                 decided_at_ms=self._now_ms(),
                 severity=severity,
                 score=score,
-                probability=np.full(len(fresh), np.nan) if probability is None else probability,
-                notes=[
-                    (tuple([r.value for r in reasons]), tuple(hits), tuple(kinds))
-                    for reasons, hits, kinds in zip(reasons_of, decisions.rule_hits, degraded, strict=True)
-                ],
+                probability=given,
+                notes=notes,
                 models=scored.models,
                 model=scored.model,
                 routed_by=routed_by,
@@ -311,48 +312,35 @@ class Scorer:
             )
         )
         refs = [None if m is None else m.ref for m in scored.models]
-        unobserved = observation is None or not observation.written
+        latency_ms = np.round((timing.explained_s - received_s) * 1000, 3)
+        claims = b"".join([job.claim for job in fresh])
+        stored = encode_answers(
+            requests, rows, claims, severity, score, given, notes, refs, scored.model, latency_ms, self._store.claim_ttl_ms
+        )
+        if fresh[0].door is Door.HTTP:
+            ids = [job.transaction_id for job in fresh]
+            answers = make_answers(ids, outcomes, score, probability, notes, refs, scored.model, latency_ms)
+        else:
+            # Nobody at the Kafka door reads them.
+            answers = [None] * len(fresh)
         elsewhere = await self._settled_elsewhere(fresh)
         records: list[tuple[Job, bytes]] = []
-        for i, job, settled, outcome, risk, p, reasons, hits, kinds, latency_ms, receipt, model in zip(
-            rows.tolist(),
-            fresh,
-            elsewhere,
-            outcomes,
-            score.tolist(),
-            [None] * len(fresh) if probability is None else probability.tolist(),
-            reasons_of,
-            decisions.rule_hits,
-            degraded,
-            np.round((timing.explained_s - received_s) * 1000, 3).tolist(),
-            receipts,
-            scored.model.tolist(),
-            strict=True,
+        for i, job, settled, answer, record, receipt, outcome in zip(
+            rows.tolist(), fresh, elsewhere, answers, stored.records, receipts, outcomes, strict=True
         ):
             if settled is not None:
                 results[i] = settled
                 continue
-            answer = Answer(
-                transaction_id=job.transaction_id,
-                decision=outcome,
-                risk_score=risk,
-                probability=p,
-                reasons=[_REASONS[r] for r in reasons],
-                rule_hits=hits,
-                model=refs[model],
-                degraded=kinds,
-                latency_ms=latency_ms,
-            )
-            results[i] = Result(job, Verdict.DECIDED, answer=answer, receipt=receipt)
-            packed = _answer_encoder.encode(answer)
-            self._recent.add(job, packed)
-            records.append((job, packed))
-            if unobserved:
-                self._unobserved.add(job, packed)
+            results[i] = Result(job, Verdict.DECIDED, answer=answer, record=record, receipt=receipt, outcome=outcome)
+            records.append((job, record))
+        self._recent.add(records)
+        if observation is None or not observation.written:
+            for job, record in records:
+                self._unobserved.add(job, record)
         if self._tracer is not None:
             decided = [result for i in rows.tolist() if (result := results[i]) is not None]
             self._tracer.sample(requests, rows, decided, _steps(timing, observation, len(fresh), steering))
-        self._store.record(records)
+        self._store.record(records, stored.commands if len(records) == len(fresh) else None)
         if self.tap is not None and self.tap.watching:
             self.tap.offer(results)
         self._count(fresh, outcomes, decisions, degraded, timing)

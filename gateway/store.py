@@ -17,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, LABELLED, speed_kmh
-from gateway.contracts.layout import BASE_STEP, ENTITY_RECORD, PROGRESS_KEY, Progress, head_key, idempotency_key, txn_hash
+from gateway.contracts.layout import BASE_STEP, ENTITY_RECORD, PROGRESS_KEY, Progress, head_key, idempotency_key
 from gateway.contracts.windows import NEVER, SETTLE_MS
 from gateway.job import Job
 from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, entity_records
 from gateway.kernels.features import decode, request_features
-from gateway.redis_backend import Answered, Call, Found, backend_of
+from gateway.redis_backend import Call, Found, Kept, backend_of
 from gateway.redis_cluster import ClusterLink
 from gateway.redis_link import RedisLink, RedisReplyError, RedisUnavailableError
-from gateway.requests import Requests
+from gateway.requests import Requests, hashes_of
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Store:
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._redis = backend_of(link)
-        self._claim_ttl_ms = claim_ttl_ms
+        self.claim_ttl_ms = claim_ttl_ms
         self._now_ms = now_ms
         self._progress: Progress | None = None
         # Once asked, each reply brings it along.
@@ -135,14 +135,15 @@ class Store:
             found.written = False
         return found
 
-    def record(self, answers: Sequence[tuple[Job, bytes]]) -> None:
-        """Store each answer beside its claim for the idempotency window. Written at once, not waited for.
+    def record(self, records: Sequence[tuple[Job, bytes]], commands: bytes | None = None) -> None:
+        """Store idempotency records, claim and answer, for the idempotency window. Written at once, not waited for.
 
-        A later `observe` on this connection comes after it.
+        `commands` are the same as gateway.answers writes them. A later `observe` on this connection comes after it.
         """
-        records = [Answered(idempotency_key(job.transaction_id), job.claim + answer, self._claim_ttl_ms) for job, answer in answers]
         try:
-            self._redis.record(records, self._count_failed)
+            if commands is None or not self._redis.write(commands, len(records), self._count_failed):
+                kept = [Kept(idempotency_key(job.transaction_id), record, self.claim_ttl_ms) for job, record in records]
+                self._redis.record(kept, self._count_failed)
         except RedisUnavailableError:
             self._count_failed(len(records))
 
@@ -158,7 +159,7 @@ class Store:
         counted = np.zeros(rows, np.uint8)
         arrived_ms = np.fromiter((job.arrived_ms for job in batch), np.int64, rows)
         # What arrived or was made so long ago may have been observed before, and its claim expired.
-        look = np.minimum(arrived_ms, requests.t_ms) < now_ms - self._claim_ttl_ms // 2
+        look = np.minimum(arrived_ms, requests.t_ms) < now_ms - self.claim_ttl_ms // 2
         if self._progress is not None:
             counted[arrived_ms < self._progress.arrived_through_ms - TILES_AHEAD_MARGIN_MS] = 1
         records = np.zeros(rows * ENTITY_COUNT, ENTITY_RECORD)
@@ -170,7 +171,7 @@ class Store:
             requests.lengths,
             requests.numbers,
             requests.places,
-            np.fromiter((txn_hash(job.transaction_id) for job in batch), np.uint64, rows),
+            hashes_of(requests),
             counted,
             look.astype(np.uint8),
             base_us,
@@ -182,7 +183,7 @@ class Store:
         if self._suspects:
             records["look"] |= np.isin(records["check"], np.fromiter(self._suspects, np.uint32))
         claims = b"".join([job.claim for job in batch])
-        return _Plan(Call(batch, requests, claims, records, update, self._claim_ttl_ms), dims, country, base_us)
+        return _Plan(Call(batch, requests, claims, records, update, self.claim_ttl_ms), dims, country, base_us)
 
     def _suspect(self, checks: npt.NDArray[np.uint32], refused: npt.NDArray[np.bool_], looked: npt.NDArray[np.bool_]) -> None:
         """Remember the entities whose values were refused, and forget those that were `looked` at and are sound again."""

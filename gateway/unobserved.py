@@ -32,11 +32,11 @@ class Unobserved:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def add(self, job: Job, answer: bytes) -> None:
-        """Remember a decided job and its packed answer."""
+    def add(self, job: Job, record: bytes) -> None:
+        """Remember a decided job and its idempotency record."""
         if len(self._jobs) == self._jobs.maxlen:
             self._metrics.unobserved_dropped.inc()
-        self._jobs.append((job, answer))
+        self._jobs.append((job, record))
         self._metrics.unobserved.set(len(self._jobs))
         self._some.set()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from gateway import explain
+from gateway.answers import encode_answers, gather
 from gateway.bodies import read_bodies
 from gateway.contracts.decision import RoutedBy
 from gateway.contracts.transaction import Transaction, encode_json
@@ -18,6 +19,7 @@ from gateway.kernels.points import points
 from gateway.policy import NO_LISTS, Columns, load_policy
 from gateway.receipts import Decided, encode_receipts
 from gateway.redis_link import RedisLink
+from gateway.requests import fingerprints_of
 from gateway.store import Store
 
 _T_MS = 1_700_000_000_000
@@ -43,11 +45,13 @@ def warm() -> None:
     [payload], requests = read_bodies([encode_json(t)], _T_MS)
     assert isinstance(payload, bytes), "the transaction above is a good one"
     assert requests is not None, "the kernels read it"
-    job = http_job(t.transaction_id, t.card_id.encode(), payload, _T_MS, 0.0, None)
+    job = http_job(t.transaction_id, t.card_id.encode(), payload, fingerprints_of(requests), _T_MS, 0.0, None)
     found = Store(RedisLink("redis://127.0.0.1/0", 1.0), 1).rehearse([job], requests)
     columns = Columns(requests, np.zeros(1, np.int64), found.matrix, np.zeros(1), np.zeros(1, np.int64))
     load_policy("").decide(columns, True, NO_LISTS)
     points(requests.buf, requests.starts, requests.lengths, np.zeros(1, np.int64), CARD, np.uint64(0), np.empty(1))
+    nothing, zero = gather([((), (), ())]), np.zeros(1, np.int64)
+    encode_answers(requests, zero, job.claim, zero, zero, np.zeros(1), nothing, [None], zero, np.zeros(1), 1)
     encode_receipts(
         Decided(
             requests=requests,
@@ -57,7 +61,7 @@ def warm() -> None:
             severity=np.zeros(1, np.int64),
             score=np.zeros(1, np.int64),
             probability=np.zeros(1),
-            notes=[((), (), ())],
+            notes=nothing,
             models=[None],
             model=np.zeros(1, np.int64),
             routed_by=RoutedBy.ONLY,

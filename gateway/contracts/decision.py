@@ -48,7 +48,7 @@ class Door(StrEnum):
     KAFKA = "kafka"
 
 
-class ReasonText(msgspec.Struct, frozen=True):
+class ReasonText(msgspec.Struct, frozen=True, gc=False):
     """`text` is for analysts, `cardholder_text` what a cardholder may be told."""
 
     code: str
@@ -57,13 +57,13 @@ class ReasonText(msgspec.Struct, frozen=True):
     cardholder_text: str = ""
 
 
-class ModelRef(msgspec.Struct, frozen=True):
+class ModelRef(msgspec.Struct, frozen=True, gc=False):
     name: str
     version: str
     route: str
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The reply of POST /score. `probability` and `model` are null when no model could score."""
 
     transaction_id: str

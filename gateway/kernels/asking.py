@@ -107,7 +107,7 @@ _COUNTRY = TEXT_INDEX["country"]
 
 
 @compiled
-def _put_bulk(out: Bytes, at: int, length: int) -> int:
+def put_bulk(out: Bytes, at: int, length: int) -> int:
     """The line before a bulk string of RESP."""
     out[at] = 36
     at = put_decimal(out, at + 1, length)
@@ -117,7 +117,7 @@ def _put_bulk(out: Bytes, at: int, length: int) -> int:
 
 
 @compiled
-def _put_end(out: Bytes, at: int) -> int:
+def put_end(out: Bytes, at: int) -> int:
     out[at] = 13
     out[at + 1] = 10
     return at + 2
@@ -125,13 +125,13 @@ def _put_end(out: Bytes, at: int) -> int:
 
 @compiled
 def _put_key(out: Bytes, at: int, buf: Bytes, entity: int, start: int, length: int, kind: int) -> int:
-    at = _put_bulk(out, at, _KEY_START_LENGTHS[entity] + length + 3)
+    at = put_bulk(out, at, _KEY_START_LENGTHS[entity] + length + 3)
     at = put_bytes(out, at, _KEY_START[entity], 0, _KEY_START_LENGTHS[entity])
     at = put_bytes(out, at, buf, start, length)
     out[at] = _END[0]
     out[at + 1] = _END[1]
     out[at + 2] = _END[kind]
-    return _put_end(out, at + 3)
+    return put_end(out, at + 3)
 
 
 @compiled
@@ -147,28 +147,28 @@ def script_call(
     at = put_bytes(out, 0, before, 0, len(before))
     for row in range(rows):
         own = lengths[row, TRANSACTION_ID]
-        at = _put_bulk(out, at, len(_CLAIM_START) + own + len(_CLAIM_END))
+        at = put_bulk(out, at, len(_CLAIM_START) + own + len(_CLAIM_END))
         at = put_bytes(out, at, _CLAIM_START, 0, len(_CLAIM_START))
         at = put_bytes(out, at, buf, starts[row, TRANSACTION_ID], own)
         at = put_bytes(out, at, _CLAIM_END, 0, len(_CLAIM_END))
-        at = _put_end(out, at)
+        at = put_end(out, at)
         for e in range(ENTITY_COUNT):
             text = ENTITY_TEXT[e]
             if lengths[row, text] >= 0:
                 at = _put_key(out, at, buf, e, starts[row, text], lengths[row, text], _HEAD)
     at = put_bytes(out, at, between, 0, len(between))
     for row in range(rows):
-        at = _put_bulk(out, at, CLAIM_BYTES)
+        at = put_bulk(out, at, CLAIM_BYTES)
         at = put_bytes(out, at, claims, row * CLAIM_BYTES, CLAIM_BYTES)
-        at = _put_end(out, at)
+        at = put_end(out, at)
         named = 0
         for e in range(ENTITY_COUNT):
             named += lengths[row, ENTITY_TEXT[e]] >= 0
-        at = _put_bulk(out, at, named * RECORD_BYTES)
+        at = put_bulk(out, at, named * RECORD_BYTES)
         for e in range(ENTITY_COUNT):
             if lengths[row, ENTITY_TEXT[e]] >= 0:
                 at = put_bytes(out, at, records, (row * ENTITY_COUNT + e) * RECORD_BYTES, RECORD_BYTES)
-        at = _put_end(out, at)
+        at = put_end(out, at)
     return at
 
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
+from gateway.answers import gather
 from gateway.avro import encode_receipt, encode_transaction, receipt_of
 from gateway.contracts import layout
 from gateway.contracts.decision import SEVERITY, ModelRef, Outcome, Receipt, RoutedBy
@@ -236,7 +237,7 @@ def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from
         severity=rng.integers(0, 4, n),
         score=rng.integers(0, 1001, n),
         probability=rng.random(n) if scored else np.full(n, np.nan),
-        notes=[notes[i % 4] for i in range(n)],
+        notes=gather([notes[i % 4] for i in range(n)]),
         models=models,  # type: ignore[arg-type]
         model=rng.integers(0, len(models), n),
         routed_by=RoutedBy.SHARE if scored else RoutedBy.ONLY,

@@ -62,8 +62,7 @@ def make_job(t: Transaction | None = None, *, offset: int | None = None, deadlin
         transaction_id=t.transaction_id,
         card_id=t.card_id.encode(),
         payload=encode_transaction(t),
-        fingerprint=fingerprint_of(encode_transaction(t)),
-        position=HTTP_POSITION if offset is None else kafka_position(0, offset),
+        claim=fingerprint_of(encode_transaction(t)) + (HTTP_POSITION if offset is None else kafka_position(0, offset)),
         door=Door.KAFKA if from_kafka else Door.HTTP,
         arrived_ms=NOW_MS,
         received_ms=NOW_MS,
@@ -80,7 +79,8 @@ def read_job(body: bytes, received_s: float, deadline_s: float) -> Job | Refused
     if isinstance(record, RefusedError):
         return record
     requests = read_requests([record], np.array([-1]))
-    return http_job(requests.ids()[0], requests.cards()[0], record, NOW_MS, received_s, deadline_s)
+    fingerprint = fingerprint_of(record)
+    return http_job(requests.ids()[0], requests.cards()[0], record, fingerprint, NOW_MS, received_s, deadline_s)
 
 
 def make_answer(transaction_id: str = "t1") -> Answer:
@@ -98,7 +98,8 @@ def make_answer(transaction_id: str = "t1") -> Answer:
 
 
 def decided(job: Job) -> Result:
-    return Result(job, Verdict.DECIDED, answer=make_answer(job.transaction_id), receipt=b"receipt")
+    answer = make_answer(job.transaction_id)
+    return Result(job, Verdict.DECIDED, answer=answer, receipt=b"receipt", outcome=answer.decision)
 
 
 def packed_progress(written_at_ms: int = NOW_MS, arrived_through_ms: int = 0, batch_id: int = 1, lost_at_ms: int = 0) -> bytes:
@@ -148,6 +149,7 @@ class StubStore:
     def __init__(self, observation: Observation | None, ready: bool = True) -> None:
         self.observation = observation
         self.ready = ready
+        self.claim_ttl_ms = 600_000
         self.refused_values = 0
         self.refused_writes = 0
         self.failed_records = 0
@@ -161,8 +163,8 @@ class StubStore:
         self.timeouts_s.append(timeout_s)
         return self.observation
 
-    def record(self, answers: Sequence[tuple[Job, bytes]]) -> None:
-        self.recorded += [job for job, _ in answers]
+    def record(self, records: Sequence[tuple[Job, bytes]], commands: bytes | None = None) -> None:
+        self.recorded += [job for job, _ in records]
 
 
 def make_observation(rows: int, **features: float) -> Observation:

@@ -125,7 +125,7 @@ async def test_both_records_of_a_decision_are_published_before_the_reply() -> No
     scorer.gate.set()
     await submit(make_batcher(scorer, publisher), body_of("a"))
     assert [r.topic for r in publisher.sent] == ["transactions", "decisions"]
-    assert publisher.sent[0].headers == [("fraudgate-scored", b"http")]
+    assert publisher.sent[0].headers == (("fraudgate-scored", b"http"),)
     assert {r.key for r in publisher.sent} == {b"card-1"}
 
 

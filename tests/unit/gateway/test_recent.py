@@ -65,7 +65,7 @@ def test_the_memory_forgets_the_oldest_beyond_its_bound() -> None:
     recent = RecentDecisions(600, decisions_max=2)
     jobs = [make_job(make_transaction(f"t{n}")) for n in range(3)]
     for job in jobs:
-        recent.add(job, b"answer")
+        recent.add([(job, job.claim + b"answer")])
     assert len(recent) == 2
     assert recent.settles(jobs[0]) is None
     assert recent.settles(jobs[2]) == jobs[2].claim + b"answer"
@@ -75,7 +75,7 @@ def test_the_memory_ends_with_the_idempotency_window() -> None:
     now_s = 100.0
     recent = RecentDecisions(600, clock_s=lambda: now_s)
     job = make_job()
-    recent.add(job, b"answer")
+    recent.add([(job, job.claim + b"answer")])
     now_s = 699.9
     assert recent.settles(job) is not None
     now_s = 700.0

@@ -391,7 +391,7 @@ async def test_answers_that_can_not_be_stored_are_counted() -> None:
     link = ScriptedLink(reply_of())
     store = make_store(link)
     job = make_job()
-    store.record([(job, b"answer")])
+    store.record([(job, job.claim + b"answer")])
     [command] = commands_of(link.sent[-1][0])
     assert command == [b"SET", idempotency_key("t1").encode(), job.claim + b"answer", b"PX", b"600000"]
     assert store.failed_records == 0
