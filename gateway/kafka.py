@@ -387,4 +387,4 @@ def _quarantine(m: Any, reason: str, at_field: str | None = None) -> Record:
         }
     )
     key = None if m.key is None else m.key[:QUARANTINE_KEY_BYTES_MAX]
-    return Record(QUARANTINE, key, payload, [(REASON_HEADER, reason.encode())])
+    return Record(QUARANTINE, key, payload, ((REASON_HEADER, reason.encode()),))

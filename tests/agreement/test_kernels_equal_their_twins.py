@@ -258,7 +258,7 @@ def test_receipts_are_those_of_the_plain_encoder(stream: list[Transaction], from
     assert [SEVERITY[o] for o in outcomes] == [0, 1, 2, 3]
     for k, written in enumerate(encode_receipts(decided)):
         job = decided.jobs[k]
-        reasons, hits, degraded = decided.notes[k]
+        reasons, hits, degraded = decided.notes.distinct[decided.notes.place[k]]
         model = models[decided.model[k]]
         list_hits, shadow_hits, rule_errors = tails[0] if decided.tails is None else decided.tails[k]
         expected = Receipt(

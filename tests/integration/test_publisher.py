@@ -41,7 +41,7 @@ def tail(stack: Stack, settings: Settings) -> Iterator[Tail]:
 def make_records(count: int, prefix: str) -> list[Record]:
     """Of one card, hence of one partition."""
     some = [make_transaction(f"{prefix}-{i}", card_id=f"card-{prefix}") for i in range(count)]
-    return [Record(TRANSACTIONS, t.card_id.encode(), encode_transaction(t), [(SCORED_HEADER, SCORED_BY_HTTP)]) for t in some]
+    return [Record(TRANSACTIONS, t.card_id.encode(), encode_transaction(t), ((SCORED_HEADER, SCORED_BY_HTTP),)) for t in some]
 
 
 def values_of(tail: Tail, records: list[Record]) -> list[bytes]:

@@ -65,7 +65,7 @@ def test_a_chunk_is_sorted_out_message_by_message() -> None:
     assert [job.transaction.transaction_id for job in chunk.jobs] == ["good", "other"]
     assert [(job.partition, job.offset) for job in chunk.jobs] == [(0, 10), (1, 6)]
     assert chunk.refusals == [Refusal.MALFORMED_JSON, Refusal.UNKNOWN_SCHEMA_ID]
-    assert [r.headers for r in chunk.quarantined] == [[("reason", b"malformed_json")], [("reason", b"unknown_schema_id")]]
+    assert [r.headers for r in chunk.quarantined] == [(("reason", b"malformed_json"),), (("reason", b"unknown_schema_id"),)]
     assert chunk.skipped == 1
     assert set(chunk.next_offsets.values()) == {13, 7}
 

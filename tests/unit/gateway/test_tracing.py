@@ -122,7 +122,7 @@ def test_the_receipt_goes_on_with_the_decisions_span_and_a_trace_that_is_not_our
     assert trace is not None
     headers = [record.headers for record in decision_records(results)]
     own = f"00-4bf92f3577b34da6a3ce929d0e0e4736-{trace.span_id.hex()}-01".encode()
-    assert headers == [[("traceparent", own)], [("traceparent", UNSAMPLED)], []]
+    assert headers == [(("traceparent", own),), (("traceparent", UNSAMPLED),), ()]
 
 
 @pytest.mark.parametrize(
