@@ -285,7 +285,7 @@ class _Chunk:
             np.add.at(difference, counted[2], counted[1])
             np.add.at(difference, counted[3], -counted[1])
             result.label_frauds[i] = np.cumsum(difference[:-1])
-        if counted is not None and any(f.aggregate in _OF_FIRST_FRAUD for f in self.definition.features):
+        if counted is not None and changes is not None and any(f.aggregate in _OF_FIRST_FRAUD for f in self.definition.features):
             self._first_and_last_fraud(result, *counted)
             if any(f.aggregate in FRAUD_RUN_AGGREGATES for f in self.definition.features):
                 self._fraud_runs(result, changes)

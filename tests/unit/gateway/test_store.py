@@ -242,7 +242,7 @@ async def test_frauds_since_a_merchants_last_genuine_payment_are_a_run(
     found = await observed(make_store(ScriptedLink(reply)), make_job())
 
     def since(days_back: int | None) -> float:
-        return math.nan if days_back is None else np.float32((NOW_MS - (end_day - days_back) * DAY_MS) / 1000)
+        return math.nan if days_back is None else float(np.float32((NOW_MS - (end_day - days_back) * DAY_MS) / 1000))
 
     assert feature(found, "merchant_fraud_run") == run
     assert feature(found, "merchant_since_fraud_run") == pytest.approx(since(first_day), nan_ok=True)
