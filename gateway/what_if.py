@@ -302,10 +302,11 @@ class NoFrauds(Lever):
     """An entity without reported frauds. The last to be offered: nobody who pays can change it."""
 
     def __init__(self, entity: str) -> None:
-        self._features = [f.name for f in FEATURES if f.entity == entity and f.aggregate in ("label_rate", "frauds", "fraud_run")]
+        counted = [f.name for f in FEATURES if f.entity == entity and f.aggregate in ("label_rate", "frauds")]
+        self._features = [*counted, *(f.name for f in FEATURES if f.entity == entity and f.aggregate == "fraud_run")]
         # Known only of an entity with frauds.
         self._of_frauds = [f.name for f in FEATURES if f.entity == entity and f.aggregate in _OF_FRAUDS]
-        super().__init__(self._features[-1], 5.0)
+        super().__init__(counted[-1], 5.0)
 
     def values(self, case: Case, thresholds: Thresholds) -> list[float]:
         return [0.0] if any(case.of(name) > 0 for name in (*self._features, *self._of_frauds)) else []

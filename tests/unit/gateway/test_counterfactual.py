@@ -111,7 +111,7 @@ def test_no_change_of_it_is_needless(trained: Trained, policy: Policy) -> None:
 
 
 def test_an_amount_that_alone_was_too_high_is_what_is_named(trained: Trained, policy: Policy) -> None:
-    quiet = make_features(400, 23)
+    quiet = make_features(400, 27)
     quiet[:, 1:] = quiet[:1, 1:]
     quiet[:, FEATURE_INDEX["card_distinct_merchants_1h"]] = 5
     quiet[:, 0] = 60_000
