@@ -24,14 +24,18 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
+def uses_the_stack(item: pytest.Item) -> bool:
+    return "stack" in getattr(item, "fixturenames", ())
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """For two processes (`make test`): what uses the one stack stays together, other tests go by file."""
+    item.add_marker(pytest.mark.xdist_group("stack" if uses_the_stack(item) else item.nodeid.partition("::")[0]))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For two processes (`make test`): what uses the one stack stays together and begins first, other tests go by file."""
-    for item in items:
-        shared = "stack" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("stack" if shared else item.nodeid.partition("::")[0]))
-    # The order within a file stays.
-    items.sort(key=lambda item: "stack" not in getattr(item, "fixturenames", ()))
+    """The stack's tests take the longest and begin first. The order within a file stays."""
+    items.sort(key=lambda item: not uses_the_stack(item))
 
 
 @pytest.fixture(scope="session")
