@@ -106,7 +106,7 @@ def test_a_redelivery_keeps_its_place_and_sees_the_same(stack: Stack, settings: 
     async def use(store: Store, _: RedisLink) -> tuple[Observation, Observation]:
         first = await observe(store, *jobs)
         # The answer was recorded and the Kafka transaction was not committed.
-        store.record([(jobs[1], b"answer")])
+        store.record([(jobs[1], jobs[1].claim + b"answer")])
         return first, await observe(store, *jobs)
 
     first, again = with_store(settings, use)
@@ -124,7 +124,7 @@ def test_an_answered_retry_is_settled_and_counts_once(stack: Stack, settings: Se
 
     async def use(store: Store, _: RedisLink) -> tuple[Observation, Observation, Observation]:
         first = await observe(store, job)
-        store.record([(job, b"answer")])
+        store.record([(job, job.claim + b"answer")])
         return first, await observe(store, job, copy), await observe(store, after)
 
     first, retries, last = with_store(settings, use)

@@ -42,7 +42,7 @@ from tests.factories_model import make_model_dir
 from tests.helpers import local_settings, run_command, wait_until
 from tests.receipts import Recount, read_topic
 
-pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.timeout(900)]
 
 LIVE = 20_000
 HISTORY = 30_000
@@ -81,7 +81,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     try:
         report = home / "demo.json"
         ended = run_command(
-            settings, "demo", "--keep", "--live", str(LIVE), "--history", str(HISTORY), "--json", str(report), timeout_s=420
+            settings, "demo", "--keep", "--live", str(LIVE), "--history", str(HISTORY), "--json", str(report), timeout_s=780
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         yield Pipeline(settings, stack, json.loads(report.read_text()), ended.stdout)

@@ -143,7 +143,7 @@ def test_an_answered_retry_is_settled_and_counts_once(cluster: Cluster) -> None:
 
     async def use(store: Store) -> tuple[Observation, Observation, Observation, int]:
         first = await observe(store, job)
-        store.record([(job, b"answer")])
+        store.record([(job, job.claim + b"answer")])
         retries = await observe(store, job, copy)
         return first, retries, await observe(store, after), store.failed_records
 
@@ -162,7 +162,7 @@ def test_a_redelivery_keeps_its_place_and_a_retry_through_another_gateway_is_set
     async def use(store: Store, other: Store) -> tuple[Observation, Observation, Observation]:
         first = await observe(store, *jobs)
         # The answer was recorded and the Kafka transaction was not committed.
-        store.record([(jobs[1], b"answer")])
+        store.record([(jobs[1], jobs[1].claim + b"answer")])
         return first, await observe(store, *jobs), await observe(other, retry)
 
     first, again, settled = with_stores(cluster, 2, use)
@@ -324,7 +324,7 @@ def test_answers_that_a_silent_node_can_not_store_are_counted(cluster: Cluster) 
     async def use(store: Store) -> int:
         await observe(store, *jobs)
         with cluster.nodes[0].silent():
-            store.record([(job, b"answer") for job in jobs])
+            store.record([(job, job.claim + b"answer") for job in jobs])
             await until(lambda: store.failed_records, 10)
             failed = store.failed_records
         await until(lambda: store.ready, 30)

@@ -55,7 +55,8 @@ def test_at_the_memory_limit_writes_are_refused_loudly_and_reads_go_on(full: red
         await until(lambda: link.ready, 10)
         try:
             found = await store.observe([entities.job(probe)], requests_of([entities.job(probe)]), 5.0, update)
-            store.record([(entities.job(probe), b"answer")])
+            job = entities.job(probe)
+            store.record([(job, job.claim + b"answer")])
             await until(lambda: store.failed_records == 1, 10)
             return found, store.refused_writes
         finally:

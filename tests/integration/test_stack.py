@@ -60,9 +60,9 @@ def test_up_again_changes_nothing(stack: Stack) -> None:
 def test_status_prints_a_table_and_json(stack: Stack) -> None:
     table = run_command(stack.settings, "status")
     assert table.returncode == 0, table.stdout + table.stderr
-    assert f"redis     running  {stack.pid('redis')}" in table.stdout
+    assert ["redis", "running", str(stack.pid("redis"))] in [line.split()[:3] for line in table.stdout.splitlines()]
     printed = json.loads(run_command(stack.settings, "status", "--json").stdout)
-    assert [entry["name"] for entry in printed] == ["kafka", "redis", "registry", "mlflow", "jobs", "gateway", "cases"]
+    assert [entry["name"] for entry in printed] == list(stack.services)
 
 
 def test_topics_have_the_partitions_of_the_setting(stack: Stack) -> None:
