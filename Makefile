@@ -26,7 +26,7 @@ demo: setup ## the whole pipeline, from nothing to a table of results
 	@$(BIN)/fraudgate demo
 
 test: setup ## all tests but the slow ones, against the real components
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: setup ## the slow tests too
 	$(BIN)/pytest -m "not chart"

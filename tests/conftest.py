@@ -24,18 +24,10 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def uses_the_stack(item: pytest.Item) -> bool:
-    return "stack" in getattr(item, "fixturenames", ())
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """For two processes (`make test`): what uses the one stack stays together, other tests go by file."""
-    item.add_marker(pytest.mark.xdist_group("stack" if uses_the_stack(item) else item.nodeid.partition("::")[0]))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The stack's tests take the longest and begin first. The order within a file stays."""
-    items.sort(key=lambda item: not uses_the_stack(item))
+    """In two processes (`make test`) a file's tests stay together, and what uses the stack takes the longest: it begins first."""
+    files = {item.nodeid.partition("::")[0] for item in items if "stack" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in files)
 
 
 @pytest.fixture(scope="session")
