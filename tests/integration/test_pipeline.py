@@ -201,7 +201,8 @@ def test_every_logged_feature_is_recomputed_to_the_bit(pipeline: Pipeline) -> No
     assert report["examples"] == []
     assert ended.returncode == 0
     assert report["different"] == 0
-    assert report["rows"] > 20_000
+    # What a busy machine decided without Redis has no features to compare.
+    assert report["rows"] > 10_000
     assert report["compared"] == report["equal"] == report["rows"] * len(FEATURES)
 
 
