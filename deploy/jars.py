@@ -106,7 +106,7 @@ def fetch(settings: Settings, configurations: Iterable[str] = USUAL) -> float:
             return time.monotonic() - begin
         locked = of(absent)
         fresh = settings.cache_path / "jars.partial"
-        _retrieve(settings, fresh, sum(f.size_bytes for f in locked), ",".join(absent))
+        _retrieve(settings, fresh, sum(f.size_bytes for f in locked), absent)
         wrong = differing(fresh, locked)
         if wrong:
             names = ", ".join(f.path for f in wrong[:5])
@@ -131,7 +131,7 @@ def lock(settings: Settings) -> list[LockedFile]:
     return files
 
 
-def _retrieve(settings: Settings, into: Path, expected_bytes: int, configuration: str = ALL) -> None:
+def _retrieve(settings: Settings, into: Path, expected_bytes: int, configurations: Iterable[str] = (ALL,)) -> None:
     """Run Ivy: download into its cache, copy to `into`/CONFIGURATION/FILE. Shows how much has come."""
     pyspark_jars = wheel_folder("pyspark", "jars")
     ivy = next(iter(sorted(pyspark_jars.glob("ivy-*.jar"))), None) if pyspark_jars is not None else None
@@ -145,7 +145,7 @@ def _retrieve(settings: Settings, into: Path, expected_bytes: int, configuration
     chosen = settings.cache_path / "ivysettings.xml"
     chosen.write_text(ivy_settings(settings.maven_url))
     argv += ["-settings", str(chosen), "-ivy", str(HERE / "ivy.xml"), "-cache", str(cache)]
-    argv += ["-confs", configuration, "-retrieve", f"{into}/[conf]/[artifact]-[revision](-[classifier]).[ext]"]
+    argv += ["-confs", *configurations, "-retrieve", f"{into}/[conf]/[artifact]-[revision](-[classifier]).[ext]"]
     with log_path.open("wb") as log, subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT) as ivy_run:
         try:
             _watch(ivy_run, cache, expected_bytes)

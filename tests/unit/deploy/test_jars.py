@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,14 @@ from deploy.jars import JarsError, LockedFile
 from deploy.services import REGISTRY_ARCHIVE
 from deploy.toolchain import java_home
 from gateway.contracts.settings import Settings
-from tests.helpers import local_settings
+from tests.helpers import free_ports, local_settings
 
 CONTENT = b"content of a jar"
 LOCKED = [LockedFile(f"{name}.jar", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()) for name in ("kafka/a", "spark/b")]
 
 
-def write_all(folder: Path, content: bytes = CONTENT, configurations: str = "kafka,spark") -> None:
-    for file in (file for file in LOCKED if file.configuration in configurations.split(",")):
+def write_all(folder: Path, content: bytes = CONTENT, configurations: Sequence[str] = ("kafka", "spark")) -> None:
+    for file in (file for file in LOCKED if file.configuration in configurations):
         path = folder / file.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -56,10 +57,10 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def retrieve_of(content: bytes) -> object:
-    def retrieve(settings: Settings, into: Path, expected_bytes: int, configuration: str) -> None:
+    def retrieve(settings: Settings, into: Path, expected_bytes: int, configurations: Sequence[str]) -> None:
         (settings.cache_path / "ivy").mkdir(exist_ok=True)
-        assert expected_bytes == len(configuration.split(",")) * len(CONTENT)
-        write_all(into, content, configuration)
+        assert expected_bytes == len(configurations) * len(CONTENT)
+        write_all(into, content, configurations)
 
     return retrieve
 
@@ -102,6 +103,16 @@ def test_a_download_that_differs_from_the_lock_is_not_installed(cached: Settings
     with pytest.raises(JarsError, match="2 of 2 files are not what"):
         jars.fetch(cached)
     assert not cached.jars_path.exists()
+
+
+def test_ivy_knows_every_configuration_that_it_is_asked_for(cached: Settings, tmp_path: Path) -> None:
+    # Nothing listens there: Ivy gets as far as asking for the modules of all of them.
+    nowhere = local_settings(tmp_path / "home", cache_dir=cached.cache_dir, maven_url=f"http://127.0.0.1:{free_ports(1)[0]}")
+    with pytest.raises(JarsError, match="org.apache.kafka#kafka_2.13"):
+        jars.fetch(nowhere)
+    log = (nowhere.cache_path / "ivy.log").read_text()
+    assert "configuration not found" not in log
+    assert "io.delta#delta-spark" in log
 
 
 def test_java_reads_the_key_store_that_python_writes(tmp_path: Path, settings: Settings) -> None:
