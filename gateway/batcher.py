@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -108,6 +109,8 @@ class Batcher:
         self._publish_budget_s = publish_budget_s
         self._tracer = tracer
         self._now_ms = now_ms
+        # Tells the claims of this process from all others'.
+        self._process = secrets.randbits(32)
         self._clock_s = clock_s
         # Accepted and not answered, and those of them whose body is not read.
         self._open = 0
@@ -156,6 +159,9 @@ class Batcher:
         if deadline_s - received_s < HURRY_S:
             self._urgent = True
             self._next.set()
+        self._begin()
+
+    def _begin(self) -> None:
         if self._running is None:
             # A task starts in the next pass of the loop, when every socket that is readable in this one has been read.
             self._running = asyncio.create_task(self._run())
@@ -204,9 +210,8 @@ class Batcher:
             fingerprint = prints[i * FINGERPRINT_BYTES : (i + 1) * FINGERPRINT_BYTES]
             received_s = accepted.received_s
             received_ms = now_ms - round((now_s - received_s) * 1000)
-            accepted.body = b""
             job = accepted.job = http_job(
-                transaction_id, card_id, record, fingerprint, received_ms, received_s, accepted.deadline_s
+                transaction_id, card_id, record, fingerprint, received_ms, now_ms, received_s, accepted.deadline_s, self._process
             )
             job.explain = accepted.explain
             if self._tracer is not None and accepted.traceparent is not None:
@@ -310,10 +315,12 @@ class Batcher:
 
     def _finish(self, batch: list[Accepted], results: Sequence[Result], published_from_s: float) -> None:
         self._next.set()
-        now_s = self._answer(batch, results)
+        answered, now_s = self._answer(batch, results)
         metrics = self._metrics
         metrics.step_s.observe("publish", [now_s - published_from_s])
-        latencies_s = [now_s - accepted.received_s for accepted in batch]
+        latencies_s = [now_s - accepted.received_s for accepted in answered]
+        if not latencies_s:
+            return
         metrics.latency_s.observe(Door.HTTP.value, latencies_s)
         metrics.http_level.answered(latencies_s)
         if self._tracer is not None:
@@ -322,16 +329,26 @@ class Batcher:
         if verdicts[Verdict.DUPLICATE]:
             metrics.duplicates.labels(Door.HTTP.value).inc(verdicts[Verdict.DUPLICATE])
 
-    def _answer(self, batch: list[Accepted], results: Sequence[Result | None]) -> float:
-        """Tell every caller and forget the batch. Returns when that was."""
+    def _answer(self, batch: list[Accepted], results: Sequence[Result | None]) -> tuple[list[Accepted], float]:
+        """Tell every caller and forget the batch, but for those who wait on. Returns who was told, and when."""
         now_s = self._clock_s()
         in_flight, deciding = self._in_flight, self._scorer.deciding
+        told = batch
         for accepted, result in zip(batch, results, strict=True):
             transaction_id = accepted.job.transaction_id
-            del in_flight[transaction_id]
             deciding.discard(transaction_id)
+            if result is not None and result.free_in_s is not None and now_s + result.free_in_s < accepted.deadline_s:
+                # Another process claimed it just now. By then it has an answer, or is to be decided here.
+                asyncio.get_running_loop().call_later(result.free_in_s, self._again, accepted)
+                told = [other for other in told if other is not accepted]
+                continue
+            del in_flight[transaction_id]
             self._tell(accepted, result, now_s)
-        return now_s
+        return told, now_s
+
+    def _again(self, accepted: Accepted) -> None:
+        self._pending.append(accepted)
+        self._begin()
 
     def _tell(self, accepted: Accepted, result: Result | RefusedError | None, now_s: float) -> None:
         self._open -= 1 if accepted.retries is None else 1 + len(accepted.retries)

@@ -17,14 +17,13 @@ from gateway.kernels.intake import READ, UNREAD
 from gateway.requests import Requests, read_requests, transactions_of
 from gateway.trace import Trace
 
-HTTP_POSITION = POSITION.pack(b"h", 0, 0, 0)
-
 
 @dataclass(slots=True, eq=False)
 class Job:
     """`payload` is the transaction as a record of schemas/transaction.avsc in its shortest form; it has been checked.
 
-    `claim` is its fingerprint and the position that it came from, CLAIM_BYTES: what an idempotency record begins with.
+    `claim` is its fingerprint and the position that it came from, CLAIM_BYTES: what an idempotency record begins with. `overtakes` is the
+    claim of a gateway that owes its answer, in whose place this one decides.
 
     `arrived_ms` is the wall clock at arrival (HTTP) or the record's timestamp (Kafka); `received_s` is time.monotonic().
 
@@ -46,6 +45,12 @@ class Job:
     explain: bool = False
     # The caller's W3C context of a trace, or that of the decision's own span once it is traced; goes on with the receipt.
     traceparent: bytes | None = None
+    overtakes: bytes | None = None
+
+    @property
+    def held_claim(self) -> bytes:
+        """What Redis holds for it while it is decided."""
+        return self.claim if self.overtakes is None else self.overtakes
 
     @property
     def fingerprint(self) -> bytes:
@@ -70,15 +75,17 @@ def http_job(
     payload: bytes,
     fingerprint: bytes,
     received_ms: int,
+    claimed_ms: int,
     received_s: float,
     deadline_s: float | None,
+    process: int,
 ) -> Job:
-    """A job of the HTTP door."""
+    """A job of the HTTP door. `process` is a number of 32 bits: two processes must not share it."""
     return Job(
         transaction_id=transaction_id,
         card_id=card_id,
         payload=payload,
-        claim=fingerprint + HTTP_POSITION,
+        claim=fingerprint + POSITION.pack(b"h", 0, process, claimed_ms),
         door=Door.HTTP,
         arrived_ms=received_ms,
         received_ms=received_ms,
@@ -92,6 +99,12 @@ def requests_of(jobs: Sequence[Job]) -> Requests:
     requests = read_requests([job.payload for job in jobs], np.full(len(jobs), -1, np.int64))
     assert UNREAD not in requests.state, "a job's payload is a whole record"
     return requests
+
+
+def claimed_ago_ms(claim: bytes, now_ms: int) -> int | None:
+    """How old a claim of the HTTP door is, None for one of the Kafka door."""
+    door, _, _, claimed_ms = POSITION.unpack_from(claim, FINGERPRINT_BYTES)
+    return None if door == b"k" else now_ms - claimed_ms
 
 
 def kafka_position(partition: int, offset: int) -> bytes:
@@ -114,10 +127,10 @@ class Result:
     """What became of `job`. `answer` is None for CONFLICT and IN_PROGRESS, and for a DUPLICATE whose first has no answer yet.
 
     `receipt` (Avro payload) and `outcome` stand only in what was DECIDED. An answer that is given as the `record` which holds it is
-    unpacked when somebody asks: nobody does at the Kafka door.
+    unpacked when somebody asks: nobody does at the Kafka door. `free_in_s`: when what is IN_PROGRESS over HTTP may be decided by another.
     """
 
-    __slots__ = ("_answer", "_record", "job", "outcome", "receipt", "trace", "verdict")
+    __slots__ = ("_answer", "_record", "free_in_s", "job", "outcome", "receipt", "trace", "verdict")
 
     def __init__(
         self,
@@ -128,11 +141,13 @@ class Result:
         record: bytes | None = None,
         receipt: bytes | None = None,
         outcome: Outcome | None = None,
+        free_in_s: float | None = None,
     ) -> None:
         self.job = job
         self.verdict = verdict
         self.receipt = receipt
         self.outcome = outcome
+        self.free_in_s = free_in_s
         self._answer = answer
         self._record = record
         # Of the few that are traced.

@@ -26,6 +26,7 @@ from gateway.contracts.layout import (
     OBSERVE_ENTITY_LUA,
     OBSERVE_LUA,
     PROGRESS_KEY,
+    SETTLE_LUA,
     head_key,
     idempotency_key,
     tiles_key,
@@ -99,6 +100,9 @@ class Backend(Protocol):
     def write(self, commands: bytes, count: int, failed: Callable[[int], None]) -> bool:
         """The same of `count` commands as they go over the wire. False when they don't all go to one place: nothing was written then."""
 
+    async def settle(self, answers: Sequence[Kept], deadline_s: float) -> list[bytes | None]:
+        """Store each answer where none is yet; what is there already."""
+
     def renew(self, heads: Sequence[str]) -> None:
         """Let these keys live for another HEAD_TTL_MS; at once, and nobody is told when it fails."""
 
@@ -136,7 +140,7 @@ class SingleRedis:
                 raise RedisReplyError(str(reply))
         settled = np.zeros(len(call.batch), bool)
         for row, job in enumerate(call.batch):
-            if before[row] is not None and settles(before[row], job.claim):
+            if before[row] is not None and settles(before[row], job.held_claim):
                 settled[row] = True
         return Found(values[0], before, settled, [value or b"" for value in values[1:]], round_trip_s)
 
@@ -202,6 +206,19 @@ class SingleRedis:
             self._link.send([commands], count).replies.add_done_callback(done)
         return True
 
+    async def settle(self, answers: Sequence[Kept], deadline_s: float) -> list[bytes | None]:
+        # Whole, not by its hash: it is seldom needed, and a Redis that has lost its scripts knows it too.
+        command: list[Argument] = [
+            "EVAL",
+            SETTLE_LUA,
+            len(answers),
+            *[a.key for a in answers],
+            answers[0].ttl_ms,
+            *[a.record for a in answers],
+        ]
+        found: list[bytes | None] = await self._link.call(command, deadline_s - time.monotonic())
+        return found
+
     def renew(self, heads: Sequence[str]) -> None:
         self._link.send([("PEXPIRE", head, HEAD_TTL_MS) for head in heads])
 
@@ -237,7 +254,7 @@ class ClusterRedis:
         progress_now, *before = await self._link.call_all([progress, *self.pack(call)], deadline_s - time.monotonic())
         left = []
         for row, job in enumerate(call.batch):
-            if before[row] is None or not settles(before[row], job.claim):
+            if before[row] is None or not settles(before[row], job.held_claim):
                 left.append(row)
             if before[row] is not None:
                 # It may have been observed under that claim.
@@ -253,7 +270,7 @@ class ClusterRedis:
         claims: list[Keyed] = []
         for job in call.batch:
             key = idempotency_key(job.transaction_id)
-            claims.append((hash_slot(key), ("SET", key, job.claim, "NX", "GET", "PX", call.claim_ttl_ms)))
+            claims.append((hash_slot(key), ("SET", key, job.held_claim, "NX", "GET", "PX", call.claim_ttl_ms)))
         return claims
 
     def _observations(self, call: Call, rows: Iterable[int]) -> list[Keyed]:
@@ -292,6 +309,13 @@ class ClusterRedis:
     def write(self, commands: bytes, count: int, failed: Callable[[int], None]) -> bool:
         return False
 
+    async def settle(self, answers: Sequence[Kept], deadline_s: float) -> list[bytes | None]:
+        commands: list[Keyed] = [
+            (hash_slot(answer.key), ("EVAL", SETTLE_LUA, 1, answer.key, answer.ttl_ms, answer.record)) for answer in answers
+        ]
+        replies = await self._link.call_all(commands, deadline_s - time.monotonic())
+        return [found for [found] in replies]
+
     def renew(self, heads: Sequence[str]) -> None:
         commands: list[Keyed] = [(hash_slot(head), ("PEXPIRE", head, HEAD_TTL_MS)) for head in heads]
         # An exception that nobody asks for would be logged.
@@ -300,7 +324,9 @@ class ClusterRedis:
 
 def _found(call: Call, progress: bytes | None, before: list[bytes | None], observed: list[Any], round_trip_s: float) -> Found:
     """The replies of single calls, one for each entity of each transaction that nothing settles."""
-    settled = np.array([record is not None and settles(record, job.claim) for record, job in zip(before, call.batch, strict=True)])
+    settled = np.array(
+        [record is not None and settles(record, job.held_claim) for record, job in zip(before, call.batch, strict=True)]
+    )
     named = call.requests.lengths[:, ENTITY_TEXT] >= 0
     heads, tiles, frauds = [], [], []
     replies = iter(observed)

@@ -6,6 +6,7 @@ while a batch is in flight the next one collects, and nothing waits when the gat
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -19,10 +20,10 @@ from gateway.answers import encode_answers, gather, make_answers
 from gateway.console.tap import Tap
 from gateway.contracts.decision import RISK_SCORE_MAX, Door, Outcome, Route
 from gateway.contracts.features import ENTITIES, LABELLED
-from gateway.contracts.layout import CLAIM_BYTES, FINGERPRINT_BYTES
+from gateway.contracts.layout import CLAIM_ALONE_MS, CLAIM_BYTES, CLAIM_FREE_MS, FINGERPRINT_BYTES
 from gateway.contracts.reasons import Degraded
 from gateway.explore import Explorer
-from gateway.job import Job, Result, Verdict, requests_of
+from gateway.job import Job, Result, Verdict, claimed_ago_ms, requests_of
 from gateway.kernels.intake import CARD
 from gateway.kernels.points import points
 from gateway.metrics import Metrics
@@ -116,6 +117,11 @@ def _steps(timing: _Timing, observation: Observation | None, rows: int, steering
     )
 
 
+def _free_in_ms(claimed_ago_ms: int) -> int:
+    """How long a claim is to be left to who made it. By a clock that is ahead of ours nobody waits longer."""
+    return min(max(CLAIM_FREE_MS - claimed_ago_ms, 0), CLAIM_FREE_MS)
+
+
 class Scorer:
     """`now_ms` is the wall clock, `clock_s` the monotonic one. `slack` takes what is to be scored by others after the answer, `tracer`
     chooses what is traced.
@@ -187,7 +193,9 @@ class Scorer:
         if rows:
             await self._decide_fresh(jobs, np.array(rows), results, requests, observation, timing)
         if overtaken:
-            # Claimed over HTTP by a gateway that is gone: decided here, under the same claim.
+            # Claimed over HTTP by a gateway that is gone or late: decided here as well, and the first answer stands. Kafka can wait for it.
+            ages = [claimed_ago_ms(job.held_claim, self._now_ms()) for job in overtaken]
+            await asyncio.sleep(max(_free_in_ms(ago_ms or 0) for ago_ms in ages) / 1000)
             again = await self.decide(overtaken)
             by_job = {id(result.job): result for result in again}
             results = [by_job[id(job)] if result is None else result for job, result in zip(jobs, results, strict=True)]
@@ -217,16 +225,21 @@ class Scorer:
                 continue
             if before[:FINGERPRINT_BYTES] != job.fingerprint:
                 results[i] = Result(job, Verdict.CONFLICT)
-            elif len(before) > CLAIM_BYTES:
+                continue
+            if len(before) > CLAIM_BYTES:
                 results[i] = Result(job, Verdict.DUPLICATE, record=before)
-            elif job.door is Door.HTTP:
-                results[i] = Result(job, Verdict.IN_PROGRESS)
-            elif before[FINGERPRINT_BYTES : FINGERPRINT_BYTES + 1] == b"k" or job.transaction_id in self.deciding:
+                continue
+            ago_ms = claimed_ago_ms(before, self._now_ms())
+            if job.door is Door.KAFKA and (ago_ms is None or job.transaction_id in self.deciding):
                 # The first record of Kafka is decided, or will be when it is delivered again.
                 results[i] = Result(job, Verdict.DUPLICATE)
-            else:
-                job.claim = before[:CLAIM_BYTES]
+            elif ago_ms is None:
+                results[i] = Result(job, Verdict.IN_PROGRESS)
+            elif job.door is Door.KAFKA or ago_ms >= CLAIM_FREE_MS:
+                job.overtakes = before
                 overtaken.append(job)
+            else:
+                results[i] = Result(job, Verdict.IN_PROGRESS, free_in_s=_free_in_ms(ago_ms) / 1000)
         return results, overtaken
 
     async def _decide_fresh(
@@ -323,13 +336,14 @@ class Scorer:
         else:
             # Nobody at the Kafka door reads them.
             answers = [None] * len(fresh)
-        elsewhere = await self._settled_elsewhere(fresh)
+        elsewhere = await self._answered_elsewhere(fresh, stored.records, observation, timing.started_s)
         records: list[tuple[Job, bytes]] = []
+        nowhere: Sequence[bytes | None] = [None] * len(fresh)
         for i, job, settled, answer, record, receipt, outcome in zip(
-            rows.tolist(), fresh, elsewhere, answers, stored.records, receipts, outcomes, strict=True
+            rows.tolist(), fresh, elsewhere or nowhere, answers, stored.records, receipts, outcomes, strict=True
         ):
             if settled is not None:
-                results[i] = settled
+                results[i] = Result(job, Verdict.DUPLICATE, record=settled)
                 continue
             results[i] = Result(job, Verdict.DECIDED, answer=answer, record=record, receipt=receipt, outcome=outcome)
             records.append((job, record))
@@ -340,7 +354,8 @@ class Scorer:
         if self._tracer is not None:
             decided = [result for i in rows.tolist() if (result := results[i]) is not None]
             self._tracer.sample(requests, rows, decided, _steps(timing, observation, len(fresh), steering))
-        self._store.record(records, stored.commands if len(records) == len(fresh) else None)
+        if elsewhere is None:
+            self._store.record(records, stored.commands)
         if self.tap is not None and self.tap.watching:
             self.tap.offer(results)
         self._count(fresh, outcomes, decisions, degraded, timing)
@@ -361,17 +376,23 @@ class Scorer:
                     )
                 )
 
-    async def _settled_elsewhere(self, jobs: Sequence[Job]) -> list[Result | None]:
-        """For a batch that is late, what another gateway made of its jobs meanwhile; None for what is still this one's to tell.
+    async def _answered_elsewhere(
+        self, jobs: Sequence[Job], records: Sequence[bytes], observation: Observation | None, started_s: float
+    ) -> Sequence[bytes | None] | None:
+        """Where another gateway may have decided as well, the records that stand for ours, None where ours does: those are stored then.
+        None when nobody may have.
 
-        Past its deadline a caller may have come again elsewhere: a process that was halted, by a debugger, a hypervisor or a machine out of
-        memory, goes on in the middle of a batch that has long been decided.
+        Past CLAIM_FREE_MS a caller that comes again may be decided elsewhere under our claim: it had no answer for so long, or this
+        process was halted, by a debugger, a hypervisor or a machine out of memory, and goes on in the middle of a batch.
         """
-        deadlines = [job.deadline_s for job in jobs if job.deadline_s is not None]
-        if not deadlines or min(deadlines) > self._clock_s() or not self._store.ready:
-            return [None] * len(jobs)
-        found = await self._store.observe(jobs, requests_of(jobs), self._feature_budget_s)
-        return [None] * len(jobs) if found is None else self._settle(jobs, found)[0]
+        until_s = started_s + CLAIM_ALONE_MS / 1000
+        if observation is None:
+            # Redis is not to be waited for once more by those who still have somebody waiting.
+            until_s = max(until_s, min((job.deadline_s for job in jobs if job.deadline_s is not None), default=0.0))
+        late = jobs[0].door is Door.HTTP and self._clock_s() > until_s
+        if not self._store.ready or not (late or any(job.overtakes is not None for job in jobs)):
+            return None
+        return await self._store.settle(list(zip(jobs, records, strict=True)), self._feature_budget_s)
 
     @staticmethod
     def _reasons_until_s(jobs: Sequence[Job], now_s: float) -> float:

@@ -147,6 +147,16 @@ class Store:
         except RedisUnavailableError:
             self._count_failed(len(records))
 
+    async def settle(self, records: Sequence[tuple[Job, bytes]], timeout_s: float) -> list[bytes | None]:
+        """Store the same where no answer is yet, and tell which answers are there: those stand. None when Redis doesn't know."""
+        kept = [Kept(idempotency_key(job.transaction_id), record, self.claim_ttl_ms) for job, record in records]
+        try:
+            return await self._redis.settle(kept, time.monotonic() + timeout_s)
+        except (RedisUnavailableError, RedisReplyError) as exc:
+            log.warning("redis: %d late answers may have been given elsewhere as well: %s", len(kept), exc)
+            self._count_failed(len(kept))
+            return [None] * len(kept)
+
     def _count_failed(self, records: int) -> None:
         self.failed_records += records
 
@@ -182,7 +192,7 @@ class Store:
         )
         if self._suspects:
             records["look"] |= np.isin(records["check"], np.fromiter(self._suspects, np.uint32))
-        claims = b"".join([job.claim for job in batch])
+        claims = b"".join([job.held_claim for job in batch])
         return _Plan(Call(batch, requests, claims, records, update, self.claim_ttl_ms), dims, country, base_us)
 
     def _suspect(self, checks: npt.NDArray[np.uint32], refused: npt.NDArray[np.bool_], looked: npt.NDArray[np.bool_]) -> None:

@@ -45,7 +45,7 @@ def warm() -> None:
     [payload], requests = read_bodies([encode_json(t)], _T_MS)
     assert isinstance(payload, bytes), "the transaction above is a good one"
     assert requests is not None, "the kernels read it"
-    job = http_job(t.transaction_id, t.card_id.encode(), payload, fingerprints_of(requests), _T_MS, 0.0, None)
+    job = http_job(t.transaction_id, t.card_id.encode(), payload, fingerprints_of(requests), _T_MS, _T_MS, 0.0, None, 0)
     found = Store(RedisLink("redis://127.0.0.1/0", 1.0), 1).rehearse([job], requests)
     columns = Columns(requests, np.zeros(1, np.int64), found.matrix, np.zeros(1), np.zeros(1, np.int64))
     load_policy("").decide(columns, True, NO_LISTS)

@@ -151,9 +151,14 @@ EARLY_TTL_MS = 86_400_000
 EARLY_MAX = 4096
 
 FINGERPRINT_BYTES = 16
-POSITION = struct.Struct("<cxHIq")  # door ("k" or "h"), partition, -, offset
+# "k", partition, 0, offset; or "h", 0, a number for the process that claimed, and when, in ms.
+POSITION = struct.Struct("<cxHIq")
 assert POSITION.size == 16
 CLAIM_BYTES = FINGERPRINT_BYTES + POSITION.size
+# Who claimed over HTTP is alone with the transaction for so long. After CLAIM_FREE_MS another may decide it as well, and then the answer
+# that Redis has first stands for both. What lies between is for a SET on its way and for clocks that differ.
+CLAIM_ALONE_MS = 30
+CLAIM_FREE_MS = 45
 
 
 def _script(*names: str) -> str:
@@ -163,6 +168,7 @@ def _script(*names: str) -> str:
 # A batch at once, for one Redis; and one entity, for a cluster, where a script may touch one hash slot.
 OBSERVE_LUA = _script("entity", "observe")
 OBSERVE_ENTITY_LUA = _script("entity", "observe_entity")
+SETTLE_LUA = _script("settle")
 MERGE_LUA = _script("merge")
 LABELS_LUA = _script("labels")
 RESTORE_LUA = _script("restore")

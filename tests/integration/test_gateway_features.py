@@ -132,6 +132,28 @@ def test_an_answered_retry_is_settled_and_counts_once(stack: Stack, settings: Se
     assert last.seq[0, 0] == first.seq[0, 0] + 1
 
 
+def test_who_overtakes_counts_once_and_of_two_answers_the_first_stands(stack: Stack, settings: Settings) -> None:
+    assert stack.pid("redis")
+    run = secrets.token_hex(4)
+
+    async def use(store: Store, _: RedisLink) -> None:
+        t = make_transaction(run, card_id=run)
+        mine, other, alone = make_job(t), make_job(t, process=2), make_job(make_transaction(f"{run}-alone", card_id=run))
+        first = await observe(store, mine)
+        assert (await observe(store, other)).settled == [mine.claim]
+        other.overtakes = mine.claim
+        again = await observe(store, other)
+        assert again.settled == [None]
+        assert again.seq.tolist() == first.seq.tolist()
+        assert np.array_equal(again.matrix, first.matrix, equal_nan=True)
+        theirs = other.claim + b"theirs"
+        assert await store.settle([(other, theirs), (alone, alone.claim + b"answer")], 5.0) == [None, None]
+        assert await store.settle([(mine, mine.claim + b"mine")], 5.0) == [theirs]
+        assert (await observe(store, mine, alone)).settled == [theirs, alone.claim + b"answer"]
+
+    with_store(settings, use)
+
+
 def test_a_what_if_read_changes_nothing(stack: Stack, settings: Settings) -> None:
     assert stack.pid("redis")
     run = secrets.token_hex(4)

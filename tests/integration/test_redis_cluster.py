@@ -173,6 +173,27 @@ def test_a_redelivery_keeps_its_place_and_a_retry_through_another_gateway_is_set
     assert settled.settled == [jobs[0].claim]
 
 
+def test_who_overtakes_counts_once_and_of_two_answers_the_first_stands(cluster: Cluster) -> None:
+    run = secrets.token_hex(4)
+
+    async def use(store: Store, other_store: Store) -> None:
+        t = make_transaction(run, card_id=run)
+        mine, other, alone = make_job(t), make_job(t, process=2), make_job(make_transaction(f"{run}-alone", card_id=run))
+        first = await observe(store, mine)
+        assert (await observe(other_store, other)).settled == [mine.claim]
+        other.overtakes = mine.claim
+        again = await observe(other_store, other)
+        assert again.settled == [None]
+        assert again.seq.tolist() == first.seq.tolist()
+        assert np.array_equal(again.matrix, first.matrix, equal_nan=True)
+        theirs = other.claim + b"theirs"
+        assert await other_store.settle([(other, theirs), (alone, alone.claim + b"answer")], 5.0) == [None, None]
+        assert await store.settle([(mine, mine.claim + b"mine")], 5.0) == [theirs]
+        assert (await observe(store, mine, alone)).settled == [theirs, alone.claim + b"answer"]
+
+    with_stores(cluster, 2, use)
+
+
 def test_of_fifty_simultaneous_charges_on_two_gateways_the_kth_sees_k_minus_one(cluster: Cluster) -> None:
     run = secrets.token_hex(4)
     jobs = [make_job(make_transaction(f"{run}-{i}", card_id=run, customer_id=run)) for i in range(50)]

@@ -17,7 +17,7 @@ from gateway.avro import encode_transaction
 from gateway.bodies import read_bodies
 from gateway.contracts.decision import Answer, Door, Outcome
 from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT, LABELLED
-from gateway.contracts.layout import PROGRESS_KEY, Progress
+from gateway.contracts.layout import POSITION, PROGRESS_KEY, Progress
 from gateway.contracts.model_meta import (
     GOLDEN_FILE,
     INPUT_NAME,
@@ -30,7 +30,7 @@ from gateway.contracts.model_meta import (
     write_manifest,
 )
 from gateway.contracts.transaction import RefusedError, Transaction
-from gateway.job import HTTP_POSITION, Job, Result, Verdict, fingerprint_of, http_job, kafka_position
+from gateway.job import Job, Result, Verdict, fingerprint_of, http_job, kafka_position
 from gateway.redis_link import RedisUnavailableError, Sent
 from gateway.requests import Requests, read_requests
 from gateway.store import Observation
@@ -54,15 +54,23 @@ def make_transaction(transaction_id: str = "t1", **changes: Any) -> Transaction:
     return Transaction(**(values | changes))
 
 
-def make_job(t: Transaction | None = None, *, offset: int | None = None, deadline_s: float | None = None) -> Job:
-    """From the Kafka door when an offset is given, else from the HTTP door."""
+def make_job(
+    t: Transaction | None = None,
+    *,
+    offset: int | None = None,
+    deadline_s: float | None = None,
+    process: int = 1,
+    claimed_ms: int = NOW_MS,
+) -> Job:
+    """From the Kafka door when an offset is given, else from the HTTP door of a process."""
     t = make_transaction() if t is None else t
     from_kafka = offset is not None
+    position = POSITION.pack(b"h", 0, process, claimed_ms) if offset is None else kafka_position(0, offset)
     return Job(
         transaction_id=t.transaction_id,
         card_id=t.card_id.encode(),
         payload=encode_transaction(t),
-        claim=fingerprint_of(encode_transaction(t)) + (HTTP_POSITION if offset is None else kafka_position(0, offset)),
+        claim=fingerprint_of(encode_transaction(t)) + position,
         door=Door.KAFKA if from_kafka else Door.HTTP,
         arrived_ms=NOW_MS,
         received_ms=NOW_MS,
@@ -80,7 +88,7 @@ def read_job(body: bytes, received_s: float, deadline_s: float) -> Job | Refused
         return record
     requests = read_requests([record], np.array([-1]))
     fingerprint = fingerprint_of(record)
-    return http_job(requests.ids()[0], requests.cards()[0], record, fingerprint, NOW_MS, received_s, deadline_s)
+    return http_job(requests.ids()[0], requests.cards()[0], record, fingerprint, NOW_MS, NOW_MS, received_s, deadline_s, 1)
 
 
 def make_answer(transaction_id: str = "t1") -> Answer:
@@ -155,6 +163,9 @@ class StubStore:
         self.failed_records = 0
         self.timeouts_s: list[float] = []
         self.recorded: list[Job] = []
+        # What another gateway answered meanwhile, for every transaction; and those that it was asked for.
+        self.answered: bytes | None = None
+        self.asked: list[Job] = []
 
     async def observe(
         self, _batch: Sequence[Job], _requests: Requests, timeout_s: float, update: bool = True
@@ -165,6 +176,10 @@ class StubStore:
 
     def record(self, records: Sequence[tuple[Job, bytes]], commands: bytes | None = None) -> None:
         self.recorded += [job for job, _ in records]
+
+    async def settle(self, records: Sequence[tuple[Job, bytes]], timeout_s: float) -> list[bytes | None]:
+        self.asked += [job for job, _ in records]
+        return [self.answered] * len(records)
 
 
 def make_observation(rows: int, **features: float) -> Observation:

@@ -120,6 +120,37 @@ async def test_the_next_batch_collects_while_one_is_in_flight() -> None:
     assert scorer.deciding == set()
 
 
+class ClaimedElsewhere(GatedScorer):
+    """Another process holds the claims, which are free in `free_in_s`; then they are decided here."""
+
+    def __init__(self, free_in_s: float) -> None:
+        super().__init__()
+        self.gate.set()
+        self.free_in_s = free_in_s
+
+    async def decide(self, jobs: Sequence[Job], requests: Requests | None) -> list[Result]:
+        results = await super().decide(jobs, requests)
+        return results if len(self.batches) > 1 else [Result(j, Verdict.IN_PROGRESS, free_in_s=self.free_in_s) for j in jobs]
+
+
+async def test_what_another_process_claimed_just_now_is_tried_again_when_it_is_free() -> None:
+    scorer = ClaimedElsewhere(0.01)
+    batcher = make_batcher(scorer)
+    first, retry = submit(batcher, body_of("a")), submit(batcher, body_of("a"))
+    results = await asyncio.gather(first, retry)
+    assert [r.verdict for r in results if r is not None] == [Verdict.DECIDED] * 2
+    assert scorer.batches == [["a"], ["a"]]
+    assert (batcher.in_flight, scorer.deciding) == (0, set())
+
+
+async def test_who_has_no_time_to_wait_for_another_process_is_told_that_it_is_deciding() -> None:
+    scorer = ClaimedElsewhere(20.0)
+    batcher = make_batcher(scorer)
+    assert await verdict_of(batcher, body_of("a")) is Verdict.IN_PROGRESS
+    assert scorer.batches == [["a"]]
+    assert batcher.in_flight == 0
+
+
 async def test_both_records_of_a_decision_are_published_before_the_reply() -> None:
     scorer, publisher = GatedScorer(), StubPublisher()
     scorer.gate.set()

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -10,6 +10,7 @@ from gateway import scorer
 from gateway.avro import receipt_of
 from gateway.contracts.decision import Outcome
 from gateway.contracts.features import FEATURE_INDEX
+from gateway.contracts.layout import CLAIM_ALONE_MS, CLAIM_FREE_MS
 from gateway.contracts.reasons import REASONS_MAX
 from gateway.job import Job, Result, Verdict
 from gateway.metrics import Metrics
@@ -18,7 +19,6 @@ from gateway.policy import load_policy
 from gateway.policy_slot import PolicySlot
 from gateway.reasons import ASKED_ROWS_MAX
 from gateway.recent import RecentDecisions
-from gateway.requests import Requests
 from gateway.scorer import Scorer
 from gateway.store import Observation
 from gateway.unobserved import Unobserved
@@ -148,44 +148,69 @@ async def test_a_retry_gets_the_recorded_answer_and_no_receipt(slot: ModelSlot) 
     assert store.recorded == []
 
 
-class HaltedStore(StubStore):
-    """Another gateway decides while this process is halted: the first look finds nothing, later ones `before`."""
-
-    def __init__(self, before: bytes | None) -> None:
-        super().__init__(make_observation(1))
-        self._before = before
-
-    async def observe(self, batch: Sequence[Job], requests: Requests, timeout_s: float, update: bool = True) -> Observation | None:
-        found = await super().observe(batch, requests, timeout_s, update)
-        if self._before is not None:
-            self.observation = settled_by(self._before)
-        return found
+# A clock that stands at the deadline's beginning until Redis has answered, and then `late_ms` further.
+def clock_of(late_ms: float) -> Callable[[], float]:
+    times = iter([100.0, 100.0])
+    return lambda: next(times, 100.0 + late_ms / 1000)
 
 
-async def test_a_gateway_that_was_halted_past_the_deadline_tells_what_another_decided_and_no_more(slot: ModelSlot) -> None:
+async def test_a_gateway_that_was_halted_tells_what_another_decided_and_no_more(slot: ModelSlot) -> None:
     job = make_job(deadline_s=100.080)
-    store = HaltedStore(job.claim + msgspec.msgpack.encode(make_answer()))
-    clock = iter([100.0, *[115.0] * 50])
-    scorer = make_scorer(store, slot, clock=lambda: next(clock))
+    store = StubStore(make_observation(1))
+    store.answered = make_job(process=2).claim + msgspec.msgpack.encode(make_answer())
+    scorer = make_scorer(store, slot, clock=clock_of(15_000))
     [result] = await scorer.decide([job])
     assert (result.verdict, result.answer, result.receipt) == (Verdict.DUPLICATE, make_answer(), None)
-    assert store.recorded == []
+    assert (store.asked, store.recorded) == ([job], [])
+    # A retry that comes to this gateway is told the same: it doesn't remember its own.
+    retry = make_job(deadline_s=200.0)
+    store.observation = settled_by(store.answered)
+    [again] = await scorer.decide([retry])
+    assert again.answer == make_answer()
 
 
-async def test_a_late_gateway_that_nobody_overtook_decides_itself(slot: ModelSlot) -> None:
-    store = HaltedStore(None)
-    clock = iter([100.0, *[115.0] * 50])
+@pytest.mark.parametrize(("late_ms", "asks"), [(CLAIM_ALONE_MS - 1, False), (CLAIM_ALONE_MS + 1, True)])
+async def test_only_who_is_late_asks_whether_another_was_faster(slot: ModelSlot, late_ms: int, asks: bool) -> None:
     job = make_job(deadline_s=100.080)
-    [result] = await make_scorer(store, slot, clock=lambda: next(clock)).decide([job])
-    assert result.verdict is Verdict.DECIDED and result.receipt is not None
-    assert store.recorded == [job]
-    assert len(store.timeouts_s) == 2
-
-
-async def test_who_is_in_time_looks_once(slot: ModelSlot) -> None:
     store = StubStore(make_observation(1))
-    await make_scorer(store, slot, clock_s=100.0).decide([make_job(deadline_s=100.080)])
-    assert len(store.timeouts_s) == 1
+    [result] = await make_scorer(store, slot, clock=clock_of(late_ms)).decide([job])
+    assert result.verdict is Verdict.DECIDED and result.receipt is not None
+    # Who asks stores its answer by that.
+    assert (store.asked, store.recorded) == (([job], []) if asks else ([], [job]))
+
+
+async def test_without_redis_nobody_waits_for_it_once_more_before_the_deadline(slot: ModelSlot) -> None:
+    for late_ms, asked in ((60, 0), (90, 1)):
+        store = StubStore(None)
+        await make_scorer(store, slot, clock=clock_of(late_ms)).decide([make_job(deadline_s=100.080)])
+        assert len(store.asked) == asked
+
+
+async def test_a_claim_without_an_answer_is_free_after_a_while_and_then_the_first_answer_stands(slot: ModelSlot) -> None:
+    first = make_job(process=2, claimed_ms=NOW_MS - CLAIM_FREE_MS)
+
+    class Claimed(StubStore):
+        """As in Redis: under another claim it is settled, under that claim it may be decided."""
+
+        async def observe(self, batch, requests, timeout_s, update=True):  # type: ignore[no-untyped-def]
+            self.observation = make_observation(1) if batch[0].held_claim == first.claim else settled_by(first.claim)
+            return await super().observe(batch, requests, timeout_s, update)
+
+    job, store = make_job(), Claimed(None)
+    [taken] = await make_scorer(store, slot).decide([job])
+    assert (taken.verdict, store.asked, store.recorded) == (Verdict.DECIDED, [job], [])
+    store.answered = first.claim + msgspec.msgpack.encode(make_answer())
+    [slower] = await make_scorer(store, slot).decide([make_job()])
+    assert (slower.verdict, slower.answer, slower.receipt) == (Verdict.DUPLICATE, make_answer(), None)
+
+
+@pytest.mark.parametrize(("claimed_ago_ms", "free_in_ms"), [(0, 45), (44, 1), (-5_000, 45)])
+async def test_a_young_claim_of_another_process_is_left_to_it(slot: ModelSlot, claimed_ago_ms: int, free_in_ms: int) -> None:
+    before = make_job(process=2, claimed_ms=NOW_MS - claimed_ago_ms).claim
+    store = StubStore(settled_by(before))
+    [result] = await make_scorer(store, slot).decide([make_job()])
+    assert (result.verdict, result.answer) == (Verdict.IN_PROGRESS, None)
+    assert result.free_in_s == pytest.approx(free_in_ms / 1000)
 
 
 async def test_another_body_is_a_conflict(slot: ModelSlot) -> None:
@@ -205,13 +230,13 @@ async def test_a_second_record_of_kafka_is_left_to_the_first(slot: ModelSlot) ->
 
 
 async def test_kafka_leaves_to_http_what_it_is_deciding_and_takes_over_what_it_never_answered(slot: ModelSlot) -> None:
-    http = make_job()
+    http = make_job(claimed_ms=NOW_MS - 20)
 
     class OnceSettled(StubStore):
         async def observe(self, batch, request, timeout_s, update=True):  # type: ignore[no-untyped-def]
             found = await super().observe(batch, request, timeout_s, update)
             self.observation = make_observation(1)
-            self.claims = [job.claim for job in batch]
+            self.claims = [job.held_claim for job in batch]
             return found
 
     scorer = make_scorer(StubStore(settled_by(http.claim)), slot)
@@ -220,9 +245,12 @@ async def test_kafka_leaves_to_http_what_it_is_deciding_and_takes_over_what_it_n
     assert left.verdict is Verdict.DUPLICATE
 
     store = OnceSettled(settled_by(http.claim))
-    [taken] = await make_scorer(store, slot).decide([make_job(offset=4)])
+    job = make_job(offset=4)
+    [taken] = await make_scorer(store, slot).decide([job])
     assert taken.verdict is Verdict.DECIDED
-    assert store.claims == [http.claim]
+    assert (store.claims, store.asked) == ([http.claim], [job])
+    # Under its own claim, so that it is decided again when it is delivered again.
+    assert job.claim == make_job(offset=4).claim
 
 
 async def test_what_was_decided_without_redis_is_kept_to_be_observed(slot: ModelSlot) -> None:
