@@ -177,7 +177,7 @@ class Settings:
     idempotency_window_s: int = _setting(600, "how long a retry gets the same answer, seconds", least=1, most=86_400)
     batch_rows_max: int = _setting(256, "most transactions in one micro-batch", least=1, most=512)
     batch_interval_ms: int = _setting(
-        5,
+        8,
         "least time between the beginnings of two micro-batches over HTTP of less than 64, milliseconds; the first after a pause begins at"
         " once",
         least=0,
