@@ -32,8 +32,8 @@ from gateway.contracts.settings import ENV_PREFIX, Settings, settings_env
 PROBE_TIMEOUT_S = 2.0
 KAFKA_HEAP_MB = 512
 REGISTRY_HEAP_MB = 256
-# Below everything a customer waits for: a tenth of the share of what isn't nice, when the machine is busy.
-JOBS_NICENESS = 10
+# Below everything a customer waits for: a third of the share of what isn't nice, when the machine is busy.
+JOBS_NICENESS = 5
 # Partitions of Kafka's own topics. Kafka's default of 50 costs seconds at the first start and is for clusters.
 INTERNAL_PARTITIONS = 8
 REGISTRY_ARCHIVE = "apicurio-registry-app-2.6.13.Final-all.tar.gz"
