@@ -51,7 +51,7 @@ Done = Callable[[Result | RefusedError | None, float], None]
 class Accepted:
     """One body that is not answered yet, and whom to tell: its caller, then those who retried it meanwhile."""
 
-    __slots__ = ("body", "deadline_s", "done", "explain", "job", "received_s", "retries", "traceparent")
+    __slots__ = ("body", "deadline_s", "done", "explain", "job", "received_s", "retries", "traceparent", "waited")
 
     # Once the body is read.
     job: Job
@@ -66,6 +66,8 @@ class Accepted:
         self.explain = explain
         self.traceparent = traceparent
         self.retries: list[Done] | None = None
+        # For another process that had claimed the same transaction.
+        self.waited = False
 
     def tell(self, result: Result | RefusedError | None, now_s: float) -> None:
         self.done(result, now_s)
@@ -214,6 +216,7 @@ class Batcher:
                 transaction_id, card_id, record, fingerprint, received_ms, now_ms, received_s, accepted.deadline_s, self._process
             )
             job.explain = accepted.explain
+            job.patient = not accepted.waited
             if self._tracer is not None and accepted.traceparent is not None:
                 job.traceparent = accepted_traceparent(accepted.traceparent)
             first = in_flight.setdefault(transaction_id, accepted)
@@ -339,6 +342,7 @@ class Batcher:
             deciding.discard(transaction_id)
             if result is not None and result.free_in_s is not None and now_s + result.free_in_s < accepted.deadline_s:
                 # Another process claimed it just now. By then it has an answer, or is to be decided here.
+                accepted.waited = True
                 asyncio.get_running_loop().call_later(result.free_in_s, self._again, accepted)
                 told = [other for other in told if other is not accepted]
                 continue

@@ -46,6 +46,8 @@ class Job:
     # The caller's W3C context of a trace, or that of the decision's own span once it is traced; goes on with the receipt.
     traceparent: bytes | None = None
     overtakes: bytes | None = None
+    # It has not waited for another process yet.
+    patient: bool = True
 
     @property
     def held_claim(self) -> bytes:

@@ -20,7 +20,7 @@ from gateway.answers import encode_answers, gather, make_answers
 from gateway.console.tap import Tap
 from gateway.contracts.decision import RISK_SCORE_MAX, Door, Outcome, Route
 from gateway.contracts.features import ENTITIES, LABELLED
-from gateway.contracts.layout import CLAIM_ALONE_MS, CLAIM_BYTES, CLAIM_FREE_MS, FINGERPRINT_BYTES
+from gateway.contracts.layout import CLAIM_ALONE_MS, CLAIM_BYTES, CLAIM_DEAD_MS, CLAIM_FREE_MS, CLAIM_PATIENCE_MS, FINGERPRINT_BYTES
 from gateway.contracts.reasons import Degraded
 from gateway.explore import Explorer
 from gateway.job import Job, Result, Verdict, claimed_ago_ms, requests_of
@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 # What is left of the budget must hold the model, the policy and the reply.
 TAIL_BUDGET_MS = 10
+# Who waits for another process must have so long for Redis after that.
+PATIENT_REDIS_MS = 15
 MODEL_BUDGET_MS = 5
 assert MODEL_BUDGET_MS < TAIL_BUDGET_MS
 # Nobody waits at the Kafka door, so it gives Redis more time before it goes on without.
@@ -235,12 +237,19 @@ class Scorer:
                 results[i] = Result(job, Verdict.DUPLICATE)
             elif ago_ms is None:
                 results[i] = Result(job, Verdict.IN_PROGRESS)
-            elif job.door is Door.KAFKA or ago_ms >= CLAIM_FREE_MS:
+            elif job.door is Door.HTTP and (free_in_ms := _free_in_ms(ago_ms) or self._patience_ms(job, ago_ms)):
+                results[i] = Result(job, Verdict.IN_PROGRESS, free_in_s=free_in_ms / 1000)
+            else:
                 job.overtakes = before
                 overtaken.append(job)
-            else:
-                results[i] = Result(job, Verdict.IN_PROGRESS, free_in_s=_free_in_ms(ago_ms) / 1000)
         return results, overtaken
+
+    def _patience_ms(self, job: Job, claimed_ago_ms: int) -> int:
+        """How much longer to leave a claim that is free to who made it, which costs less than deciding it as well."""
+        if not job.patient or claimed_ago_ms >= CLAIM_DEAD_MS or job.deadline_s is None:
+            return 0
+        left_ms = (job.deadline_s - self._clock_s()) * 1000
+        return CLAIM_PATIENCE_MS if left_ms > CLAIM_PATIENCE_MS + TAIL_BUDGET_MS + PATIENT_REDIS_MS else 0
 
     async def _decide_fresh(
         self,

@@ -159,6 +159,9 @@ CLAIM_BYTES = FINGERPRINT_BYTES + POSITION.size
 # that Redis has first stands for both. What lies between is for a SET on its way and for clocks that differ.
 CLAIM_ALONE_MS = 30
 CLAIM_FREE_MS = 45
+# Whoever has the time waits so much longer: most such processes are slow, and few are dead. After CLAIM_DEAD_MS nobody does.
+CLAIM_PATIENCE_MS = 15
+CLAIM_DEAD_MS = 250
 
 
 def _script(*names: str) -> str:

@@ -10,7 +10,7 @@ from gateway import scorer
 from gateway.avro import receipt_of
 from gateway.contracts.decision import Outcome
 from gateway.contracts.features import FEATURE_INDEX
-from gateway.contracts.layout import CLAIM_ALONE_MS, CLAIM_FREE_MS
+from gateway.contracts.layout import CLAIM_ALONE_MS, CLAIM_DEAD_MS, CLAIM_FREE_MS, CLAIM_PATIENCE_MS
 from gateway.contracts.reasons import REASONS_MAX
 from gateway.job import Job, Result, Verdict
 from gateway.metrics import Metrics
@@ -186,22 +186,44 @@ async def test_without_redis_nobody_waits_for_it_once_more_before_the_deadline(s
         assert len(store.asked) == asked
 
 
+class Claimed(StubStore):
+    """As in Redis, which holds the claim of `first`: any other is settled by it, under that claim it may be decided."""
+
+    def __init__(self, first: Job) -> None:
+        super().__init__(None)
+        self._first = first
+
+    async def observe(self, batch, requests, timeout_s, update=True):  # type: ignore[no-untyped-def]
+        held = batch[0].held_claim
+        self.observation = make_observation(1) if held == self._first.claim else settled_by(self._first.claim)
+        return await super().observe(batch, requests, timeout_s, update)
+
+
 async def test_a_claim_without_an_answer_is_free_after_a_while_and_then_the_first_answer_stands(slot: ModelSlot) -> None:
     first = make_job(process=2, claimed_ms=NOW_MS - CLAIM_FREE_MS)
 
-    class Claimed(StubStore):
-        """As in Redis: under another claim it is settled, under that claim it may be decided."""
-
-        async def observe(self, batch, requests, timeout_s, update=True):  # type: ignore[no-untyped-def]
-            self.observation = make_observation(1) if batch[0].held_claim == first.claim else settled_by(first.claim)
-            return await super().observe(batch, requests, timeout_s, update)
-
-    job, store = make_job(), Claimed(None)
+    job, store = make_job(), Claimed(first)
     [taken] = await make_scorer(store, slot).decide([job])
     assert (taken.verdict, store.asked, store.recorded) == (Verdict.DECIDED, [job], [])
     store.answered = first.claim + msgspec.msgpack.encode(make_answer())
     [slower] = await make_scorer(store, slot).decide([make_job()])
     assert (slower.verdict, slower.answer, slower.receipt) == (Verdict.DUPLICATE, make_answer(), None)
+
+
+@pytest.mark.parametrize(
+    ("claimed_ago_ms", "left_ms", "waited", "waits"),
+    [(65, 50, False, True), (65, 50, True, False), (65, 39, False, False), (CLAIM_DEAD_MS, 50, False, False)],
+)
+async def test_a_claim_that_is_free_is_left_to_it_once_more_by_who_has_the_time(
+    slot: ModelSlot, claimed_ago_ms: int, left_ms: int, waited: bool, waits: bool
+) -> None:
+    first = make_job(process=2, claimed_ms=NOW_MS - claimed_ago_ms)
+
+    job = make_job(deadline_s=100.0 + left_ms / 1000)
+    job.patient = not waited
+    [result] = await make_scorer(Claimed(first), slot, clock_s=100.0).decide([job])
+    assert result.verdict is (Verdict.IN_PROGRESS if waits else Verdict.DECIDED)
+    assert result.free_in_s == (CLAIM_PATIENCE_MS / 1000 if waits else None)
 
 
 @pytest.mark.parametrize(("claimed_ago_ms", "free_in_ms"), [(0, 45), (44, 1), (-5_000, 45)])
