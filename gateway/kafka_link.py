@@ -90,6 +90,8 @@ class Link:
         self._partitions: dict[str, int] = {}
         # By partition of transactions.
         self._ends: dict[int, int] = {}
+        # Those of which offsets were committed here.
+        self._moved: set[int] = set()
         self._abandoned = threading.Event()
         self._failed: list[KafkaError] = []
         self._all_down = False
@@ -174,6 +176,7 @@ class Link:
         try:
             deadline_s = time.monotonic() + COMMIT_TIMEOUT_S
             offsets = [TopicPartition(TRANSACTIONS, partition, offset) for partition, offset in next_offsets.items()]
+            self._moved.update(next_offsets)
             self._turn = (self._turn + 1) % len(self._producers)
             producer = self._producers[self._turn]
             if self._exactly_once:
@@ -248,6 +251,9 @@ class Link:
         ours = [TopicPartition(TRANSACTIONS, p) for p in self.membership.partitions]
         try:
             for at in self._consumer.committed(ours, timeout=METADATA_TIMEOUT_S):
+                # In the middle of a rebalance the broker may not tell. To begin at the beginning then would decide everything again.
+                if at.error is not None or (at.offset < 0 and at.partition in self._moved):
+                    raise LinkLostError(f"where partition {at.partition} goes on can't be read: {at.error}")
                 start = at.offset if at.offset >= 0 else OFFSET_BEGINNING
                 self._consumer.seek(TopicPartition(TRANSACTIONS, at.partition, start))
         except KafkaException as exc:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -200,6 +201,7 @@ def fold_departed(directory: Path, name: str) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
+    # Its own: two who ask at once are told by two threads.
+    part = path.with_name(f".{path.name}.{threading.get_ident()}.part")
     part.write_bytes(data)
     part.replace(path)

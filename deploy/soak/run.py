@@ -36,7 +36,7 @@ FAULT_ENDS_WITHIN_S = 240.0
 RECORDED_WITHIN_S = 180.0
 QUARANTINE_WITHIN_S = 60.0
 # The streams may have lost minutes to a fault, and catch up faster than the load was.
-TABLES_WITHIN_S = 900.0
+TABLES_WITHIN_S = 1800.0
 TOLD_EVERY_S = 10
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Consumer
+from confluent_kafka import Consumer, TopicPartition
 
 from deploy.stack import Stack
 from gateway.avro import SchemaBook
@@ -95,6 +95,35 @@ def test_a_second_gateway_of_the_same_name_fences_the_first(stack: Stack, settin
         for link in (one, two):
             link.close_producers()
             link.close_consumer()
+
+
+def test_while_anothers_transaction_holds_the_offsets_back_nothing_is_read_from_the_beginning(
+    stack: Stack, settings: Settings
+) -> None:
+    """What was decided longer ago than the idempotency window would be decided again."""
+    group = name("group")
+    t = make_transaction(name("t"))
+    produce(settings, [(t.card_id, encode_json(t))])
+    link = make_link(settings, group, "one")
+    try:
+        link.open()
+        membership, messages = poll_until_messages(link)
+        committed = next_offsets(messages)
+        link.commit([], committed, membership)
+        # As of a gateway that was stopped in the middle of a chunk; the broker aborts it later.
+        stopped = link._producers[0]
+        stopped.begin_transaction()
+        stopped.send_offsets_to_transaction([TopicPartition(TRANSACTIONS, p, o) for p, o in committed.items()], membership.metadata)
+        aborted = threading.Timer(2.0, stopped.abort_transaction)
+        aborted.start()
+        link._rewind()
+        aborted.join()
+        produce(settings, [(t.card_id, encode_json(make_transaction(name("t"), card_id=t.card_id)))])
+        _, later = poll_until_messages(link)
+        assert all(m.offset >= committed.get(m.partition, 0) for m in later)
+    finally:
+        link.close_producers()
+        link.close_consumer()
 
 
 @pytest.mark.slow

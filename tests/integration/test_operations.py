@@ -71,8 +71,7 @@ def test_the_first_five_minutes(running: Settings) -> None:
     status, ready = request(running, "GET", "/readyz")
     assert (status, ready["degraded"]) == (200, [])
     done(running, "deploy", "--status")
-    # The demo promoted its model.
-    assert "promote" in done(running, "audit", "--changes", "--last", "20")
+    assert "policy_loaded" in done(running, "audit", "--changes", "--last", "20")
 
 
 def test_redis_is_rebuilt_by_hand_with_the_jobs_stopped(running: Settings) -> None:

@@ -165,7 +165,8 @@ def test_a_new_version_takes_over_under_load_and_no_request_fails(here: Stack, s
     assert here.pid(SERVICE_OF[before]) is None
     assert_each_decided_once(tail, set(load.ids) | by_kafka, "a deploy under load")
     tail.close()
-    assert answers_through_the_proxy(here)
+    # It joins its consumer group again.
+    wait_until(lambda: answers_through_the_proxy(here), READY_WITHIN_S, "the version that has the traffic is whole")
     entry = read_audit(own.models_path)[0][-1]
     assert (entry.action, entry.subject, entry.reason) == ("deploy", "gateway", "a test")
     assert entry.after is not None
@@ -255,7 +256,8 @@ def assert_goes_back(here: Stack, said: str, *arguments: str) -> Offered:
     assert "has all the traffic" in done.stderr
     assert (active(here), here.pid(SERVICE_OF[before])) == (before, pid)
     assert here.pid(SERVICE_OF[GREEN if before == BLUE else BLUE]) is None
-    assert answers_through_the_proxy(here)
+    # It joins its consumer group again.
+    wait_until(lambda: answers_through_the_proxy(here), READY_WITHIN_S, "the version that has the traffic is whole")
     assert read_state(here.settings.home_path).trial is None  # type: ignore[union-attr]
     entry = read_audit(here.settings.models_path)[0][-1]
     assert (entry.action, entry.before) == ("deploy_failed", entry.after)
@@ -331,7 +333,8 @@ def test_a_deploy_that_is_killed_half_way_is_settled(here: Stack, tmp_path: Path
     assert_none_failed(offered)
     assert active(here) == before
     assert run_command(own, "deploy", "--status").returncode == 0
-    assert answers_through_the_proxy(here)
+    # It joins its consumer group again.
+    wait_until(lambda: answers_through_the_proxy(here), READY_WITHIN_S, "the version that has the traffic is whole")
 
 
 @pytest.mark.slow
