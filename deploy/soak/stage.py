@@ -89,7 +89,7 @@ def soak_settings(home: Path, webhook: str) -> Settings:
         "spark_optimise_calls": SPARK_OPTIMISE_CALLS,
     }
     changed |= {name: webhook for name in names if name in WEBHOOKS}
-    return replace(load_settings(), home=str(home), host="127.0.0.1", spark_cores=1, **changed)
+    return replace(load_settings(), home=str(home), host="127.0.0.1", **changed)
 
 
 class Stage:
