@@ -28,6 +28,7 @@ from confluent_kafka import Producer
 
 from deploy.monitoring.dashboards.checks import plain, queries_of
 from deploy.monitoring.dashboards.commands import FOLDER
+from deploy.services import http_ok
 from deploy.stack import Stack
 from deploy.toolchain import find_prometheus
 from gateway.avro import encode_receipt
@@ -138,6 +139,7 @@ def a_prometheus(settings: Settings, folder: Path) -> Iterator[str]:
     with (folder / "prometheus.log").open("w") as log:
         process = subprocess.Popen([*argv, f"--web.listen-address={HOST}:{port}"], stdout=log, stderr=log)
         try:
+            wait_until(lambda: http_ok(f"http://{HOST}:{port}/-/ready"), READY_S, "Prometheus is ready")
             yield f"{HOST}:{port}"
         finally:
             process.terminate()
