@@ -95,12 +95,14 @@ def make_models(folder: Path) -> str:
 
 
 def make_policy(folder: Path) -> str:
-    """The shipped policy, whose declines and large reviews are told to a webhook."""
+    """The shipped policy, whose declines and large reviews are told to a webhook, and a rule in shadow that often would have fired."""
     shutil.copytree(SHIPPED, folder)
     file = folder / "policy.yaml"
     text = file.read_text().replace("outcomes: [decline]}", "outcomes: [decline], webhooks: [desk]}")
     assert "webhooks: [desk]" in text
     file.write_text(text)
+    rule = "id: any-amount, state: shadow, owner: risk, text: Nearly all., when: amount_minor > 1, outcome: review, reason: AMOUNT_UNUSUAL"
+    (folder / "rules/shadow.yaml").write_text(f"rules:\n  - {{{rule}}}\n")
     return str(folder)
 
 
