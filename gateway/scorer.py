@@ -346,6 +346,9 @@ class Scorer:
             # Nobody at the Kafka door reads them.
             answers = [None] * len(fresh)
         elsewhere = await self._answered_elsewhere(fresh, stored.records, observation, timing.started_s)
+        if elsewhere is None:
+            # At once: between the look at the clock and this, the process should not lose its core.
+            self._store.record(list(zip(fresh, stored.records, strict=True)), stored.commands)
         records: list[tuple[Job, bytes]] = []
         nowhere: Sequence[bytes | None] = [None] * len(fresh)
         for i, job, settled, answer, record, receipt, outcome in zip(
@@ -363,8 +366,6 @@ class Scorer:
         if self._tracer is not None:
             decided = [result for i in rows.tolist() if (result := results[i]) is not None]
             self._tracer.sample(requests, rows, decided, _steps(timing, observation, len(fresh), steering))
-        if elsewhere is None:
-            self._store.record(records, stored.commands)
         if self.tap is not None and self.tap.watching:
             self.tap.offer(results)
         self._count(fresh, outcomes, decisions, degraded, timing)
