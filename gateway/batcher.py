@@ -336,7 +336,7 @@ class Batcher:
         """Tell every caller and forget the batch, but for those who wait on. Returns who was told, and when."""
         now_s = self._clock_s()
         in_flight, deciding = self._in_flight, self._scorer.deciding
-        told = batch
+        told: list[Accepted] = []
         for accepted, result in zip(batch, results, strict=True):
             transaction_id = accepted.job.transaction_id
             deciding.discard(transaction_id)
@@ -344,9 +344,9 @@ class Batcher:
                 # Another process claimed it just now. By then it has an answer, or is to be decided here.
                 accepted.waited = True
                 asyncio.get_running_loop().call_later(result.free_in_s, self._again, accepted)
-                told = [other for other in told if other is not accepted]
                 continue
             del in_flight[transaction_id]
+            told.append(accepted)
             self._tell(accepted, result, now_s)
         return told, now_s
 

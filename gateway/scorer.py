@@ -350,9 +350,8 @@ class Scorer:
             # At once: between the look at the clock and this, the process should not lose its core.
             self._store.record(list(zip(fresh, stored.records, strict=True)), stored.commands)
         records: list[tuple[Job, bytes]] = []
-        nowhere: Sequence[bytes | None] = [None] * len(fresh)
         for i, job, settled, answer, record, receipt, outcome in zip(
-            rows.tolist(), fresh, elsewhere or nowhere, answers, stored.records, receipts, outcomes, strict=True
+            rows.tolist(), fresh, elsewhere or [None] * len(fresh), answers, stored.records, receipts, outcomes, strict=True
         ):
             if settled is not None:
                 results[i] = Result(job, Verdict.DUPLICATE, record=settled)

@@ -20,6 +20,7 @@ from gateway.job import Job, requests_of
 from gateway.redis_link import RedisLink
 from gateway.store import Observation, Store
 from tests.helpers import until
+from tests.integration.overtaking import assert_counts_once_and_the_first_answer_stands
 from tests.oracle import Oracle, differences
 from tests.unit.gateway.factories import NOW_MS, make_job, make_transaction
 
@@ -137,19 +138,7 @@ def test_who_overtakes_counts_once_and_of_two_answers_the_first_stands(stack: St
     run = secrets.token_hex(4)
 
     async def use(store: Store, _: RedisLink) -> None:
-        t = make_transaction(run, card_id=run)
-        mine, other, alone = make_job(t), make_job(t, process=2), make_job(make_transaction(f"{run}-alone", card_id=run))
-        first = await observe(store, mine)
-        assert (await observe(store, other)).settled == [mine.claim]
-        other.overtakes = mine.claim
-        again = await observe(store, other)
-        assert again.settled == [None]
-        assert again.seq.tolist() == first.seq.tolist()
-        assert np.array_equal(again.matrix, first.matrix, equal_nan=True)
-        theirs = other.claim + b"theirs"
-        assert await store.settle([(other, theirs), (alone, alone.claim + b"answer")], 5.0) == [None, None]
-        assert await store.settle([(mine, mine.claim + b"mine")], 5.0) == [theirs]
-        assert (await observe(store, mine, alone)).settled == [theirs, alone.claim + b"answer"]
+        await assert_counts_once_and_the_first_answer_stands(store, store, run)
 
     with_store(settings, use)
 

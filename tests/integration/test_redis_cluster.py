@@ -34,6 +34,7 @@ from tests.entities import EPOCH, Entities, events_of, make_stream
 from tests.helpers import running_command, until
 from tests.integration.gateway_helpers import Decisions, name, post, ready_without
 from tests.integration.gateway_helpers import make_transaction as make_payment
+from tests.integration.overtaking import assert_counts_once_and_the_first_answer_stands
 from tests.oracle import Oracle, differences
 from tests.redis_nodes import NODES, Cluster, running_cluster
 from tests.unit.gateway.factories import NOW_MS, make_job, make_transaction, write_model
@@ -177,19 +178,7 @@ def test_who_overtakes_counts_once_and_of_two_answers_the_first_stands(cluster: 
     run = secrets.token_hex(4)
 
     async def use(store: Store, other_store: Store) -> None:
-        t = make_transaction(run, card_id=run)
-        mine, other, alone = make_job(t), make_job(t, process=2), make_job(make_transaction(f"{run}-alone", card_id=run))
-        first = await observe(store, mine)
-        assert (await observe(other_store, other)).settled == [mine.claim]
-        other.overtakes = mine.claim
-        again = await observe(other_store, other)
-        assert again.settled == [None]
-        assert again.seq.tolist() == first.seq.tolist()
-        assert np.array_equal(again.matrix, first.matrix, equal_nan=True)
-        theirs = other.claim + b"theirs"
-        assert await other_store.settle([(other, theirs), (alone, alone.claim + b"answer")], 5.0) == [None, None]
-        assert await store.settle([(mine, mine.claim + b"mine")], 5.0) == [theirs]
-        assert (await observe(store, mine, alone)).settled == [theirs, alone.claim + b"answer"]
+        await assert_counts_once_and_the_first_answer_stands(store, other_store, run)
 
     with_stores(cluster, 2, use)
 

@@ -1,0 +1,34 @@
+"""One payment decided by two processes: what must hold of one Redis and of a cluster alike."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gateway.job import Job, requests_of
+from gateway.store import Observation, Store
+from tests.unit.gateway.factories import make_job, make_transaction
+
+BUDGET_S = 20.0
+
+
+async def _observe(store: Store, *jobs: Job) -> Observation:
+    found = await store.observe(jobs, requests_of(jobs), BUDGET_S)
+    assert found is not None
+    return found
+
+
+async def assert_counts_once_and_the_first_answer_stands(one: Store, other: Store, run: str) -> None:
+    """`one` claims a payment and is late; `other` decides it too and is faster. `run` makes the names of this test."""
+    t = make_transaction(run, card_id=run)
+    late, faster, alone = make_job(t), make_job(t, process=2), make_job(make_transaction(f"{run}-alone", card_id=run))
+    first = await _observe(one, late)
+    assert (await _observe(other, faster)).settled == [late.claim]
+    faster.overtakes = late.claim
+    again = await _observe(other, faster)
+    assert again.settled == [None]
+    assert again.seq.tolist() == first.seq.tolist()
+    assert np.array_equal(again.matrix, first.matrix, equal_nan=True)
+    theirs = faster.claim + b"theirs"
+    assert await other.settle([(faster, theirs), (alone, alone.claim + b"answer")], BUDGET_S) == [None, None]
+    assert await one.settle([(late, late.claim + b"ours")], BUDGET_S) == [theirs]
+    assert (await _observe(one, late, alone)).settled == [theirs, alone.claim + b"answer"]
