@@ -238,29 +238,36 @@ class Batcher:
 
     async def _run(self) -> None:
         while self._pending:
-            await self._collect()
-            taken, hurried = self._take()
-            batch, requests = self._read(taken)
-            if not batch:
-                continue
             try:
-                results = await self._scorer.decide([accepted.job for accepted in batch], requests)
-                records = [*transaction_records(results), *decision_records(results)]
+                await self._next_batch()
             except Exception:
-                # A bug must not leave callers waiting, nor stop the door.
-                log.exception("scorer: a batch of %d failed", len(batch))
-                self._answer(batch, [None] * len(batch))
-                continue
-            now_s = self._clock_s()
-            self._limit.note(now_s, now_s - batch[len(batch) // 2].received_s, self._open, self._loop_lag_s())
-            self._next_rows = min(self._batch_rows_max, max(OVERLAP_ROWS_MIN, len(batch)))
-            self._publish(batch, results, records, now_s, 0.0 if hurried else self._publish_budget_s)
-            if len(self._pending) < self._next_rows:
-                # A batch is in flight until Kafka has it: what comes meanwhile shares the next one's fixed costs, which at a few
-                # hundred requests a second is a third of the CPU. With as many waiting there is little more to share.
-                await self._next.wait()
+                # What became of this one is told by the log; the door goes on.
+                log.exception("http: a batch was not brought to its end")
             self._next_rows = 0
         self._running = None
+
+    async def _next_batch(self) -> None:
+        await self._collect()
+        taken, hurried = self._take()
+        batch, requests = self._read(taken)
+        if not batch:
+            return
+        try:
+            results = await self._scorer.decide([accepted.job for accepted in batch], requests)
+            records = [*transaction_records(results), *decision_records(results)]
+        except Exception:
+            # A bug must not leave callers waiting, nor stop the door.
+            log.exception("scorer: a batch of %d failed", len(batch))
+            self._answer(batch, [None] * len(batch))
+            return
+        now_s = self._clock_s()
+        self._limit.note(now_s, now_s - batch[len(batch) // 2].received_s, self._open, self._loop_lag_s())
+        self._next_rows = min(self._batch_rows_max, max(OVERLAP_ROWS_MIN, len(batch)))
+        self._publish(batch, results, records, now_s, 0.0 if hurried else self._publish_budget_s)
+        if len(self._pending) < self._next_rows:
+            # A batch is in flight until Kafka has it: what comes meanwhile shares the next one's fixed costs, which at a few
+            # hundred requests a second is a third of the CPU. With as many waiting there is little more to share.
+            await self._next.wait()
 
     async def _collect(self) -> None:
         """While batches follow each other closely, leave the next one a little time to grow: it shares what each batch costs."""

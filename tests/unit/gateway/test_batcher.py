@@ -160,6 +160,23 @@ async def test_both_records_of_a_decision_are_published_before_the_reply() -> No
     assert {r.key for r in publisher.sent} == {b"card-1"}
 
 
+async def test_a_batch_that_ends_in_an_error_does_not_stop_the_door(caplog: pytest.LogCaptureFixture) -> None:
+    class Fails(StubPublisher):
+        def send(self, records: Sequence[Record]) -> asyncio.Future[None]:
+            if not self.sent:
+                self.sent = list(records)
+                raise RuntimeError("a bug")
+            return super().send(records)
+
+    scorer = GatedScorer()
+    scorer.gate.set()
+    batcher = make_batcher(scorer, Fails())
+    submit(batcher, body_of("a"))
+    await turns()
+    assert "was not brought to its end" in caplog.text
+    assert await verdict_of(batcher, body_of("b")) is Verdict.DECIDED
+
+
 async def test_a_silent_kafka_costs_the_publish_budget_and_no_answer() -> None:
     scorer = GatedScorer()
     scorer.gate.set()
