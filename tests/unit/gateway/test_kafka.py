@@ -1,9 +1,11 @@
 import heapq
 import random
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from aiokafka import TopicPartition
 from aiokafka.partitioner import DefaultPartitioner
 
@@ -11,7 +13,9 @@ from gateway.avro import SchemaBook
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.transaction import encode_json
-from gateway.kafka import KafkaDoor, by_event_time
+from gateway.job import Job, Result, Verdict
+from gateway.kafka import SHARED_ROWS_MAX, KafkaDoor, by_event_time
+from gateway.kafka_link import Membership
 from gateway.metrics import Metrics
 from gateway.records import partition_of
 from tests.unit.gateway.factories import NOW_MS, make_transaction
@@ -68,6 +72,28 @@ def test_a_chunk_is_sorted_out_message_by_message() -> None:
     assert [r.headers for r in chunk.quarantined] == [(("reason", b"malformed_json"),), (("reason", b"unknown_schema_id"),)]
     assert chunk.skipped == 1
     assert set(chunk.next_offsets.values()) == {13, 7}
+
+
+@pytest.mark.anyio
+async def test_while_somebody_waits_over_http_a_chunk_is_decided_in_small_parts() -> None:
+    sizes: list[int] = []
+
+    class Scorer:
+        deciding = {"a payment over HTTP"}
+
+        async def decide(self, jobs: Sequence[Job]) -> list[Result]:
+            sizes.append(len(jobs))
+            if len(sizes) == 2:
+                self.deciding = set()
+            return [Result(job, Verdict.DUPLICATE) for job in jobs]
+
+    unused: Any = None
+    scorer: Any = Scorer()
+    door = KafkaDoor(scorer, SchemaBook(SchemaRegistry("http://127.0.0.1:9/")), Metrics(), unused, batch_rows_max=100)
+    messages = [record_of(encode_json(make_transaction(f"t{i}")), 0, i) for i in range(300)]
+    chunk, results, _ = await door._decide(messages, Membership(unused, frozenset({0})))
+    assert sizes == [SHARED_ROWS_MAX, SHARED_ROWS_MAX, 100, 300 - 2 * SHARED_ROWS_MAX - 100]
+    assert [result.job for result in results] == chunk.jobs
 
 
 def test_a_records_trace_goes_with_its_transaction_where_there_is_a_tracer() -> None:
