@@ -1,7 +1,9 @@
 """Stream 3: per entity and hour sums, and one row a transaction with its decision and the label that stands.
 
-One query reads silver, decisions and labels, so that a batch holds what arrived of all three, in whatever order. Both tables are
-written by MERGE, fenced by (txnAppId, txnVersion) as session settings, which Delta honours for MERGE: a replayed batch adds nothing.
+One query reads silver, decisions and labels, so that a batch holds what arrived of all three, in whatever order. The sums are appended,
+a batch's beside those before: bringing the rows of an hour up to date would rewrite each time what the hour has grown to. `fraudgate
+maintain` puts them together once the hour is over. The other table is written by MERGE. Both are fenced by (txnAppId, txnVersion), for
+MERGE as session settings: a replayed batch adds nothing.
 """
 
 from __future__ import annotations
@@ -92,6 +94,8 @@ class Gold:
             bounds = batch.agg(
                 F.count("*").alias("rows"),
                 F.count("t").alias("transactions"),
+                F.count("l").alias("labels"),
+                F.count_if(F.col("d.transaction_id").isNotNull() & F.col("d.event_time_ms").isNull()).alias("undated"),
                 F.min(F.coalesce("t.event_time_ms", "d.event_time_ms")).alias("oldest_ms"),
                 F.max(F.coalesce("t.event_time_ms", "d.event_time_ms")).alias("newest_ms"),
                 F.unix_millis(F.min("kafka_timestamp")).alias("arrived_ms"),
@@ -100,16 +104,21 @@ class Gold:
                 return
             oldest_ms, newest_ms = bounds["oldest_ms"], bounds["newest_ms"]
             if oldest_ms is not None:
-                _whatever_else_commits(lambda: self._merge_entity_hours(batch, batch_id, oldest_ms, newest_ms))
-            _whatever_else_commits(lambda: self._merge_decisions(batch, batch_id))
+                self._append_entity_hours(batch, batch_id)
+            if bounds["rows"] > bounds["labels"]:
+                # Receipts without an event time, of an earlier version or of a person who was erased, are looked for everywhere.
+                within = None if bounds["undated"] else _paid_between(oldest_ms, newest_ms)
+                _whatever_else_commits(lambda: self._merge_decisions(batch, batch_id, within))
+            if bounds["labels"]:
+                _whatever_else_commits(lambda: self._merge_labels(batch, batch_id))
             self.metrics.rows.labels(tables.GOLD_DECISIONS).inc(bounds["transactions"])
             self.metrics.freshness_seconds.labels(QUERY).set(time.time() - bounds["arrived_ms"] / 1000)
         finally:
             batch.unpersist()
         self.metrics.batch(QUERY, time.monotonic() - started)
 
-    def _merge_entity_hours(self, batch: DataFrame, batch_id: int, oldest_ms: int, newest_ms: int) -> None:
-        """Sums are added to the row of their entity and hour. `oldest_ms` and `newest_ms` bound the batch: older files aren't read."""
+    def _append_entity_hours(self, batch: DataFrame, batch_id: int) -> None:
+        """A row for each entity and hour that the batch has something of. What an hour comes to is the sum of its rows."""
         declined = F.lit(Outcome.DECLINE.value)
         events = (
             batch.where("kind = 't'")
@@ -135,37 +144,52 @@ class Gold:
         ).alias("e")
         hour = F.date_trunc("hour", F.timestamp_millis("event_time_ms")).alias("hour")
         sums = ("transactions", "amount_minor", "declined")
-        source = (
+        parts = (
             events.select(entity, hour, *sums, "largest_minor")
             .where("e.entity_id is not null")
             .groupBy("e.entity", "e.entity_id", "hour")
             .agg(*(F.sum(name).alias(name) for name in sums), F.max("largest_minor").alias("largest_minor"))
             .withColumn("updated_at", F.current_timestamp())
         )
-        first, last = (f"date_trunc('hour', timestamp_millis({ms}))" for ms in (oldest_ms, newest_ms))
-        on = f"g.hour between {first} and {last} and g.entity = s.entity and g.entity_id = s.entity_id and g.hour = s.hour"
-        with self._fenced(batch.sparkSession, tables.GOLD_ENTITY_HOUR, batch_id) as table:
-            (
-                table.alias("g")
-                .merge(source.alias("s"), on)
-                .whenMatchedUpdate(
-                    set={name: F.col(f"g.{name}") + F.col(f"s.{name}") for name in sums}
-                    | {"largest_minor": F.greatest("g.largest_minor", "s.largest_minor"), "updated_at": F.col("s.updated_at")}
-                )
-                .whenNotMatchedInsertAll()
-                .execute()
-            )
+        name = tables.GOLD_ENTITY_HOUR
+        lake.append(parts, tables.table_uri(self.settings.tables, name), self.checkpoint.app_id(name), batch_id, QUERY)
 
-    def _merge_decisions(self, batch: DataFrame, batch_id: int) -> None:
-        """Each of transaction, decision and label fills its own columns of the row, whichever comes first. The strongest label stays."""
+    def _merge_decisions(self, batch: DataFrame, batch_id: int, within: Column | None) -> None:
+        """Transaction and decision each fill their own columns of the row, whichever comes first.
+
+        `within` bounds the event times of the batch, so that only files of that time are read; None: they aren't known.
+        """
         # Silver keeps a transaction_id apart from itself within its window only: a repetition after it may meet the first one here.
         one = ["transaction_id"]
         transactions = batch.where("kind = 't'").select("t.*", "kafka_timestamp").dropDuplicates(one)
         decisions = (
-            batch.where("kind = 'd'").select("d.transaction_id", *(f"d.{name}" for name in DECISION_FIELDS)).dropDuplicates(one)
+            batch.where("kind = 'd'")
+            .select("d.transaction_id", F.col("d.event_time_ms").alias("paid_ms"), *(f"d.{name}" for name in DECISION_FIELDS))
+            .dropDuplicates(one)
         )
+        source = transactions.join(decisions, "transaction_id", "full")
+        columns = (*(f for f in FIELDS if f != "transaction_id"), "scored_by", "kafka_timestamp", *DECISION_FIELDS)
+        insert = {name: F.col(f"s.{name}") for name in ("transaction_id", *columns)}
+        # A decision that comes first brings the time by which its transaction will look for the row.
+        insert["event_time_ms"] = F.coalesce("s.event_time_ms", "s.paid_ms")
+        update: dict[str, Column] = {name: F.coalesce(f"g.{name}", f"s.{name}") for name in columns}
+        # The batch in which the transaction itself came, for freshness.
+        stamp = F.when(F.col("s.event_time_ms").isNotNull(), lake.per_batch(batch_id, "s.event_time_ms"))
+        insert["batch_id"] = stamp
+        update["batch_id"] = F.coalesce(F.col("g.batch_id"), stamp)
+        on = F.col("g.transaction_id") == F.col("s.transaction_id")
+        on = on if within is None else on & within
+        # Two merges, not one: that would put new rows into the files of those it updates, which the next one updates again, until each
+        # batch rewrote the whole day.
+        with self._fenced(batch.sparkSession, tables.GOLD_DECISIONS, batch_id, "late") as table:
+            table.alias("g").merge(source.alias("s"), on).whenMatchedUpdate(set=update).execute()
+        with self._fenced(batch.sparkSession, tables.GOLD_DECISIONS, batch_id) as table:
+            table.alias("g").merge(source.alias("s"), on).whenNotMatchedInsert(values=insert).execute()
+
+    def _merge_labels(self, batch: DataFrame, batch_id: int) -> None:
+        """The strongest label stays. One that comes before its transaction waits in a row of its own, which has no event time yet."""
         strongest = Window.partitionBy("transaction_id").orderBy(F.desc("precedence"))
-        labels = (
+        source = (
             batch.where("kind = 'l'")
             .select("l.transaction_id", *(F.col(f"l.{source}").alias(name) for name, source in LABEL_COLUMNS.items()))
             .withColumn("precedence", label_precedence(""))
@@ -173,33 +197,25 @@ class Gold:
             .where("place = 1")
             .drop("place", "precedence")
         )
-        source = transactions.join(decisions, "transaction_id", "full").join(labels, "transaction_id", "full")
-        columns = (*(f for f in FIELDS if f != "transaction_id"), "scored_by", "kafka_timestamp", *DECISION_FIELDS, *LABEL_COLUMNS)
-        insert = {name: F.col(f"s.{name}") for name in ("transaction_id", *columns)}
-        stands = F.col("s.reported_at_ms").isNotNull() & (
-            F.col("g.reported_at_ms").isNull() | (label_precedence("s.") > label_precedence("g."))
-        )
-        update: dict[str, Column] = {
-            name: F.coalesce(f"g.{name}", f"s.{name}") for name in columns if name not in LABEL_COLUMNS
-        } | {name: F.when(stands, F.col(f"s.{name}")).otherwise(F.col(f"g.{name}")) for name in LABEL_COLUMNS}
-        # The batch in which the transaction itself came, for freshness.
-        stamp = F.when(F.col("s.event_time_ms").isNotNull(), lake.per_batch(batch_id, "s.event_time_ms"))
-        insert["batch_id"] = stamp
-        update["batch_id"] = F.coalesce(F.col("g.batch_id"), stamp)
-        with self._fenced(batch.sparkSession, tables.GOLD_DECISIONS, batch_id) as table:
+        stands = F.col("g.reported_at_ms").isNull() | (label_precedence("s.") > label_precedence("g."))
+        values = {name: F.col(f"s.{name}") for name in LABEL_COLUMNS}
+        with self._fenced(batch.sparkSession, tables.GOLD_DECISIONS, batch_id, "labels") as table:
             (
                 table.alias("g")
                 .merge(source.alias("s"), "g.transaction_id = s.transaction_id")
-                .whenMatchedUpdate(set=update)
-                .whenNotMatchedInsert(values=insert)
+                .whenMatchedUpdate(condition=stands, set=values)
+                .whenNotMatchedInsert(values={"transaction_id": F.col("s.transaction_id")} | values)
                 .execute()
             )
 
     @contextmanager
-    def _fenced(self, session: SparkSession, name: str, batch_id: int) -> Iterator[DeltaTable]:
-        """The table to merge into, on the query's own session, with the fence and the commit's note set as session settings."""
+    def _fenced(self, session: SparkSession, name: str, batch_id: int, part: str = "") -> Iterator[DeltaTable]:
+        """The table to merge into, on the query's own session, with the fence and the commit's note set as session settings.
+
+        What merges into one table more than once a batch names the `part`: each has a fence of its own.
+        """
         chosen = {
-            TXN_APP_ID: self.checkpoint.app_id(name),
+            TXN_APP_ID: self.checkpoint.app_id(f"{name}-{part}" if part else name),
             TXN_VERSION: str(batch_id),
             USER_METADATA: lake.commit_note(QUERY, batch_id),
         }
@@ -210,6 +226,11 @@ class Gold:
         finally:
             for key in chosen:
                 session.conf.unset(key)
+
+
+def _paid_between(oldest_ms: int, newest_ms: int) -> Column:
+    """Rows of the batch's own time, and those that have only a label so far."""
+    return F.col("g.event_time_ms").isNull() | F.col("g.event_time_ms").between(oldest_ms, newest_ms)
 
 
 def label_precedence(prefix: str) -> Column:

@@ -8,6 +8,7 @@ doesn't.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-from deltalake import DeltaTable, PostCommitHookProperties, WriterProperties, write_deltalake
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, QueryBuilder, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError
 
 from deploy.history.lake import NoTableError, open_table, schema_of, uri_of
@@ -33,6 +34,12 @@ UNORDERED_SHARE = 0.1
 UNORDERED_FILES_MAX = 400
 # A look-up decodes one group; a receipt is a kilobyte.
 ROW_GROUP_ROWS = 8_192
+# Sums of an hour are put together when hardly anything comes for it any more, and while it is young: nobody looks through years each
+# round. What is older stays in parts, which come to the same.
+HOUR_IS_OVER, HOUR_IS_OLD = timedelta(hours=2), timedelta(days=7)
+HOURS_A_ROUND = 48
+# A commit of ours is looked for by its token among so many of the newest.
+TOKEN, LOOKED_BACK = "fraudgate_token", 100
 ATTEMPTS_MAX = 8
 RETRY_S = 0.5
 COMPACTED = (
@@ -105,6 +112,8 @@ def maintain_once(settings: Settings, say: Callable[[Done], None] = lambda _: No
     for name in (tables.BRONZE, tables.QUARANTINE):
         tell(forget_raw(settings, name, now))
     tell(order_receipts(settings))
+    for hour in hours_in_parts(settings, now):
+        tell(put_together(settings, hour))
     for name in COMPACTED:
         tell(compact(settings, name))
     for name in tables.TABLES:
@@ -132,6 +141,56 @@ def order_receipts(settings: Settings, always: bool = False) -> Done | None:
 
     metrics = committed(settings, tables.DECISIONS, change, lambda _: True)
     return Done(tables.DECISIONS, f"sorted by transaction_id: {metrics['numFilesRemoved']} files became {metrics['numFilesAdded']}")
+
+
+def hours_in_parts(settings: Settings, now: datetime) -> list[datetime]:
+    """The hours of `gold_entity_hour` that are over and have an entity in more than one row, the oldest first; HOURS_A_ROUND at most."""
+    try:
+        table = open_table(settings, tables.GOLD_ENTITY_HOUR)
+    except NoTableError:
+        return []
+    young, over = _sql_time(now - HOUR_IS_OLD), _sql_time(now - HOUR_IS_OVER)
+    found = _query(
+        table,
+        f"select hour from (select hour, entity, entity_id from t where hour between {young} and {over}"  # noqa: S608
+        f" group by hour, entity, entity_id having count(*) > 1) group by hour order by hour limit {HOURS_A_ROUND}",
+    )
+    hours: list[datetime] = found["hour"].to_pylist()
+    return hours
+
+
+def put_together(settings: Settings, hour: datetime) -> Done | None:
+    """One row for each entity of that hour, with the sums of those that the batches appended. What comes later is a row beside it."""
+    token, merged = secrets.token_hex(8), [0, 0]
+
+    def change(table: DeltaTable) -> None:
+        at = _sql_time(hour)
+        rows = _query(
+            table,
+            "select entity, entity_id, hour, sum(transactions) as transactions, sum(amount_minor) as amount_minor, "  # noqa: S608
+            "sum(declined) as declined, max(largest_minor) as largest_minor, max(updated_at) as updated_at, count(*) as parts "
+            f"from t where hour = {at} group by entity, entity_id, hour",
+        )
+        merged[:] = [pc.sum(rows["parts"]).as_py() or 0, rows.num_rows]
+        write_deltalake(
+            table,
+            rows.drop_columns(["parts"]).cast(schema_of(table)),
+            mode="overwrite",
+            predicate=f"hour = {at}",
+            writer_properties=WRITER,
+            post_commithook_properties=NO_HOOKS,
+            commit_properties=CommitProperties(custom_metadata={TOKEN: token}),
+        )
+
+    committed(
+        settings, tables.GOLD_ENTITY_HOUR, change, lambda table: any(c.get(TOKEN) == token for c in table.history(LOOKED_BACK))
+    )
+    return Done(tables.GOLD_ENTITY_HOUR, f"{merged[0]:,} rows of {hour:%Y-%m-%d %H}:00 became {merged[1]:,}")
+
+
+def _query(table: DeltaTable, sql: str) -> pa.Table:
+    """By delta-rs' own engine, which reads a table larger than memory. `sql` calls it t."""
+    return pa.table(QueryBuilder().register("t", table).execute(sql).read_all())
 
 
 def compact(settings: Settings, name: str) -> Done | None:

@@ -149,6 +149,39 @@ def test_raw_records_past_their_time_go(settings: Settings) -> None:
     assert sorted(row["offset"] for row in read_rows(settings, tables.BRONZE)) == [0, 1]
 
 
+def test_sums_of_an_hour_that_is_over_become_one_row_an_entity(settings: Settings) -> None:
+    over, going_on = NOW.replace(minute=0, second=0, microsecond=0) - timedelta(hours=3), NOW - timedelta(minutes=30)
+
+    def part(hour: datetime, card: str, amount: int, largest: int | None, declined: int = 0) -> dict[str, object]:
+        return {
+            "entity": "card",
+            "entity_id": card,
+            "hour": hour,
+            "transactions": int(largest is not None),
+            "amount_minor": amount,
+            "declined": declined,
+            "largest_minor": largest,
+            "updated_at": hour + timedelta(minutes=amount),
+        }
+
+    # A decision without its transaction, which came with the batch before, has no amount.
+    for rows in (
+        [part(over, "a", 7, 7), part(over, "b", 1, 1), part(going_on, "a", 2, 2)],
+        [part(over, "a", 5, 5), part(going_on, "a", 3, 3)],
+        [part(over, "a", 0, None, declined=1)],
+    ):
+        write_rows(settings, tables.GOLD_ENTITY_HOUR, rows)
+    assert upkeep.hours_in_parts(settings, NOW) == [over]
+    done = upkeep.put_together(settings, over)
+    assert done is not None and done.what.startswith("4 rows of ") and done.what.endswith("became 2")
+    rows = read_rows(settings, tables.GOLD_ENTITY_HOUR)
+    assert len(rows) == 4
+    [card] = [row for row in rows if row["hour"] == over and row["entity_id"] == "a"]
+    expected = {"transactions": 2, "amount_minor": 12, "declined": 1, "largest_minor": 7, "updated_at": over + timedelta(minutes=7)}
+    assert {name: card[name] for name in expected} == expected
+    assert upkeep.hours_in_parts(settings, NOW) == []
+
+
 def test_a_round_of_all_tables_says_what_it_did(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(upkeep.SMALL_FILES_MIN):
         write_rows(settings, tables.LABELS, [{"transaction_id": f"t{i}", "batch_id": i}])
