@@ -57,7 +57,8 @@ def table(outcome: Outcome) -> str:
         ("alerts", outcome.alerts_note or alerts_text(outcome)),
         (
             "sender",
-            f"late by {verdict.late_p99_ms:.1f} ms at p99, {outcome.sender_cpu_s:.0f} s of CPU, {outcome.retried:,} sent again",
+            f"late by {verdict.late_p99_ms:.1f} ms at p99, {outcome.sender_cpu_s:.0f} s of CPU, {outcome.retried:,} sent again,"
+            f" {outcome.unretried:,} not: over the budget",
         ),
     ]
     width = max(len(name) for name, _ in facts)
@@ -127,7 +128,12 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "features": dataclasses.asdict(outcome.features),
         "poison": {"messages": outcome.poison, "bodies": outcome.bodies},
         "alerts": {"note": outcome.alerts_note, "fired": [dataclasses.asdict(f) for f in outcome.firings], "told": outcome.told},
-        "sender": {"late_p99_ms": verdict.late_p99_ms, "cpu_s": outcome.sender_cpu_s, "sent_again": outcome.retried},
+        "sender": {
+            "late_p99_ms": verdict.late_p99_ms,
+            "cpu_s": outcome.sender_cpu_s,
+            "sent_again": outcome.retried,
+            "over_the_budget": outcome.unretried,
+        },
         "took_s": outcome.took_s,
     }
     cleaned: dict[str, Any] = without_nan(found)

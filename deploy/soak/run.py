@@ -43,7 +43,7 @@ TOLD_EVERY_S = 10
 @dataclass(frozen=True)
 class Outcome:
     """Everything that is known at the end. `alerts_note`: why nothing is known of alerts, or ""; `told`: alerts that reached the webhook,
-    with the second of the measured time.
+    with the second of the measured time; `unretried`: second attempts that the sender's budget had no room for.
     """
 
     plan: Plan
@@ -60,6 +60,7 @@ class Outcome:
     bodies: dict[int, int]
     poison: int
     retried: int
+    unretried: int
     sender_cpu_s: float
     took_s: float
     complaints: list[str]
@@ -194,6 +195,7 @@ class Soak:
             bodies=dict(traces.bodies),
             poison=len(traces.poison),
             retried=int(result["retried"]),
+            unretried=int(result["unretried"]),
             sender_cpu_s=result["cpu_s"],
             took_s=time.monotonic() - self._began_s,
             complaints=complaints,

@@ -1,9 +1,10 @@
 """`python -m loadtest.openloop.steady`: a constant load through both doors for a long time, sent as a payment service would.
 
 Open loop: payments leave when they are due, whatever becomes of those before. Nine of ten are posted over keep-alive connections, one is
-put on Kafka. What has no answer FIRST_TRY_S after it was sent, loses its connection or is told 503 is sent once more, the same body
-on a new connection; its latency still counts from when it was due. 429 is not sent again. The gateway is told to answer within
-DEADLINE_MS. One wake-up a tick (1 ms) reads every answer that is there and sends everything that is due; 35 us of CPU a payment.
+put on Kafka (`loadtest.openloop.feed`). What has no answer FIRST_TRY_S after it was sent, loses its connection or is told 503 is sent
+once more, the same body on a new connection, as far as the retry budget goes; its latency still counts from when it was due. 429 is not
+sent again. The gateway is told to answer within DEADLINE_MS. One wake-up a tick (1 ms) reads every answer that is there and sends
+everything that is due; 35 us of CPU a payment.
 
 Tells `start_s` (the machine's monotonic clock) and `start_ms`, then a line a second, then the result. SIGTERM ends the run early; what
 was sent by then is written all the same. Called by `deploy.soak`.
@@ -22,17 +23,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import msgspec
-from confluent_kafka import KafkaError, Message, Producer
 
 from gateway.contracts.settings import load_settings
-from gateway.contracts.topics import LIBRDKAFKA_PARTITIONER, TRANSACTIONS
+from loadtest.openloop.feed import Feeder
 from loadtest.openloop.http import RECEIVE_BYTES, TICK_S, status_and_size
 from loadtest.openloop.outcomes import (
-    ACKNOWLEDGED,
     FAILED,
     MIXED_UP,
     NOT_SENT,
@@ -50,11 +48,13 @@ CONNECTIONS, CONNECTIONS_MAX = 64, 512
 # 100 ms must leave some of it to its second attempt.
 DEADLINE_MS = 50
 FIRST_TRY_S = 0.065
+# A budget for second attempts, as clients of services have it (Finagle's figures): of 10 s a fifth of the payments, and 10 a second.
+# Without one, a slow moment of a busy service is answered with half as much work again, which it may never get out of.
+RETRY_SPAN_S, RETRY_SHARE, RETRIES_PER_S = 10.0, 0.2, 10.0
 # From when it was due. Far beyond what counts as good: so that history knows of late answers too.
 GIVE_UP_S = 2.0
 WAITING_MAX = 20_000
 DRAIN_S = 5.0
-FLUSH_S = 120.0
 BLOCK = 64
 # It shares the machine with what it measures: a generator that waits for a core measures itself.
 NICENESS = -10
@@ -99,19 +99,42 @@ class Connection:
         self.buffer = b""
 
 
+class RetryBudget:
+    """How many second attempts there may be. `rate_per_s` is that of first ones, which bounds what is saved up."""
+
+    def __init__(self, rate_per_s: float) -> None:
+        self._most = RETRY_SPAN_S * (RETRY_SHARE * rate_per_s + RETRIES_PER_S)
+        self._left, self._at_s = self._most, -1.0
+
+    def sent(self, now_s: float) -> None:
+        """A first attempt was made."""
+        passed_s = 0.0 if self._at_s < 0 else now_s - self._at_s
+        self._at_s = now_s
+        self._left = min(self._most, self._left + RETRY_SHARE + RETRIES_PER_S * passed_s)
+
+    def take(self) -> bool:
+        """Whether there may be one now."""
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
 class Caller:
-    """The HTTP side. After `first_try_s` an answer is asked for again. `clock_s` is monotonic."""
+    """The HTTP side. After `first_try_s` an answer is asked for again, as long as `budget` allows. `clock_s` is monotonic."""
 
     def __init__(
         self,
         address: tuple[str, int],
         run: str,
         log: Log,
+        budget: RetryBudget,
         first_try_s: float = FIRST_TRY_S,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._address, self._run, self._log, self._clock_s = address, run, log, clock_s
         self._first_try_s = first_try_s
+        self._budget = budget
         self._poller = select.epoll()
         self._open: dict[int, Connection] = {}
         self._idle: deque[Connection] = deque()
@@ -119,7 +142,7 @@ class Caller:
         # When the calls under way are given up, in order, for the first attempt and for the second.
         self._first: deque[tuple[float, Connection, Call]] = deque()
         self._second: deque[tuple[float, Connection, Call]] = deque()
-        self.under_way = self.answered = self.retried = 0
+        self.under_way = self.answered = self.retried = self.unretried = 0
 
     def submit(self, call: Call, now: float) -> None:
         """Send it on the connection that has been idle longest, on a new one, or as soon as one is free."""
@@ -177,6 +200,7 @@ class Caller:
         call.attempts += 1
         if call.attempts == 1:
             self._log.late_us[call.number] = int((now - call.due_s) * 1e6)
+            self._budget.sent(now)
             self._first.append((now + self._first_try_s, connection, call))
         else:
             self._second.append((call.due_s + GIVE_UP_S, connection, call))
@@ -225,8 +249,7 @@ class Caller:
             self._drop(connection)
         else:
             self._idle.append(connection)
-        if status in RETRIED and call.attempts == 1:
-            self._again(call, now)
+        if status in RETRIED and call.attempts == 1 and self._again(call, now):
             return
         if status == 200:
             status = self._note(call, data[data.find(b"\r\n\r\n") + 4 : size])
@@ -263,58 +286,22 @@ class Caller:
         self._drop(connection)
         if call is None:
             return
-        if call.attempts == 1:
-            self._again(call, now)
-        else:
+        if call.attempts > 1 or not self._again(call, now):
             self._end(call, FAILED, now)
 
-    def _again(self, call: Call, now: float) -> None:
+    def _again(self, call: Call, now: float) -> bool:
+        """Send it once more. False: the budget is used up."""
+        if not self._budget.take():
+            self.unretried += 1
+            return False
         self.retried += 1
         self._on_a_new_one(call, now)
+        return True
 
     def _drop(self, connection: Connection) -> None:
         if self._open.pop(connection.fd, None) is not None:
             self._poller.unregister(connection.fd)
             connection.sock.close()
-
-
-class Feeder:
-    """The Kafka side: an idempotent producer, which keeps what it has while the broker is away."""
-
-    def __init__(self, bootstrap: str, log: Log) -> None:
-        self._log = log
-        self._producer = Producer(
-            {
-                "bootstrap.servers": bootstrap,
-                "partitioner": LIBRDKAFKA_PARTITIONER,
-                "enable.idempotence": True,
-                "linger.ms": 5,
-                "queue.buffering.max.messages": 1_000_000,
-                "log_level": 0,
-            }
-        )
-        self.acknowledged = 0
-
-    def submit(self, number: int, due_s: float, card: str, body: bytes, now: float) -> None:
-        log = self._log
-        log.late_us[number], log.attempts[number] = int((now - due_s) * 1e6), 1
-        try:
-            self._producer.produce(TRANSACTIONS, body, card, on_delivery=partial(self._told, number, due_s))
-        except BufferError:
-            log.status[number] = NOT_SENT
-
-    def _told(self, number: int, due_s: float, error: KafkaError | None, _: Message) -> None:
-        self._log.status[number] = FAILED if error is not None else ACKNOWLEDGED
-        self._log.latency_us[number] = int((time.monotonic() - due_s) * 1e6)
-        self.acknowledged += error is None
-
-    def turn(self) -> None:
-        self._producer.poll(0)
-
-    def flush(self) -> int:
-        """How many Kafka had not acknowledged in time."""
-        left: int = self._producer.flush(FLUSH_S)
-        return left
 
 
 class Steady:
@@ -394,11 +381,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = load_settings()
     count = int(options.rate * options.seconds)
     skewed = [Span(*map(float, text.split(":"))) for text in options.skew]
-    go_first()
     log = Log(count)
+    feeder = Feeder(log, options.out.parent)
+    go_first()
     start_s, start_ms = time.monotonic() + 1.0, time.time_ns() // 1_000_000 + 1000
-    caller = Caller((settings.host, settings.gateway_port), options.run, log)
-    feeder = Feeder(settings.bootstrap, log)
+    caller = Caller((settings.host, settings.gateway_port), options.run, log, RetryBudget(options.rate))
     shoppers = Shoppers(options.run, options.seed, options.rate, start_ms, skewed)
     steady = Steady(caller, feeder, shoppers, f"{settings.host}:{settings.gateway_port}", options.rate, count)
     signal.signal(signal.SIGTERM, lambda *_: steady.stop())
@@ -409,9 +396,18 @@ def main(argv: list[str] | None = None) -> int:
     tell(start_s=start_s, start_ms=start_ms)
     sent = steady.run(start_s)
     caller.close()
-    left = feeder.flush()
+    left = feeder.finish()
     log.save(options.out)
-    tell(result={"sent": sent, "answered": caller.answered, "retried": caller.retried, "left": left, "cpu_s": cpu_s()})
+    tell(
+        result={
+            "sent": sent,
+            "answered": caller.answered,
+            "retried": caller.retried,
+            "unretried": caller.unretried,
+            "left": left,
+            "cpu_s": cpu_s(),
+        }
+    )
     return 0
 
 

@@ -30,7 +30,7 @@ from loadtest.openloop.outcomes import (
     reasons_hash,
 )
 from loadtest.openloop.shoppers import COMMUNITIES, SKEWS_MS, Shoppers, Span, card_prefix
-from loadtest.openloop.steady import FIRST_TRY_S, Call, Caller, request_of
+from loadtest.openloop.steady import FIRST_TRY_S, Call, Caller, RetryBudget, request_of
 
 NOW_MS = 1_795_500_000_000
 WITHIN_S = 20.0
@@ -97,10 +97,10 @@ def server(behaviour: Behaviour) -> Iterator[tuple[str, int]]:
             s.close()
 
 
-def call(address: tuple[str, int], count: int = 1, first_try_s: float = WITHIN_S) -> Log:
-    """`count` payments one after the other, each until it has its outcome."""
+def call(address: tuple[str, int], count: int = 1, first_try_s: float = WITHIN_S, rate_per_s: float = 1000.0) -> Log:
+    """`count` payments one after the other, each until it has its outcome. The retry budget is that of `rate_per_s`."""
     log = Log(count)
-    caller = Caller(address, "r", log, first_try_s)
+    caller = Caller(address, "r", log, RetryBudget(rate_per_s), first_try_s)
     for i in range(count):
         now = time.monotonic()
         body = json.dumps({"transaction_id": f"r-{i}"}).encode()
@@ -144,6 +144,31 @@ def test_what_fails_twice_has_failed() -> None:
     with server(lambda *_: "") as address:
         log = call(address)
     assert (log.status[0], log.attempts[0]) == (FAILED, 2)
+
+
+def test_past_the_budget_what_fails_is_not_sent_again() -> None:
+    with server(lambda *_: "") as address:
+        log = call(address, 150, rate_per_s=0.0)
+    attempts = list(log.attempts)
+    assert set(log.status) == {FAILED}
+    # Saved up are ten seconds of ten retries; then a fifth of what is sent, and ten a second.
+    assert attempts[:100] == [2] * 100
+    assert 1 in attempts[100:]
+
+
+def test_a_budget_grows_with_what_is_sent_and_with_time_and_holds_ten_seconds_of_both() -> None:
+    budget = RetryBudget(rate_per_s=100.0)
+    budget.sent(0.0)
+
+    def taken() -> int:
+        return sum(budget.take() for _ in range(10_000))
+
+    assert taken() == 300
+    for i in range(100):
+        budget.sent(i / 100)
+    assert taken() == pytest.approx(30, abs=1)
+    budget.sent(3600.0)
+    assert taken() == 300
 
 
 def test_nobody_listening_is_a_failure_and_no_crash() -> None:
