@@ -22,6 +22,7 @@ from pathlib import Path
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
+from deploy import kafka_config
 from deploy.monitoring import config as monitoring
 from deploy.monitoring import rules
 from deploy.rollout.proxy import SOCKET_PATH_MAX, Proxy, configuration, socket_path
@@ -30,20 +31,11 @@ from deploy.toolchain import ToolMissingError, find_alertmanager, find_haproxy, 
 from gateway.contracts.settings import ENV_PREFIX, Settings, settings_env
 
 PROBE_TIMEOUT_S = 2.0
-KAFKA_HEAP_MB = 512
-# Ten times the calls of the JVM's own thresholds before code is optimised, in its own proportions: with those, compiling takes a third of a
-# core for the first minute after a start, which whoever pays meanwhile wants.
-KAFKA_COMPILER = (
-    *("-XX:Tier4InvocationThreshold=50000", "-XX:Tier4MinInvocationThreshold=6000"),
-    *("-XX:Tier4CompileThreshold=150000", "-XX:Tier4BackEdgeThreshold=400000"),
-)
 REGISTRY_HEAP_MB = 256
 # Below everything that a customer waits for: with less between them, Redis waits for a core for a tenth of a second when both are busy.
 JOBS_NICENESS = 19
 # An answer over HTTP doesn't wait for the broker, whose JVM takes every core there is for the ten seconds of its start.
 BROKER_NICENESS = 15
-# Partitions of Kafka's own topics. Kafka's default of 50 costs seconds at the first start and is for clusters.
-INTERNAL_PARTITIONS = 8
 REGISTRY_ARCHIVE = "apicurio-registry-app-2.6.13.Final-all.tar.gz"
 REGISTRY_JAR = "apicurio-registry-app-2.6.13.Final-runner.jar"
 
@@ -123,13 +115,11 @@ def _kafka(settings: Settings) -> Service:
         if not any(jars.glob("kafka_*.jar")):
             raise ServiceFilesError(f"Kafka's jars are not in {jars}: run make setup")
         launcher = str(java_home(settings.cache_path) / "bin/java")
-        options = [f"-Xmx{KAFKA_HEAP_MB}m", "-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20", "-XX:+ExplicitGCInvokesConcurrent"]
-        options += KAFKA_COMPILER
-        return [launcher, *options, f"-Dlog4j2.configurationFile={logging}", "-cp", f"{jars}/*", main, *arguments]
+        return [launcher, *kafka_config.JAVA_OPTIONS, f"-Dlog4j2.configurationFile={logging}", "-cp", f"{jars}/*", main, *arguments]
 
     def prepare() -> None:
-        properties.write_text(_kafka_properties(settings, data / "log"))
-        logging.write_text(KAFKA_LOGGING)
+        properties.write_text(kafka_config.properties(settings, data / "log"))
+        logging.write_text(kafka_config.LOGGING)
         if (data / "log/meta.properties").exists():
             _check_release(data, release)
             return
@@ -139,7 +129,7 @@ def _kafka(settings: Settings) -> Service:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode != 0:
             raise ServiceFilesError(f"Kafka's data directory {data} could not be formatted:\n{done.stdout}{done.stderr}")
-        release.write_text(KAFKA_RELEASE)
+        release.write_text(kafka_config.RELEASE)
 
     def healthy() -> bool:
         if not _listens(settings.host, settings.kafka_port):
@@ -168,56 +158,11 @@ def _kafka(settings: Settings) -> Service:
 def _check_release(data: Path, release: Path) -> None:
     """Raises `ServiceFilesError` for a directory that a later Kafka has formatted, which the broker would end over with a stack trace."""
     found = release.read_text().strip() if release.exists() else "4.3"
-    if tuple(map(int, found.split("."))) > tuple(map(int, KAFKA_RELEASE.split("."))):
+    if tuple(map(int, found.split("."))) > tuple(map(int, kafka_config.RELEASE.split("."))):
         raise ServiceFilesError(
-            f"{data} was written by Kafka {found}, and Fraudgate runs {KAFKA_RELEASE} now, which can't read it: move it away, and Kafka "
-            "starts empty (what the feature jobs have taken is in the tables)"
+            f"{data} was written by Kafka {found}, and Fraudgate runs {kafka_config.RELEASE} now, which can't read it: move it away, and "
+            "Kafka starts empty (what the feature jobs have taken is in the tables)"
         )
-
-
-def _kafka_properties(settings: Settings, log_dir: Path) -> str:
-    host, port, controller_port = settings.host, settings.kafka_port, settings.kafka_controller_port
-    values = {
-        "process.roles": "broker,controller",
-        "node.id": 1,
-        "controller.quorum.voters": f"1@{host}:{controller_port}",
-        "controller.listener.names": "CONTROLLER",
-        "listeners": f"PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller_port}",
-        "advertised.listeners": f"PLAINTEXT://{host}:{port}",
-        "inter.broker.listener.name": "PLAINTEXT",
-        "log.dirs": log_dir,
-        "auto.create.topics.enable": "false",
-        "group.initial.rebalance.delay.ms": 0,
-        # With a linger (adaptive is the default) a broker that was killed and started again may flush a batch of before its coordinator was
-        # loaded: "out of sync with the underlying log". Then no offset of that group is committed again until the next start.
-        "group.coordinator.append.linger.ms": 0,
-        "num.network.threads": 2,
-        "num.io.threads": 4,
-        "offsets.topic.replication.factor": 1,
-        "offsets.topic.num.partitions": INTERNAL_PARTITIONS,
-        "transaction.state.log.replication.factor": 1,
-        "transaction.state.log.min.isr": 1,
-        "transaction.state.log.num.partitions": INTERNAL_PARTITIONS,
-        "share.coordinator.state.topic.replication.factor": 1,
-        "share.coordinator.state.topic.min.isr": 1,
-        "share.coordinator.state.topic.num.partitions": INTERNAL_PARTITIONS,
-    }
-    return "".join(f"{name}={value}\n" for name, value in values.items())
-
-
-# The release that formats a data directory. Earlier versions of Fraudgate ran 4.3 and left no note of it.
-KAFKA_RELEASE = "4.2"
-KAFKA_LOGGING = """\
-status = error
-appender.console.type = Console
-appender.console.name = console
-appender.console.layout.type = PatternLayout
-appender.console.layout.pattern = %d{ISO8601} %p %m (%c)%n
-rootLogger.level = warn
-rootLogger.appenderRef.console.ref = console
-logger.start.name = kafka.server.KafkaRaftServer
-logger.start.level = info
-"""
 
 
 def _redis(settings: Settings) -> Service:

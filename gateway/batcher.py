@@ -27,7 +27,7 @@ from gateway.metrics import Metrics
 from gateway.publisher import Publisher
 from gateway.records import Record, decision_records, transaction_records
 from gateway.requests import Requests, fingerprints_of, read_requests
-from gateway.scorer import TAIL_BUDGET_MS, Scorer
+from gateway.scorer import REPLY_BUDGET_MS, TAIL_BUDGET_MS, Scorer
 from gateway.trace import accepted as accepted_traceparent
 from gateway.tracing import Tracer
 
@@ -81,8 +81,8 @@ class Batcher:
 
     At most `limit.limit` transactions are accepted and not yet answered; `loop_lag_s` tells how busy the event loop is. A retry of one
     of them waits for the first. Decisions are handed to the publisher and answered when its log has them; where it has none, when Kafka
-    has acknowledged them or `publish_budget_s` is over. A batch that isn't full begins `batch_interval_s` after the one before, at the
-    earliest. `tracer`, None: there is none, gets what is answered. `now_ms` is the wall clock, `clock_s` the monotonic one.
+    has acknowledged them, or `publish_budget_s` or their deadline is over. A batch that isn't full begins `batch_interval_s` after the one
+    before, at the earliest. `tracer`, None: there is none, gets what is answered. `now_ms` is the wall clock, `clock_s` the monotonic one.
     """
 
     def __init__(
@@ -263,11 +263,16 @@ class Batcher:
         now_s = self._clock_s()
         self._limit.note(now_s, now_s - batch[len(batch) // 2].received_s, self._open, self._loop_lag_s())
         self._next_rows = min(self._batch_rows_max, max(OVERLAP_ROWS_MIN, len(batch)))
-        self._publish(batch, results, records, now_s, 0.0 if hurried else self._publish_budget_s)
+        self._publish(batch, results, records, now_s, 0.0 if hurried else self._publish_time_s(batch, now_s))
         if len(self._pending) < self._next_rows:
             # A batch is in flight until Kafka has it: what comes meanwhile shares the next one's fixed costs, which at a few
             # hundred requests a second is a third of the CPU. With as many waiting there is little more to share.
             await self._next.wait()
+
+    def _publish_time_s(self, batch: list[Accepted], now_s: float) -> float:
+        """How long answers may wait for Kafka: its budget, or what the most urgent deadline leaves beside the reply."""
+        left_s = min([accepted.deadline_s for accepted in batch]) - now_s - REPLY_BUDGET_MS / 1000
+        return min(self._publish_budget_s, left_s)
 
     async def _collect(self) -> None:
         """While batches follow each other closely, leave the next one a little time to grow: it shares what each batch costs."""

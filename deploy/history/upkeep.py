@@ -39,7 +39,7 @@ ROW_GROUP_ROWS = 8_192
 HOUR_IS_OVER, HOUR_IS_OLD = timedelta(hours=2), timedelta(days=7)
 HOURS_A_ROUND = 48
 # A commit of ours is looked for by its token among so many of the newest.
-TOKEN, LOOKED_BACK = "fraudgate_token", 100
+TOKEN, LOOKED_BACK = "token", 100
 ATTEMPTS_MAX = 8
 RETRY_S = 0.5
 COMPACTED = (

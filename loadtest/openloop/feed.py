@@ -29,10 +29,11 @@ from aiokafka import AIOKafkaProducer
 
 from gateway.contracts.settings import load_settings
 from gateway.contracts.topics import TRANSACTIONS
-from gateway.records import BATCH_BYTES_MAX
 from loadtest.openloop.outcomes import ACKNOWLEDGED, FAILED, NOT_SENT, Log
 
 LINGER_MS = 20
+# Kafka's limit for a batch is a megabyte.
+BATCH_BYTES_MAX = 900_000
 # A broker may be away for minutes.
 GIVE_UP_S = 300.0
 FLUSH_S = 120.0

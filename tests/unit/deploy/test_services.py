@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.services import KAFKA_RELEASE, ServiceFilesError, data_path, local_services
+from deploy.kafka_config import RELEASE
+from deploy.services import ServiceFilesError, data_path, local_services
 from gateway.contracts.settings import Settings
 
 
@@ -28,6 +29,6 @@ def test_kafka_does_not_start_on_what_a_later_release_has_written(tmp_path: Path
         local_services(settings)["kafka"].prepare()
 
 
-@pytest.mark.parametrize("release", [KAFKA_RELEASE, "3.9"])
+@pytest.mark.parametrize("release", [RELEASE, "3.9"])
 def test_kafka_starts_on_what_its_own_or_an_earlier_release_has_written(tmp_path: Path, release: str) -> None:
     local_services(formatted(tmp_path, release))["kafka"].prepare()

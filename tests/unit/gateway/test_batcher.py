@@ -184,6 +184,14 @@ async def test_a_silent_kafka_costs_the_publish_budget_and_no_answer() -> None:
     assert await verdict_of(batcher, body_of("a")) is Verdict.DECIDED
 
 
+async def test_nobody_waits_for_kafka_past_a_deadline() -> None:
+    scorer = GatedScorer()
+    scorer.gate.set()
+    batcher = make_batcher(scorer, StubPublisher(acknowledges=False), publish_budget_s=60)
+    result = await submit(batcher, body_of("a"), HURRY_S + 0.02)
+    assert result is not None and result.verdict is Verdict.DECIDED
+
+
 async def test_what_waits_for_kafka_holds_the_next_batch_up_until_as_many_are_waiting() -> None:
     scorer = GatedScorer()
     scorer.gate.set()
