@@ -32,10 +32,6 @@ from gateway.contracts.settings import ENV_PREFIX, Settings, settings_env
 
 PROBE_TIMEOUT_S = 2.0
 REGISTRY_HEAP_MB = 256
-# Below everything that a customer waits for: with less between them, Redis waits for a core for a tenth of a second when both are busy.
-JOBS_NICENESS = 19
-# An answer over HTTP doesn't wait for the broker, whose JVM takes every core there is for the ten seconds of its start.
-BROKER_NICENESS = 15
 REGISTRY_ARCHIVE = "apicurio-registry-app-2.6.13.Final-all.tar.gz"
 REGISTRY_JAR = "apicurio-registry-app-2.6.13.Final-runner.jar"
 
@@ -151,7 +147,7 @@ def _kafka(settings: Settings) -> Service:
         healthy=healthy,
         ready_within_s=90,
         stop_within_s=20,
-        niceness=BROKER_NICENESS,
+        niceness=settings.broker_niceness,
     )
 
 
@@ -288,7 +284,7 @@ def _jobs(settings: Settings) -> Service:
         ready_within_s=180,
         stop_within_s=60,
         core=False,
-        niceness=JOBS_NICENESS,
+        niceness=settings.jobs_niceness,
     )
 
 
@@ -378,7 +374,7 @@ def _prometheus(settings: Settings) -> Service:
         ready_within_s=60,
         stop_within_s=20,
         core=False,
-        niceness=JOBS_NICENESS,
+        niceness=settings.jobs_niceness,
         find=find_prometheus,
     )
 

@@ -337,6 +337,12 @@ class Settings:
         least=100,
         most=10_000_000,
     )
+    jobs_niceness: int = _setting(
+        10, "how much the feature jobs that fraudgate up starts give way to others on a busy machine (nice)", least=0, most=19
+    )
+    broker_niceness: int = _setting(
+        5, "the same of the Kafka broker, whose start takes all cores for seconds; no HTTP answer waits for it", least=0, most=19
+    )
     spark_memory_mb: int = _setting(1536, "heap of the local Spark driver, MiB", least=512, most=262_144)
 
     @property
