@@ -25,7 +25,7 @@ from gateway.errors import DrainingError, GatewayError, OverloadedError
 from gateway.job import Job, Result, Verdict, http_job
 from gateway.metrics import Metrics
 from gateway.publisher import Publisher
-from gateway.records import Record, decision_records, transaction_records
+from gateway.records import decision_records, transaction_records
 from gateway.requests import Requests, fingerprints_of, read_requests
 from gateway.scorer import REPLY_BUDGET_MS, TAIL_BUDGET_MS, Scorer
 from gateway.trace import accepted as accepted_traceparent
@@ -187,6 +187,7 @@ class Batcher:
         try:
             found, requests = read_bodies([accepted.body for accepted in taken], now_ms)
         except Exception:
+            # A bug in the reading of one batch: its callers are told, the next ones are read.
             log.exception("http: %d bodies could not be read", len(taken))
             for accepted in taken:
                 self._tell(accepted, None, now_s)
@@ -241,7 +242,7 @@ class Batcher:
             try:
                 await self._next_batch()
             except Exception:
-                # What became of this one is told by the log; the door goes on.
+                # Its callers were told; what was to be counted behind it is lost. The door goes on.
                 log.exception("http: a batch was not brought to its end")
             self._next_rows = 0
         self._running = None
@@ -254,7 +255,7 @@ class Batcher:
             return
         try:
             results = await self._scorer.decide([accepted.job for accepted in batch], requests)
-            records = [*transaction_records(results), *decision_records(results)]
+            acknowledged = self._publisher.send([*transaction_records(results), *decision_records(results)])
         except Exception:
             # A bug must not leave callers waiting, nor stop the door.
             log.exception("scorer: a batch of %d failed", len(batch))
@@ -263,7 +264,7 @@ class Batcher:
         now_s = self._clock_s()
         self._limit.note(now_s, now_s - batch[len(batch) // 2].received_s, self._open, self._loop_lag_s())
         self._next_rows = min(self._batch_rows_max, max(OVERLAP_ROWS_MIN, len(batch)))
-        self._publish(batch, results, records, now_s, 0.0 if hurried else self._publish_time_s(batch, now_s))
+        self._finish_when(acknowledged, batch, results, now_s, 0.0 if hurried else self._publish_time_s(batch, now_s))
         if len(self._pending) < self._next_rows:
             # A batch is in flight until Kafka has it: what comes meanwhile shares the next one's fixed costs, which at a few
             # hundred requests a second is a third of the CPU. With as many waiting there is little more to share.
@@ -307,12 +308,16 @@ class Batcher:
         self._metrics.hurried.inc(len(hurried))
         return hurried, True
 
-    def _publish(
-        self, batch: list[Accepted], results: list[Result], records: list[Record], published_from_s: float, budget_s: float
+    def _finish_when(
+        self,
+        acknowledged: asyncio.Future[None],
+        batch: list[Accepted],
+        results: list[Result],
+        published_from_s: float,
+        budget_s: float,
     ) -> None:
-        """Hand over to the publisher, and answer when that has it in its log or in Kafka, or the budget for that is over."""
+        """Answer when the publisher has the decisions in its log or in Kafka, or the budget for that is over."""
         self._next.clear()
-        acknowledged = self._publisher.send(records)
         if budget_s <= 0 or acknowledged.done():
             self._finish(batch, results, published_from_s)
             return

@@ -159,7 +159,7 @@ def hours_in_parts(settings: Settings, now: datetime) -> list[datetime]:
     return hours
 
 
-def put_together(settings: Settings, hour: datetime) -> Done | None:
+def put_together(settings: Settings, hour: datetime) -> Done:
     """One row for each entity of that hour, with the sums of those that the batches appended. What comes later is a row beside it."""
     token, merged = secrets.token_hex(8), [0, 0]
 
@@ -189,7 +189,7 @@ def put_together(settings: Settings, hour: datetime) -> Done | None:
 
 
 def _query(table: DeltaTable, sql: str) -> pa.Table:
-    """By delta-rs' own engine, which reads a table larger than memory. `sql` calls it t."""
+    """By delta-rs' own engine, which holds what the query groups by and not the table. `sql` calls it t."""
     return pa.table(QueryBuilder().register("t", table).execute(sql).read_all())
 
 

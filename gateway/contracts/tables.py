@@ -22,7 +22,7 @@ LABELS = "labels"
 # entity's frauds and the counter of its label changes (receipts: label_changes) are made of the rows with a change, in order of
 # (batch_id, place).
 LABEL_CHANGES = "label_changes"
-# entity, entity_id, hour, transactions, amount_minor, declined, largest_minor, updated_at: one row an entity and hour.
+# entity, entity_id, hour, transactions, amount_minor, declined, largest_minor, updated_at: to be summed by entity and hour.
 GOLD_ENTITY_HOUR = "gold_entity_hour"
 # transaction_id, the transaction's fields, the decision's outcome and score, the label that stands: one row a transaction.
 GOLD_DECISIONS = "gold_decisions"

@@ -96,7 +96,8 @@ class Feeder:
             self.turn()
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(2 * FLUSH_S)
+        # It waits for Kafka twice, and then writes its file.
+        self._process.wait(3 * FLUSH_S)
         with np.load(self._out, allow_pickle=False) as found:
             told = {name: found[name].tolist() for name in ("number", "status", "latency_us")}
         self._out.unlink()

@@ -173,7 +173,7 @@ def test_sums_of_an_hour_that_is_over_become_one_row_an_entity(settings: Setting
         write_rows(settings, tables.GOLD_ENTITY_HOUR, rows)
     assert upkeep.hours_in_parts(settings, NOW) == [over]
     done = upkeep.put_together(settings, over)
-    assert done is not None and done.what.startswith("4 rows of ") and done.what.endswith("became 2")
+    assert done.what.startswith("4 rows of ") and done.what.endswith("became 2")
     rows = read_rows(settings, tables.GOLD_ENTITY_HOUR)
     assert len(rows) == 4
     [card] = [row for row in rows if row["hour"] == over and row["entity_id"] == "a"]

@@ -160,7 +160,7 @@ async def test_both_records_of_a_decision_are_published_before_the_reply() -> No
     assert {r.key for r in publisher.sent} == {b"card-1"}
 
 
-async def test_a_batch_that_ends_in_an_error_does_not_stop_the_door(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_batch_whose_publishing_fails_is_answered_so_and_does_not_stop_the_door(caplog: pytest.LogCaptureFixture) -> None:
     class Fails(StubPublisher):
         def send(self, records: Sequence[Record]) -> asyncio.Future[None]:
             if not self.sent:
@@ -171,8 +171,22 @@ async def test_a_batch_that_ends_in_an_error_does_not_stop_the_door(caplog: pyte
     scorer = GatedScorer()
     scorer.gate.set()
     batcher = make_batcher(scorer, Fails())
-    submit(batcher, body_of("a"))
-    await turns()
+    assert await submit(batcher, body_of("a")) is None
+    assert "a batch of 1 failed" in caplog.text
+    assert (batcher.in_flight, scorer.deciding) == (0, set())
+    assert await verdict_of(batcher, body_of("b")) is Verdict.DECIDED
+
+
+async def test_an_error_behind_the_answers_does_not_stop_the_door(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = GatedScorer()
+    scorer.gate.set()
+    batcher = make_batcher(scorer)
+    with monkeypatch.context() as broken:
+        broken.setattr(batcher._metrics.http_level, "answered", None)
+        assert await verdict_of(batcher, body_of("a")) is Verdict.DECIDED
+        await turns()
     assert "was not brought to its end" in caplog.text
     assert await verdict_of(batcher, body_of("b")) is Verdict.DECIDED
 
