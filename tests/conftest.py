@@ -30,6 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.nodeid.partition("::")[0] not in files)
 
 
+@pytest.fixture(autouse=True)
+def as_nice_as_before() -> Iterator[None]:
+    """A test that made this process nice would starve all that follow: the process can't go back."""
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    yield
+    assert os.getpriority(os.PRIO_PROCESS, 0) == niceness, "this test made the process of the tests nice"
+
+
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """Free ports and an empty home, also in the environment, so that `load_settings` and subprocesses agree.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from deltalake.exceptions import CommitFailedError
 from deploy.history import upkeep
 from deploy.history.alone import UpkeepRunningError, alone
 from deploy.history.audit import audit
-from deploy.history.maintain import maintain
+from deploy.history.maintain import NICENESS, maintain
 from deploy.history.verify import verify
 from gateway.contracts import tables
 from gateway.contracts.settings import Settings, load_settings
@@ -30,6 +31,14 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("FRAUDGATE_HOME", str(tmp_path))
     monkeypatch.setenv("FRAUDGATE_REGISTRY_URL", "http://127.0.0.1:9")
     return load_settings()
+
+
+@pytest.fixture
+def niceness(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the command asked for. It can't be taken back without privileges: here it would stay with all tests that follow."""
+    asked: list[int] = []
+    monkeypatch.setattr(os, "nice", asked.append)
+    return asked
 
 
 def days_behind(settings: Settings, seconds: float) -> datetime:
@@ -182,15 +191,19 @@ def test_sums_of_an_hour_that_is_over_become_one_row_an_entity(settings: Setting
     assert upkeep.hours_in_parts(settings, NOW) == []
 
 
-def test_a_round_of_all_tables_says_what_it_did(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_round_of_all_tables_says_what_it_did(
+    settings: Settings, niceness: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
     for i in range(upkeep.SMALL_FILES_MIN):
         write_rows(settings, tables.LABELS, [{"transaction_id": f"t{i}", "batch_id": i}])
     assert maintain(["--once"]) == 0
     assert f"{tables.LABELS}             {upkeep.SMALL_FILES_MIN} files became 1" in capsys.readouterr().out
     assert maintain(["--once"]) == 0
     assert "nothing to do" in capsys.readouterr().out
+    assert niceness == [NICENESS, NICENESS]
 
 
+@pytest.mark.usefixtures("niceness")
 def test_two_rounds_at_a_time_are_refused(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     with alone(settings.home_path):
         with pytest.raises(UpkeepRunningError), alone(settings.home_path):
