@@ -46,7 +46,10 @@ _LABELLED_TEXT = [ENTITY_TEXT[i] for i in LABELLED]
 
 @dataclass(slots=True)
 class Call:
-    """What Redis is asked for `batch`. `claims` is (rows * CLAIM_BYTES,), `records` (rows * ENTITY_COUNT,) ENTITY_RECORD."""
+    """What Redis is asked for `batch`. `claims` is (rows * CLAIM_BYTES,), `records` (rows * ENTITY_COUNT,) ENTITY_RECORD.
+
+    `answered`: all of it was decided without Redis and is observed afterwards, so that its own answers settle nothing.
+    """
 
     batch: Sequence[Job]
     requests: Requests
@@ -54,6 +57,7 @@ class Call:
     records: npt.NDArray[np.void]
     update: bool
     claim_ttl_ms: int
+    answered: bool = False
 
 
 @dataclass(slots=True)
@@ -140,7 +144,7 @@ class SingleRedis:
                 raise RedisReplyError(str(reply))
         settled = np.zeros(len(call.batch), bool)
         for row, job in enumerate(call.batch):
-            if before[row] is not None and settles(before[row], job.held_claim):
+            if before[row] is not None and settles(before[row], job.held_claim, call.answered):
                 settled[row] = True
         return Found(values[0], before, settled, [value or b"" for value in values[1:]], round_trip_s)
 
@@ -174,9 +178,12 @@ class SingleRedis:
         requests = call.requests
         rows = len(requests)
         before = (
-            b"*%d\r\n$7\r\nEVALSHA\r\n" % (3 + rows + owners + 4 + 2 * rows) + _bulk(self._sha) + _bulk(b"%d" % (rows + owners))
+            b"*%d\r\n$7\r\nEVALSHA\r\n" % (3 + rows + owners + 5 + 2 * rows) + _bulk(self._sha) + _bulk(b"%d" % (rows + owners))
         )
-        between = b"".join([_bulk(b"%d" % n) for n in (call.claim_ttl_ms, HEAD_TTL_MS, EARLY_MAX)] + [_bulk(_CAPACITIES)])
+        between = b"".join(
+            [_bulk(b"%d" % n) for n in (call.claim_ttl_ms, HEAD_TTL_MS, EARLY_MAX)]
+            + [_bulk(_CAPACITIES), _bulk(b"%d" % call.answered)]
+        )
         out = np.empty(len(before) + len(between) + rows * ROW_BYTES_MAX, np.uint8)
         size = script_call(
             requests.buf,
@@ -254,7 +261,7 @@ class ClusterRedis:
         progress_now, *before = await self._link.call_all([progress, *self.pack(call)], deadline_s - time.monotonic())
         left = []
         for row, job in enumerate(call.batch):
-            if before[row] is None or not settles(before[row], job.held_claim):
+            if before[row] is None or not settles(before[row], job.held_claim, call.answered):
                 left.append(row)
             if before[row] is not None:
                 # It may have been observed under that claim.
@@ -325,7 +332,10 @@ class ClusterRedis:
 def _found(call: Call, progress: bytes | None, before: list[bytes | None], observed: list[Any], round_trip_s: float) -> Found:
     """The replies of single calls, one for each entity of each transaction that nothing settles."""
     settled = np.array(
-        [record is not None and settles(record, job.held_claim) for record, job in zip(before, call.batch, strict=True)]
+        [
+            record is not None and settles(record, job.held_claim, call.answered)
+            for record, job in zip(before, call.batch, strict=True)
+        ]
     )
     named = call.requests.lengths[:, ENTITY_TEXT] >= 0
     heads, tiles, frauds = [], [], []
@@ -340,9 +350,11 @@ def _found(call: Call, progress: bytes | None, before: list[bytes | None], obser
     return Found(progress, before, settled, tiles + frauds + heads, round_trip_s)
 
 
-def settles(before: bytes, claim: bytes) -> bool:
+def settles(before: bytes, claim: bytes, answered: bool = False) -> bool:
     """True when the record that stood there settles a transaction without a new decision: the same rule as in lua/observe.lua."""
-    return before[:CLAIM_BYTES] != claim or (len(before) > CLAIM_BYTES and claim[FINGERPRINT_BYTES : FINGERPRINT_BYTES + 1] == b"h")
+    if before[:CLAIM_BYTES] != claim:
+        return True
+    return len(before) > CLAIM_BYTES and not answered and claim[FINGERPRINT_BYTES : FINGERPRINT_BYTES + 1] == b"h"
 
 
 def _store(answer: Kept) -> tuple[Argument, ...]:

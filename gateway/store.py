@@ -109,11 +109,21 @@ class Store:
 
         With `update` each transaction is claimed and appended to its entities; without, nothing is changed (what-if reads).
         """
+        return await self._observe(batch, requests, timeout_s, update)
+
+    async def observe_decided(self, batch: Sequence[Job], requests: Requests, timeout_s: float) -> Observation | None:
+        """The same of what was decided without Redis, afterwards. Its own answer, if that is stored already, settles nothing."""
+        return await self._observe(batch, requests, timeout_s, update=True, answered=True)
+
+    async def _observe(
+        self, batch: Sequence[Job], requests: Requests, timeout_s: float, update: bool, answered: bool = False
+    ) -> Observation | None:
         deadline_s = time.monotonic() + timeout_s
         try:
             if not self._knows_progress:
                 self._note_progress(await self._redis.progress(deadline_s))
             plan = self._plan(batch, requests, update)
+            plan.call.answered = answered
             found = await self._redis.observe(plan.call, deadline_s)
         except RedisUnavailableError:
             return None

@@ -55,7 +55,7 @@ class Unobserved:
         """True when the oldest few were observed, and their answers stored for retries."""
         some = [self._jobs[i] for i in range(min(BATCH_ROWS_MAX, len(self._jobs)))]
         batch = [job for job, _ in some]
-        found = await self._store.observe(batch, requests_of(batch), OBSERVE_BUDGET_S)
+        found = await self._store.observe_decided(batch, requests_of(batch), OBSERVE_BUDGET_S)
         if found is None or not found.written:
             return False
         self._store.record([pair for pair, settled in zip(some, found.settled, strict=True) if settled is None])

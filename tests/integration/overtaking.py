@@ -1,9 +1,10 @@
-"""One payment decided by two processes: what must hold of one Redis and of a cluster alike."""
+"""One payment decided by two processes, or before it is observed: what must hold of one Redis and of a cluster alike."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from gateway.contracts.layout import BASE_STEP
 from gateway.job import Job, requests_of
 from gateway.store import Observation, Store
 from tests.unit.gateway.factories import make_job, make_transaction
@@ -32,3 +33,25 @@ async def assert_counts_once_and_the_first_answer_stands(one: Store, other: Stor
     assert await other.settle([(faster, theirs), (alone, alone.claim + b"answer")], BUDGET_S) == [None, None]
     assert await one.settle([(late, late.claim + b"ours")], BUDGET_S) == [theirs]
     assert (await _observe(one, late, alone)).settled == [theirs, alone.claim + b"answer"]
+
+
+async def assert_observed_afterwards_once(store: Store, run: str) -> None:
+    """A payment whose gateway had no time to ask Redis, only to store its answer, and one that another gateway has decided."""
+
+    async def observe_decided(job: Job) -> list[bytes | None]:
+        found = await store.observe_decided([job], requests_of([job]), BUDGET_S)
+        assert found is not None
+        return found.settled
+
+    late, t = make_job(make_transaction(f"{run}-late", card_id=run)), make_transaction(f"{run}-elsewhere", card_id=run)
+    store.record([(late, late.claim + b"answer")])
+    for _ in range(2):
+        assert await observe_decided(late) == [None]
+    assert (await _observe(store, late)).settled == [late.claim + b"answer"]
+    other, elsewhere = make_job(t), make_job(t, process=2)
+    places = [(await _observe(store, elsewhere)).seq[0, 0] % BASE_STEP]
+    store.record([(elsewhere, elsewhere.claim + b"theirs")])
+    assert await observe_decided(other) == [elsewhere.claim + b"theirs"]
+    places.append((await _observe(store, make_job(make_transaction(f"{run}-after", card_id=run)))).seq[0, 0] % BASE_STEP)
+    # The late one has place 0.
+    assert places == [1, 2]

@@ -20,7 +20,7 @@ from gateway.job import Job, requests_of
 from gateway.redis_link import RedisLink
 from gateway.store import Observation, Store
 from tests.helpers import until
-from tests.integration.overtaking import assert_counts_once_and_the_first_answer_stands
+from tests.integration.overtaking import assert_counts_once_and_the_first_answer_stands, assert_observed_afterwards_once
 from tests.oracle import Oracle, differences
 from tests.unit.gateway.factories import NOW_MS, make_job, make_transaction
 
@@ -131,6 +131,16 @@ def test_an_answered_retry_is_settled_and_counts_once(stack: Stack, settings: Se
     first, retries, last = with_store(settings, use)
     assert retries.settled == [job.claim + b"answer"] * 2
     assert last.seq[0, 0] == first.seq[0, 0] + 1
+
+
+def test_what_was_decided_without_redis_is_observed_afterwards_once(stack: Stack, settings: Settings) -> None:
+    assert stack.pid("redis")
+    run = secrets.token_hex(4)
+
+    async def use(store: Store, _: RedisLink) -> None:
+        await assert_observed_afterwards_once(store, run)
+
+    with_store(settings, use)
 
 
 def test_who_overtakes_counts_once_and_of_two_answers_the_first_stands(stack: Stack, settings: Settings) -> None:

@@ -51,7 +51,7 @@ class Card:
         claim = secrets.token_bytes(16) + layout.POSITION.pack(b"k", 0, 0, hash_)
         keys = [layout.idempotency_key(f"{self.card_id}-{hash_}"), self.head_key]
         capacities = struct.pack("<H", CAPACITY)
-        arguments: list[bytes | int] = [60_000, layout.HEAD_TTL_MS, layout.EARLY_MAX, capacities, claim, header + event]
+        arguments: list[bytes | int] = [60_000, layout.HEAD_TTL_MS, layout.EARLY_MAX, capacities, b"0", claim, header + event]
         self.client.eval(layout.OBSERVE_LUA, len(keys), *keys, *arguments)
 
     def merge(

@@ -34,7 +34,7 @@ from tests.entities import EPOCH, Entities, events_of, make_stream
 from tests.helpers import running_command, until
 from tests.integration.gateway_helpers import Decisions, name, post, ready_without
 from tests.integration.gateway_helpers import make_transaction as make_payment
-from tests.integration.overtaking import assert_counts_once_and_the_first_answer_stands
+from tests.integration.overtaking import assert_counts_once_and_the_first_answer_stands, assert_observed_afterwards_once
 from tests.oracle import Oracle, differences
 from tests.redis_nodes import NODES, Cluster, running_cluster
 from tests.unit.gateway.factories import NOW_MS, make_job, make_transaction, write_model
@@ -181,6 +181,15 @@ def test_who_overtakes_counts_once_and_of_two_answers_the_first_stands(cluster: 
         await assert_counts_once_and_the_first_answer_stands(store, other_store, run)
 
     with_stores(cluster, 2, use)
+
+
+def test_what_was_decided_without_redis_is_observed_afterwards_once(cluster: Cluster) -> None:
+    run = secrets.token_hex(4)
+
+    async def use(store: Store) -> None:
+        await assert_observed_afterwards_once(store, run)
+
+    with_stores(cluster, 1, use)
 
 
 def test_of_fifty_simultaneous_charges_on_two_gateways_the_kth_sees_k_minus_one(cluster: Cluster) -> None:

@@ -26,8 +26,7 @@ class FlakyStore(StubStore):
         self.silent_calls = silent_calls
         self.observed: list[str] = []
 
-    async def observe(self, batch: Sequence[Job], _requests: Requests, timeout_s: float, update: bool = True) -> Observation | None:
-        assert update
+    async def observe_decided(self, batch: Sequence[Job], _requests: Requests, timeout_s: float) -> Observation | None:
         assert timeout_s > 0
         if self.silent_calls:
             self.silent_calls -= 1
