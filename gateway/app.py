@@ -33,7 +33,7 @@ from gateway.explore import Explorer, LossCap
 from gateway.guard import Guard
 from gateway.http import SCORE_PATH, Receive, Scope, ScoreDoor, Send
 from gateway.kafka import KafkaDoor
-from gateway.kafka_link import Link
+from gateway.kafka_link import FETCH_WAIT_MS, Link
 from gateway.lists import ChangeReader, ListFollower
 from gateway.loop_watch import LoopWatch
 from gateway.metrics import Metrics
@@ -213,6 +213,8 @@ class Gateway:
             settings.instance_id,
             self.schemas,
             exactly_once=settings.kafka_delivery == EXACTLY_ONCE,
+            # Nothing is asked for more often than chunks begin.
+            fetch_wait_ms=max(FETCH_WAIT_MS, settings.kafka_chunk_interval_ms // 2),
         )
 
     def _watch(self, kafka: KafkaDoor) -> None:

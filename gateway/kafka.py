@@ -73,7 +73,8 @@ class Chunk:
 class KafkaDoor:
     """Runs sessions until stopped. `make_link` makes the link of a new session. `tracer`, None: there is none, gets what is committed.
 
-    Chunks that aren't full begin `chunk_interval_s` apart: each costs some milliseconds of CPU beside its records, here and at the broker.
+    Polls that bring less than a full chunk begin `chunk_interval_s` apart: each costs some milliseconds of CPU beside its records, here and
+    at the broker.
     """
 
     def __init__(
@@ -192,18 +193,18 @@ class KafkaDoor:
                     committing = None
                 chunk, results, records = await self._decide(messages, membership)
                 self._uncommitted += len(messages)
-                if membership is None or not self._due(results, records):
-                    continue
-                if committing is not None:
-                    await committing
-                link.quiet.clear()
-                offsets = {p.partition: offset for p, offset in self._carried.items()}
-                self._carried.clear()
-                self._committed_s = time.monotonic()
-                committed = loop.run_in_executor(commits, link.commit, records, offsets, membership)
-                committing = asyncio.create_task(self._note_commit(committed, link, chunk, results, self._uncommitted))
-                self._uncommitted = 0
-                if len(messages) < CHUNK_RECORDS_MAX:
+                if membership is not None and self._due(results, records):
+                    if committing is not None:
+                        await committing
+                    link.quiet.clear()
+                    offsets = {p.partition: offset for p, offset in self._carried.items()}
+                    self._carried.clear()
+                    self._committed_s = time.monotonic()
+                    committed = loop.run_in_executor(commits, link.commit, records, offsets, membership)
+                    committing = asyncio.create_task(self._note_commit(committed, link, chunk, results, self._uncommitted))
+                    self._uncommitted = 0
+                if messages and len(messages) < CHUNK_RECORDS_MAX:
+                    # Also behind what was only skipped: of that the HTTP door publishes something all the time.
                     await asyncio.sleep(max(0.0, began_s + self._chunk_interval_s - time.monotonic()))
             if committing is not None:
                 await committing

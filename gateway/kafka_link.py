@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 CHUNK_RECORDS_MAX = 512
 POLL_S = 0.2
-# The broker collects this much before it answers a fetch, or waits this long: each fetch costs about 0.1 ms here.
+# The broker collects this much before it answers a fetch, or waits as long as Link is told: each fetch costs about 0.1 ms here.
 FETCH_BYTES_MIN = 32_768
 FETCH_WAIT_MS = 10
 # What librdkafka holds of messages that no chunk has taken yet.
@@ -83,7 +83,16 @@ class Link:
     `quiet` is set while no chunk is under way: partitions are given away only then.
     """
 
-    def __init__(self, bootstrap: str, group: str, instance: str, schemas: SchemaBook, *, exactly_once: bool) -> None:
+    def __init__(
+        self,
+        bootstrap: str,
+        group: str,
+        instance: str,
+        schemas: SchemaBook,
+        *,
+        exactly_once: bool,
+        fetch_wait_ms: int = FETCH_WAIT_MS,
+    ) -> None:
         self._schemas = schemas
         self._exactly_once = exactly_once
         self._turn = 0
@@ -130,7 +139,7 @@ class Link:
             "enable.auto.offset.store": False,
             "auto.offset.reset": "earliest",
             "fetch.min.bytes": FETCH_BYTES_MIN,
-            "fetch.wait.max.ms": FETCH_WAIT_MS,
+            "fetch.wait.max.ms": fetch_wait_ms,
             "queued.max.messages.kbytes": FETCHED_KB_MAX,
             "session.timeout.ms": SESSION_TIMEOUT_MS,
             "heartbeat.interval.ms": HEARTBEAT_MS,

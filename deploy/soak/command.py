@@ -60,6 +60,8 @@ def soak(argv: list[str]) -> int:
     if options.list:
         return 0
     signal.signal(signal.SIGTERM, interrupted)
+    if options.home is not None:
+        options.home.mkdir(parents=True, exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix="fraudgate-soak-", dir=options.home))
     try:
         outcome = run(plan, home)

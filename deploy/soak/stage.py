@@ -42,7 +42,7 @@ WEBHOOKS = ("alert_page_url", "alert_ticket_url")
 REDIS_MEMORY_MB = 4096
 SPARK_OPTIMISE_CALLS = 50_000
 # Each Kafka transaction costs the broker milliseconds of CPU, and nobody waits at that door.
-KAFKA_CHUNK_INTERVAL_MS = 50
+KAFKA_CHUNK_INTERVAL_MS = 100
 # Two cores at their limit: with less between them Redis waits for a core for a tenth of a second after the broker's start.
 JOBS_NICENESS, BROKER_NICENESS = 19, 15
 OTHER_SEED = 12
