@@ -314,9 +314,9 @@ async def test_redis_is_asked_for_the_values_of_the_batchs_entities_in_one_trans
     keys = [idempotency_key("t1"), *heads]
     assert script[2:7] == [b"4", *(key.encode() for key in keys)]
     capacities = np.array([e.head_events_max for e in ENTITIES], "<u2").tobytes()
-    assert script[7:11] == [b"600000", str(HEAD_TTL_MS).encode(), str(EARLY_MAX).encode(), capacities]
-    assert script[11] == job.claim
-    assert len(script) == 13
+    assert script[7:12] == [b"600000", str(HEAD_TTL_MS).encode(), str(EARLY_MAX).encode(), capacities, b"0"]
+    assert script[12] == job.claim
+    assert len(script) == 14
     tiles = [tiles_key("card", "card-1"), tiles_key("customer", "customer-1"), tiles_key("merchant", "merchant-1")]
     frauds = [labels_key("customer", "customer-1"), labels_key("merchant", "merchant-1")]
     assert mget == [b"MGET", *(key.encode() for key in [PROGRESS_KEY, *tiles, *frauds, *heads])]
