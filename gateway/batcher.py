@@ -158,7 +158,8 @@ class Batcher:
         """Take a body, which is read with the others of its batch. `done` is called later. `traceparent` is as the caller sent it."""
         self._open += 1
         self._pending.append(Accepted(body, received_s, deadline_s, done, explain, traceparent))
-        if deadline_s - received_s < HURRY_S:
+        if deadline_s - received_s < HURRY_S + self._batch_interval_s:
+            # Waiting for company would leave no time for Redis.
             self._urgent = True
             self._next.set()
         self._begin()

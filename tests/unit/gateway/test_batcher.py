@@ -338,10 +338,10 @@ async def test_a_batch_close_behind_another_waits_to_grow_and_no_longer_than_it_
     # The clock stands still: only the timer, the number or a near deadline can end the wait.
     batcher = make_batcher(scorer, rows=100, batch_interval_s=30)
     assert await verdict_of(batcher, body_of("first")) is Verdict.DECIDED
-    waiting = [submit(batcher, body_of(f"t{i}")) for i in range(FULL_ROWS - 1)]
+    waiting = [submit(batcher, body_of(f"t{i}"), deadline_s=100) for i in range(FULL_ROWS - 1)]
     await turns()
     assert [len(batch) for batch in scorer.batches] == [1]
-    waiting.append(submit(batcher, body_of("last")))
+    waiting.append(submit(batcher, body_of("last"), deadline_s=100))
     await asyncio.gather(*waiting)
     assert [len(batch) for batch in scorer.batches] == [1, FULL_ROWS]
     batcher = make_batcher(scorer, rows=100, batch_interval_s=0.2)
@@ -354,6 +354,11 @@ async def test_a_batch_close_behind_another_waits_to_grow_and_no_longer_than_it_
     # The one that begins the wait is as urgent as one that comes during it; and others who are urgent too don't keep it from its turn.
     await asyncio.gather(patient, *[submit(batcher, body_of(f"hurry-{i}"), deadline_s=HURRY_S / 2) for i in range(2)])
     assert ["patient"] in scorer.batches
+    # Nor does one that would have no time for Redis left when it has waited.
+    alone = make_batcher(scorer, rows=100, batch_interval_s=30)
+    await submit(alone, body_of("begins"))
+    await submit(alone, body_of("near"), deadline_s=30 + HURRY_S / 2)
+    assert scorer.batches[-1] == ["near"]
     short = make_batcher(scorer, rows=100, batch_interval_s=0.001)
     await submit(short, body_of("a"))
     assert await verdict_of(short, body_of("b")) is Verdict.DECIDED

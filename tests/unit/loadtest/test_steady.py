@@ -30,7 +30,7 @@ from loadtest.openloop.outcomes import (
     reasons_hash,
 )
 from loadtest.openloop.shoppers import COMMUNITIES, SKEWS_MS, Shoppers, Span, card_prefix
-from loadtest.openloop.steady import FIRST_TRY_S, Call, Caller, RetryBudget, request_of
+from loadtest.openloop.steady import ANSWER_MS, DEADLINE_MS, DEADLINE_MS_LEAST, FIRST_TRY_S, WAY_MS, Call, Caller, RetryBudget
 
 NOW_MS = 1_795_500_000_000
 WITHIN_S = 20.0
@@ -104,13 +104,21 @@ def call(address: tuple[str, int], count: int = 1, first_try_s: float = WITHIN_S
     for i in range(count):
         now = time.monotonic()
         body = json.dumps({"transaction_id": f"r-{i}"}).encode()
-        caller.submit(Call(i, now, request_of("gateway", body)), now)
+        caller.submit(Call(i, now, body), now)
         give_up = now + WITHIN_S
         while caller.under_way:
             assert time.monotonic() < give_up
             caller.turn()
     caller.close()
     return log
+
+
+def test_a_second_attempt_is_told_what_is_left() -> None:
+    payment = Call(0, 10.0, b"{}")
+    payment.attempts = 1
+    assert payment.deadline_ms(10.09) == DEADLINE_MS
+    payment.attempts = 2
+    assert [payment.deadline_ms(at) for at in (10.0, 10.065, 11.0)] == [DEADLINE_MS, ANSWER_MS - WAY_MS - 65, DEADLINE_MS_LEAST]
 
 
 def test_an_answer_is_noted_with_what_it_says() -> None:
