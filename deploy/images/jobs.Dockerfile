@@ -23,8 +23,8 @@ COPY loadtest ./loadtest
 COPY model_export ./model_export
 RUN /opt/fraudgate/venv/bin/python -m deploy.jars spark spark-s3a
 RUN uv sync --frozen --no-dev --no-editable --extra jobs --extra java
-# The Java home of the wheel's runtime, which Spark's launcher can use.
-RUN /opt/fraudgate/venv/bin/python -c "from pathlib import Path; from deploy.toolchain import java_home; java_home(Path('/opt/fraudgate/cache'))"
+# The Java home of the wheel's runtime, which Spark's launcher can use; no other's, whatever is installed here.
+RUN /opt/fraudgate/venv/bin/python -c "from pathlib import Path; from deploy.toolchain import java_home; java_home(Path('/opt/fraudgate/cache'), {'PATH': ''})"
 
 FROM ${PYTHON_IMAGE}
 # Hadoop asks for the user's name.

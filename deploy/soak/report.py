@@ -63,6 +63,13 @@ def table(outcome: Outcome) -> str:
     ]
     width = max(len(name) for name, _ in facts)
     lines += [f"{name:<{width}}  {text}" for name, text in facts]
+    seconds = verdict.seconds
+    if seconds.stood_still.any():
+        worst, most_ms = int(seconds.late_ms.argmax()), seconds.late_ms.max()
+        lines.append(
+            f"the sender stood still itself in {int(seconds.stood_still.sum())} seconds, at second {worst} for {most_ms / 1000:.1f} s;"
+            f" of the requests of the others {percent(seconds.good_share_otherwise, 3)} were good"
+        )
     if not verdict.late_p99_ms <= LATE_P99_MS_MOST:
         lines.append("the sender itself was late: the latencies are partly its own")
     return "\n".join(lines)
@@ -130,6 +137,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "alerts": {"note": outcome.alerts_note, "fired": [dataclasses.asdict(f) for f in outcome.firings], "told": outcome.told},
         "sender": {
             "late_p99_ms": verdict.late_p99_ms,
+            "stood_still_s": verdict.seconds.stood_still.nonzero()[0].tolist(),
+            "good_share_otherwise": verdict.seconds.good_share_otherwise,
             "cpu_s": outcome.sender_cpu_s,
             "sent_again": outcome.retried,
             "over_the_budget": outcome.unretried,

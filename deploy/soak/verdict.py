@@ -57,6 +57,21 @@ class Seconds:
     requests: npt.NDArray[np.int64]
     good: npt.NDArray[np.int64]
     p99_ms: npt.NDArray[np.float64]
+    # How late the sender itself was, at its worst.
+    late_ms: npt.NDArray[np.float64]
+
+    @property
+    def stood_still(self) -> Mask:
+        """Those in which the sender, which goes before everybody, was held up for longer than an answer may take: the machine was, then."""
+        found: Mask = self.late_ms > GOOD_MS
+        return found
+
+    @property
+    def good_share_otherwise(self) -> float:
+        """Of the requests in the other seconds."""
+        otherwise = ~self.stood_still
+        requests = int(self.requests[otherwise].sum())
+        return int(self.good[otherwise].sum()) / requests if requests else math.nan
 
     @property
     def good_share(self) -> npt.NDArray[np.float64]:
@@ -163,9 +178,10 @@ def by_second(sent: Sent, counts: Mask, at_s: npt.NDArray[np.float64], seconds: 
     second = at_s[where].astype(np.int64)
     good = is_good(sent)[where]
     latency_ms = np.maximum(sent.latency_us[where], 0) / 1000
-    p99 = np.full(seconds, math.nan)
+    p99, late_ms = np.full(seconds, math.nan), np.zeros(seconds)
+    np.maximum.at(late_ms, second, sent.late_us[where] / 1000)
     edges = np.searchsorted(second, np.arange(seconds + 1))
     for k in range(seconds):
         if edges[k + 1] > edges[k]:
             p99[k] = np.quantile(latency_ms[edges[k] : edges[k + 1]], 0.99)
-    return Seconds(np.bincount(second, minlength=seconds), np.bincount(second, good, seconds).astype(np.int64), p99)
+    return Seconds(np.bincount(second, minlength=seconds), np.bincount(second, good, seconds).astype(np.int64), p99, late_ms)

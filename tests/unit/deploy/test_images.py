@@ -88,10 +88,7 @@ def test_every_image_starts_a_command_that_there_is() -> None:
 
 PROBE = """
 import importlib, importlib.util, sys
-from deploy.bootstrap import find_uv
 from deploy.cli import GROUPS
-from deploy.services import http_ok
-from gateway.supervisor import LEAVE_TIMEOUT_S
 absent, wanted = sys.argv[1].split(","), sys.argv[2].split(",")
 print("carries", [name for name in absent if importlib.util.find_spec(name) is not None])
 commands = {c.name: c for group in GROUPS.values() for c in group}

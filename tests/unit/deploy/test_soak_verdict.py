@@ -52,6 +52,18 @@ def test_everything_in_time_is_good() -> None:
     assert verdict.late_p99_ms == pytest.approx(0.2)
 
 
+def test_seconds_in_which_the_sender_stood_still_count_and_are_told() -> None:
+    sent = make_sent()
+    second = slice(FIRST + 5 * RATE, FIRST + 6 * RATE)
+    sent.late_us[second], sent.latency_us[second] = 1_500_000, 1_600_000
+    sent.latency_us[FIRST] = 150_000
+    verdict = judge(sent, make_plan_of(), [])
+    assert verdict.seconds.stood_still.nonzero()[0].tolist() == [5]
+    assert verdict.whole.good == MEASURED_S * 90 - 91
+    assert verdict.seconds.good_share_otherwise == pytest.approx(1 - 1 / ((MEASURED_S - 1) * 90))
+    assert not judge(make_sent(), make_plan_of(), []).seconds.stood_still.any()
+
+
 @pytest.mark.parametrize(("latency_us", "good"), [(100_000, True), (100_001, False)])
 def test_an_answer_is_good_up_to_a_hundred_milliseconds(latency_us: int, good: bool) -> None:
     sent = make_sent()
