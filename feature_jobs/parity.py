@@ -230,11 +230,12 @@ def _compare(logged: Logged, changes: tuple[Int64s, Int64s], wanted: npt.NDArray
     labels: list[LabelChanges | None] = []
     dirty: list[npt.NDArray[np.bool_]] = []
     for i, (entity, columns) in enumerate(zip(ENTITIES, history.entities, strict=True)):
-        order = _Order(columns.code, t_ms, logged.seq[:, i], history_rows, arrived_ms, logged.received_ms, logged.complete)
+        bound = entity.head_events_max
+        order = _Order(columns.code, t_ms, logged.seq[:, i], history_rows, arrived_ms, logged.received_ms, logged.complete, bound)
         unverifiable |= order.unverifiable
         late |= order.late
         entities.append(replace(columns, code=order.code, seq=order.rank))
-        mine, disordered = None, order.dirty(entity.head_events_max)
+        mine, disordered = None, order.dirty()
         if i in applied:
             mine, unsteady = _applied(order, applied[i], *changes)
             disordered |= unsteady
@@ -283,6 +284,7 @@ class _Order:
 
     `rank` numbers the observed ones of an id from 0; payments that no gateway observed (history) come before all, with negative
     numbers: they count from tiles only. `code` is -1 for a payment that is neither observed nor history: nobody counts it yet.
+    `head_events_max` is how many of the last observed a head counts.
     """
 
     def __init__(
@@ -294,10 +296,12 @@ class _Order:
         arrived_ms: Int64s,
         received_ms: Int64s,
         complete: bool,
+        head_events_max: int,
     ) -> None:
         self._complete = complete
+        self._head_events_max = head_events_max
         rows = len(code)
-        seq, unsure = _with_late_observations(code, seq, received_ms, complete)
+        seq, unsure = _with_late_observations(code, seq, received_ms, complete, head_events_max)
         observed = (code >= 0) & (seq >= 0)
         self.history = (code >= 0) & history
         self.code = np.where(observed | self.history, code, -1)
@@ -342,8 +346,9 @@ class _Order:
         seen = self.in_order
         self.unverifiable[seen] |= newest_arrival[self.code[seen]] > received_ms[seen] - HISTORY_SETTLED_MS
 
-    def dirty(self, head_events_max: int) -> npt.NDArray[np.bool_]:
+    def dirty(self) -> npt.NDArray[np.bool_]:
         """Rows whose past in order of event time isn't their past in order of observation, or holds history where heads count."""
+        head_events_max = self._head_events_max
         out = np.zeros(len(self.code), bool)
         order = np.lexsort((self.rank, self.t_ms, self.code))
         order = order[self.code[order] >= 0]
@@ -365,6 +370,8 @@ class _Order:
         bound &= np.maximum.accumulate(np.where(disordered, here, -1)) >= nth
         before = np.maximum(here - 1, group)
         bound |= rank[before] < rank - head_events_max
+        # One that came with a time ahead of the clock may have left the head while its time is still within what only heads count.
+        bound |= _least_within(_first_from(t_ms, turn, starts), here, rank) < rank - head_events_max
         last_history = np.maximum.accumulate(np.where(rank < 0, here, -1))
         near = (last_history >= group) & (rank >= 0) & ((t_ms[last_history] >= turn) | (last_history == here - 1))
         out[order] = disordered | bound | near
@@ -376,11 +383,14 @@ def _life_begins(seq: int, complete: bool) -> int:
     return seq - seq % BASE_STEP if complete else seq
 
 
-def _with_late_observations(code: Int64s, seq: Int64s, received_ms: Int64s, complete: bool) -> tuple[Int64s, npt.NDArray[np.bool_]]:
+def _with_late_observations(
+    code: Int64s, seq: Int64s, received_ms: Int64s, complete: bool, head_events_max: int
+) -> tuple[Int64s, npt.NDArray[np.bool_]]:
     """`seq` with the places of payments that were decided without Redis and observed afterwards, and which rows can't be told.
 
     Their receipts couldn't say where. What is missing between the places of an id must be theirs. Which place is whose doesn't matter
-    to a row before which none of them, or every one received so far, has been observed; the others can't be verified.
+    to a row before which none of them, or every one received so far, has been observed, and whose head holds all or none of those that
+    stand side by side; the others can't be verified.
     """
     unsure = np.zeros(len(code), bool)
     unplaced = np.flatnonzero((code >= 0) & (seq < 0) & (received_ms > 0))
@@ -393,11 +403,13 @@ def _with_late_observations(code: Int64s, seq: Int64s, received_ms: Int64s, comp
     order = np.flatnonzero((code >= 0) & (seq >= 0) & np.isin(code, list(waiting)))
     order = order[np.lexsort((seq[order], code[order]))]
     last, places, arrivals = -1, 0, np.zeros(0, np.int64)
+    # First and last place of those of the id that stand side by side.
+    together: list[tuple[int, int]] = []
     for row in order.tolist():
         mine = waiting[int(code[row])]
         same = last >= 0 and code[last] == code[row]
         if not same:
-            places, arrivals = 0, received_ms[mine]
+            places, arrivals, together = 0, received_ms[mine], []
         joined = same and seq[row] - seq[last] <= LIFE_GAP
         begin = int(seq[last]) + 1 if joined else _life_begins(int(seq[row]), complete)
         if not joined:
@@ -406,14 +418,41 @@ def _with_late_observations(code: Int64s, seq: Int64s, received_ms: Int64s, comp
             for place in range(begin - older + places, begin):
                 filled[mine[places]] = place
                 places += 1
-        for place in range(begin, int(seq[row])):
-            if places < len(mine):
-                filled[mine[places]] = place
-                places += 1
+        end = min(int(seq[row]), begin + len(mine) - places)
+        for place in range(begin, end):
+            filled[mine[places]] = place
+            places += 1
+        if end - begin > 1:
+            together.append((begin, end - 1))
         so_far = int(np.searchsorted(arrivals, received_ms[row] + OVERLAP_MS, side="right"))
-        unsure[row] = places not in (0, so_far)
+        oldest = int(seq[row]) - head_events_max
+        unsure[row] = places not in (0, so_far) or any(first < oldest <= final for first, final in together)
         last = row
     return filled, unsure
+
+
+def _first_from(values: Int64s, least: Int64s, starts: Int64s) -> Int64s:
+    """For each row the first one of its run whose value is at least the row's `least`; `values` rise within each run."""
+    low = min(int(values.min()), int(least.min()))
+    span = max(int(values.max()), int(least.max())) - low + 1
+    run = np.cumsum(np.isin(np.arange(len(values)), starts)) - 1
+    found: Int64s = np.searchsorted(values - low + run * span, least - low + run * span)
+    return found
+
+
+def _least_within(first: Int64s, end: Int64s, values: Int64s) -> Int64s:
+    """The least of values[first:end] for each pair; where that is empty, a number that none is above."""
+    out = np.full(len(first), np.iinfo(np.int64).max)
+    length = end - first
+    level, least = 0, values
+    while True:
+        # `least` is over 2 ** level values from each on; two such stretches cover any that is up to twice as long.
+        chosen = (length >= 1 << level) & (length < 2 << level)
+        out[chosen] = np.minimum(least[first[chosen]], least[end[chosen] - (1 << level)])
+        if (2 << level) > len(values):
+            return out
+        least = np.minimum(least[: -(1 << level)], least[1 << level :])
+        level += 1
 
 
 def _running_max(values: Int64s, starts: Int64s) -> Int64s:

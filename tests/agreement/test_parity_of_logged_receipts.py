@@ -50,6 +50,7 @@ RECEIPT = pa.schema(
         ("received_at_ms", pa.int64()),
     ]
 )
+CARD_HEAD = next(e.head_events_max for e in ENTITIES if e.name == "card")
 CHANGE = pa.schema([("transaction_id", pa.string()), ("change", pa.int32()), ("batch_id", pa.int64()), ("place", pa.int64())])
 
 
@@ -249,6 +250,45 @@ def test_a_payment_that_was_observed_after_its_decision_has_the_place_that_is_mi
     assert report.missing_rows == 2
     assert report.unverifiable_rows > 0
     assert report.different_values == 0
+
+
+def same_shopper(count: int, step_ms: int) -> list[Transaction]:
+    """Payments of one card, a step apart and of different amounts."""
+    first = make_stream(3, 1, step_ms, 0)[0]
+    times = [first.event_time_ms + n * step_ms for n in range(count)]
+    return [
+        structs.replace(first, transaction_id=f"p{n}", event_time_ms=t, amount_minor=1_000 + n * n) for n, t in enumerate(times)
+    ]
+
+
+def test_a_payment_with_a_time_ahead_leaves_the_head_before_its_time(server: redis.Redis, tmp_path: Path) -> None:
+    log = Log(Entities(server))
+    stream = same_shopper(CARD_HEAD + 8, 8_000)
+    # Observed first, and a time at which the card will have been observed 37 times more.
+    stream[0] = structs.replace(stream[0], event_time_ms=stream[0].event_time_ms + 300_000)
+    for t in stream:
+        log.arrive(t)
+        log.score(t)
+    report = log.check(tmp_path)
+    assert (report.stale_rows, report.unverifiable_rows, report.different_values) == (0, 0, 0)
+    assert report.recounted > 0
+
+
+def test_of_two_observed_afterwards_nobody_can_tell_which_one_the_head_still_counts(server: redis.Redis, tmp_path: Path) -> None:
+    log = Log(Entities(server))
+    stream = same_shopper(CARD_HEAD + 14, 4_000)
+    for n, t in enumerate(stream):
+        log.arrive(t)
+        # The later one was observed first, as another worker does.
+        log.score(stream[{10: 11, 11: 10}.get(n, n)])
+    for n, row in enumerate(log.receipts):
+        row["received_at_ms"] += 10_000 * n
+        if n in (10, 11):
+            row["observed_seq"] = [-1] * len(ENTITIES)
+    report = log.check(tmp_path)
+    assert (report.missing_rows, report.different_values) == (2, 0)
+    # The one whose head reaches back to the second of the two.
+    assert report.unverifiable_rows == 1
 
 
 def test_history_that_nobody_observed_counts_from_tiles_alone(server: redis.Redis, tmp_path: Path) -> None:
