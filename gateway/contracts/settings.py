@@ -342,7 +342,7 @@ class Settings:
         10, "how much the feature jobs that fraudgate up starts give way to others on a busy machine (nice)", least=0, most=19
     )
     broker_niceness: int = _setting(
-        5, "the same of the Kafka broker, whose start takes all cores for seconds; no HTTP answer waits for it", least=0, most=19
+        0, "the same of the Kafka broker, whose start takes all cores; no HTTP answer waits for it, Kafka's do", least=0, most=19
     )
     spark_memory_mb: int = _setting(1536, "heap of the local Spark driver, MiB", least=512, most=262_144)
 
