@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
+from deploy.toolchain import spark_env
 from feature_jobs.gold import LABEL_COLUMNS, Gold, label_precedence
 from feature_jobs.known_labels import label_changes, standing
 from feature_jobs.label_changes import KNOWN_COLUMNS, LABEL_SCHEMA, PAYMENT_COLUMNS, changes_of
@@ -30,6 +30,7 @@ from gateway.contracts import tables
 from gateway.contracts.label import SOURCES, STATES, Label, precedence_of
 from gateway.contracts.settings import Settings
 from model_export.live import read_labels
+from tests.helpers import local_settings
 
 PAYMENTS = 3
 TIMES = st.integers(1, 4)
@@ -145,8 +146,11 @@ def test_reports_on_live_traffic_read_what_stands(
 
 @pytest.fixture(scope="module")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
-    home: Path = tmp_path_factory.mktemp("spark")
-    session = build_session(dataclasses.replace(Settings(), home=str(home)))
+    own = local_settings(tmp_path_factory.mktemp("spark"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in spark_env(own.cache_path).items():
+            patch.setenv(name, value)
+        session = build_session(own)
     yield session
     session.stop()
 
