@@ -32,8 +32,9 @@ from gateway.contracts import tables
 from gateway.contracts.label import Label
 from gateway.contracts.layout import PROGRESS_KEY, Progress
 from gateway.contracts.settings import Settings, load_settings, settings_env
-from loadtest.accounting import Accounting, table
+from loadtest.accounting import Accounting, quantiles, table
 from loadtest.events import Event, LoadError
+from loadtest.latency import Latency
 from loadtest.pace import Pace
 from loadtest.run import LABELS_DUE, Load, RunReport, Simulation, door_of, run_load
 from loadtest.simulator import SimulatorConfig
@@ -183,7 +184,7 @@ class Demo:
         watch.stop()
         watching.join()
         self.step("measuring")
-        return self.measure(report.accounting, since_ms, watch)
+        return self.measure(report, report.accounting, since_ms, watch)
 
     def live(self) -> RunReport:
         """Both doors at the planned rate, and beside it the payments that are sent twice."""
@@ -250,7 +251,7 @@ class Demo:
             time.sleep(0.5)
         print(f"      {have:,} {what}", flush=True)
 
-    def measure(self, accounting: Accounting, since_ms: int, watch: RedisWatch) -> dict[str, Any]:
+    def measure(self, report: RunReport, accounting: Accounting, since_ms: int, watch: RedisWatch) -> dict[str, Any]:
         tables_path = Path(self.settings.tables)
         fresh = {
             "bronze": table_freshness(tables_path / tables.BRONZE, since_ms),
@@ -259,10 +260,13 @@ class Demo:
             "redis": watch.freshness(arrivals_ms(self.settings, since_ms)),
         }
         print(f"\n{table(accounting)}")
+        if report.http is not None:
+            # What a caller waits for. The receipts above come to Kafka later, together.
+            print(f"{'http answer p50 / p99 / p99.9 / max, ms':<45} {quantiles(report.http.latency)}")
         for name, f in fresh.items():
             promise = f", promised {PROMISED_S[name]} s" if name in PROMISED_S else ""
-            print(f"{'freshness of ' + name + ', p50 / max, s':<42} {f.p50_s:.1f} / {f.max_s:.1f} over {f.rows:,} rows{promise}")
-        return report_of(accounting, fresh)
+            print(f"{'freshness of ' + name + ', p50 / max, s':<45} {f.p50_s:.1f} / {f.max_s:.1f} over {f.rows:,} rows{promise}")
+        return report_of(accounting, fresh, None if report.http is None else report.http.latency)
 
     def close(self) -> None:
         print("stopping everything", flush=True)
@@ -299,8 +303,8 @@ def arrivals_ms(settings: Settings, since_ms: int) -> list[int]:
     return [ms for ms in arrived if ms >= since_ms]
 
 
-def report_of(accounting: Accounting, fresh: dict[str, Freshness]) -> dict[str, Any]:
-    """The figures of build/demo.json. Units are in the names."""
+def report_of(accounting: Accounting, fresh: dict[str, Freshness], answer: Latency | None) -> dict[str, Any]:
+    """The figures of build/demo.json, units in the names. `answer` is what callers waited for; those by door are until the receipt."""
     quality = accounting.quality
     return {
         "events_in": accounting.events_in,
@@ -311,6 +315,7 @@ def report_of(accounting: Accounting, fresh: dict[str, Freshness]) -> dict[str, 
         "decisions": accounting.outcomes,
         "degraded": accounting.degraded,
         **{door: {"p50_ms": lat.p50_ms, "p99_ms": lat.p99_ms, "max_ms": lat.max_ms} for door, lat in accounting.latency.items()},
+        **({} if answer is None else {"http_answer": {"p50_ms": answer.p50_ms, "p99_ms": answer.p99_ms, "max_ms": answer.max_ms}}),
         "freshness_s": {name: {"p50": f.p50_s, "max": f.max_s, "rows": f.rows} for name, f in fresh.items()},
         "model": {
             "average_precision": quality.average_precision,

@@ -367,9 +367,7 @@ def table(a: Accounting) -> str:
     lines += [(f"degraded {name}", f"{count}") for name, count in sorted(a.degraded.items())]
     lines += [(f"quarantine {name}", f"{count}") for name, count in sorted(a.quarantine_reasons.items())]
     for door, latency in a.latency.items():
-        values = (latency.p50_ms, latency.p99_ms, latency.p999_ms, latency.max_ms)
-        text = "-" if math.isnan(latency.p50_ms) else " / ".join(f"{v:.1f}" for v in values)
-        lines.append((f"{door} latency p50 / p99 / p99.9 / max, ms", text))
+        lines.append((f"{door} to receipt p50 / p99 / p99.9 / max, ms", quantiles(latency)))
     lines += [
         ("frauds among the decided", f"{q.frauds}"),
         ("precision / recall, all but approve", f"{_number(q.precision_flagged)} / {_number(q.recall_flagged)}"),
@@ -378,3 +376,9 @@ def table(a: Accounting) -> str:
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def quantiles(latency: Latency) -> str:
+    """p50 / p99 / p99.9 / max in milliseconds."""
+    values = (latency.p50_ms, latency.p99_ms, latency.p999_ms, latency.max_ms)
+    return "-" if math.isnan(latency.p50_ms) else " / ".join(f"{v:.1f}" for v in values)
