@@ -85,7 +85,9 @@ MUTANTS = (
         "untiled = buf[at + _TILED] == 2",
     ),
     Mutant("a tiled event counts from the head as well", "features", "untiled = buf[at + _TILED] == 0", "untiled = True"),
-    Mutant("labels count one day too early", "features", "if start < label_end:", "if start <= label_end:"),
+    Mutant(
+        "labels count one day too early", "features", "if labelled and start < label_end:", "if labelled and start <= label_end:"
+    ),
     Mutant("labels have no delay", "features", "label_end = t_ms - LABEL_DELAY_MS", "label_end = t_ms"),
     Mutant(
         "a genuine payment doesn't end a run of frauds",

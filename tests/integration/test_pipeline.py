@@ -195,7 +195,10 @@ def test_an_emptied_redis_is_refilled_while_scoring_goes_on_and_answers_say_so(
 
 def test_every_logged_feature_is_recomputed_to_the_bit(pipeline: Pipeline) -> None:
     """Of the demo (with history before it), the replay, and the replay during which gateway, driver and Redis were killed."""
-    wait_until(lambda: not decisions_missing(pipeline), 120, "every receipt stands in its table")
+    # Of the topic, not of silver alone: that may be behind as well, and then nothing seems to be missing.
+    wanted = len({receipt["transaction_id"] for receipt in read_topic(pipeline.settings, DECISIONS)})
+    wait_until(lambda: rows_of(pipeline, tables.DECISIONS) >= wanted, 120, "every receipt stands in its table")
+    wait_until(lambda: not decisions_missing(pipeline), 120, "and its payment in silver")
     ended = run_command(pipeline.settings, "parity", "--json", timeout_s=120)
     report = json.loads(ended.stdout)
     assert report["examples"] == []
@@ -278,11 +281,11 @@ def change_a_byte(settings: Settings) -> None:
 
 def decisions_missing(pipeline: Pipeline) -> int:
     """Payments in silver whose receipt isn't in its table yet; history never has one."""
-    silver, decisions = (
-        DeltaTable(tables.table_uri(pipeline.settings.tables, name)).to_pyarrow_table(columns=["transaction_id"]).num_rows
-        for name in (tables.SILVER, tables.DECISIONS)
-    )
-    return int(silver) - HISTORY - int(decisions)
+    return rows_of(pipeline, tables.SILVER) - HISTORY - rows_of(pipeline, tables.DECISIONS)
+
+
+def rows_of(pipeline: Pipeline, table: str) -> int:
+    return int(DeltaTable(tables.table_uri(pipeline.settings.tables, table)).count())
 
 
 def decided_count(pipeline: Pipeline) -> int:
