@@ -46,6 +46,8 @@ DOORS = ("http", "kafka")
 BAD_EVERY = 250
 TWICE_EVERY = 100
 TWICE_AFTER_S = 2.0
+# Of the names in the accounting's table.
+NAME_WIDTH = 44
 PROMISED_S = {"bronze": 5, "silver": 12, "gold": 45}
 SILVER_WITHIN_S = 300.0
 LABELS_WITHIN_S = 120.0
@@ -262,10 +264,10 @@ class Demo:
         print(f"\n{table(accounting)}")
         if report.http is not None:
             # What a caller waits for. The receipts above come to Kafka later, together.
-            print(f"{'http answer p50 / p99 / p99.9 / max, ms':<45} {quantiles(report.http.latency)}")
+            line("http answer p50 / p99 / p99.9 / max, ms", quantiles(report.http.latency))
         for name, f in fresh.items():
             promise = f", promised {PROMISED_S[name]} s" if name in PROMISED_S else ""
-            print(f"{'freshness of ' + name + ', p50 / max, s':<45} {f.p50_s:.1f} / {f.max_s:.1f} over {f.rows:,} rows{promise}")
+            line(f"freshness of {name}, p50 / max, s", f"{f.p50_s:.1f} / {f.max_s:.1f} over {f.rows:,} rows{promise}")
         return report_of(accounting, fresh, None if report.http is None else report.http.latency)
 
     def close(self) -> None:
@@ -303,6 +305,15 @@ def arrivals_ms(settings: Settings, since_ms: int) -> list[int]:
     return [ms for ms in arrived if ms >= since_ms]
 
 
+def line(name: str, text: str) -> None:
+    """One more line of the table that the accounting prints."""
+    print(f"{name:<{NAME_WIDTH}}  {text}")
+
+
+def in_ms(latency: Latency) -> dict[str, float]:
+    return {"p50_ms": latency.p50_ms, "p99_ms": latency.p99_ms, "max_ms": latency.max_ms}
+
+
 def report_of(accounting: Accounting, fresh: dict[str, Freshness], answer: Latency | None) -> dict[str, Any]:
     """The figures of build/demo.json, units in the names. `answer` is what callers waited for; those by door are until the receipt."""
     quality = accounting.quality
@@ -314,8 +325,8 @@ def report_of(accounting: Accounting, fresh: dict[str, Freshness], answer: Laten
         "duplicates": len(accounting.duplicates),
         "decisions": accounting.outcomes,
         "degraded": accounting.degraded,
-        **{door: {"p50_ms": lat.p50_ms, "p99_ms": lat.p99_ms, "max_ms": lat.max_ms} for door, lat in accounting.latency.items()},
-        **({} if answer is None else {"http_answer": {"p50_ms": answer.p50_ms, "p99_ms": answer.p99_ms, "max_ms": answer.max_ms}}),
+        **{door: in_ms(latency) for door, latency in accounting.latency.items()},
+        **({} if answer is None else {"http_answer": in_ms(answer)}),
         "freshness_s": {name: {"p50": f.p50_s, "max": f.max_s, "rows": f.rows} for name, f in fresh.items()},
         "model": {
             "average_precision": quality.average_precision,

@@ -230,8 +230,10 @@ def _compare(logged: Logged, changes: tuple[Int64s, Int64s], wanted: npt.NDArray
     labels: list[LabelChanges | None] = []
     dirty: list[npt.NDArray[np.bool_]] = []
     for i, (entity, columns) in enumerate(zip(ENTITIES, history.entities, strict=True)):
-        bound = entity.head_events_max
-        order = _Order(columns.code, t_ms, logged.seq[:, i], history_rows, arrived_ms, logged.received_ms, logged.complete, bound)
+        capacity = entity.head_events_max
+        order = _Order(
+            columns.code, t_ms, logged.seq[:, i], history_rows, arrived_ms, logged.received_ms, logged.complete, capacity
+        )
         unverifiable |= order.unverifiable
         late |= order.late
         entities.append(replace(columns, code=order.code, seq=order.rank))
@@ -370,8 +372,8 @@ class _Order:
         bound &= np.maximum.accumulate(np.where(disordered, here, -1)) >= nth
         before = np.maximum(here - 1, group)
         bound |= rank[before] < rank - head_events_max
-        # One that came with a time ahead of the clock may have left the head while its time is still within what only heads count.
-        bound |= _least_within(_first_from(t_ms, turn, starts), here, rank) < rank - head_events_max
+        # One that came with a time ahead of the clock is among the newest in time, within what only heads count, and has left the head.
+        bound |= _least_within(np.maximum(nth, _first_from(t_ms, turn, starts)), here, rank) < rank - head_events_max
         last_history = np.maximum.accumulate(np.where(rank < 0, here, -1))
         near = (last_history >= group) & (rank >= 0) & ((t_ms[last_history] >= turn) | (last_history == here - 1))
         out[order] = disordered | bound | near

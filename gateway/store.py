@@ -122,8 +122,7 @@ class Store:
         try:
             if not self._knows_progress:
                 self._note_progress(await self._redis.progress(deadline_s))
-            plan = self._plan(batch, requests, update)
-            plan.call.answered = answered
+            plan = self._plan(batch, requests, update, answered)
             found = await self._redis.observe(plan.call, deadline_s)
         except RedisUnavailableError:
             return None
@@ -170,7 +169,7 @@ class Store:
     def _count_failed(self, records: int) -> None:
         self.failed_records += records
 
-    def _plan(self, batch: Sequence[Job], requests: Requests, update: bool) -> _Plan:
+    def _plan(self, batch: Sequence[Job], requests: Requests, update: bool, answered: bool = False) -> _Plan:
         rows = len(batch)
         now_ms = self._now_ms()
         # A head that is born now numbers its events from here: later than any that the entity had before.
@@ -203,7 +202,7 @@ class Store:
         if self._suspects:
             records["look"] |= np.isin(records["check"], np.fromiter(self._suspects, np.uint32))
         claims = b"".join([job.held_claim for job in batch])
-        return _Plan(Call(batch, requests, claims, records, update, self.claim_ttl_ms), dims, country, base_us)
+        return _Plan(Call(batch, requests, claims, records, update, self.claim_ttl_ms, answered), dims, country, base_us)
 
     def _suspect(self, checks: npt.NDArray[np.uint32], refused: npt.NDArray[np.bool_], looked: npt.NDArray[np.bool_]) -> None:
         """Remember the entities whose values were refused, and forget those that were `looked` at and are sound again."""

@@ -1,5 +1,6 @@
 import heapq
 import random
+import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,14 @@ from aiokafka.partitioner import DefaultPartitioner
 from gateway.avro import SchemaBook
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.registry import SchemaRegistry
+from gateway.contracts.topics import SCORED_HEADER
 from gateway.contracts.transaction import encode_json
 from gateway.job import Job, Result, Verdict
 from gateway.kafka import SHARED_ROWS_MAX, KafkaDoor, by_event_time
 from gateway.kafka_link import Membership
 from gateway.metrics import Metrics
 from gateway.records import partition_of
+from tests.helpers import until
 from tests.unit.gateway.factories import NOW_MS, make_transaction
 
 TRACEPARENT = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -94,6 +97,52 @@ async def test_while_somebody_waits_over_http_a_chunk_is_decided_in_small_parts(
     chunk, results, _ = await door._decide(messages, Membership(unused, frozenset({0})))
     assert sizes == [SHARED_ROWS_MAX, SHARED_ROWS_MAX, 100, 300 - 2 * SHARED_ROWS_MAX - 100]
     assert [result.job for result in results] == chunk.jobs
+
+
+class PublishedOverHttp:
+    """A link whose every poll brings, at once, one transaction that the HTTP door has decided and published."""
+
+    def __init__(self) -> None:
+        self.polls = 0
+        self.quiet = threading.Event()
+        self.membership = Membership(None, frozenset({0}))
+
+    def poll(self) -> tuple[Membership, list[Any]]:
+        self.polls += 1
+        return self.membership, [record_of(b"", 0, self.polls, headers=((SCORED_HEADER, b"http"),))]
+
+    def end_of(self, _partition: int) -> None:
+        return None
+
+    def nothing(self, *_: Any) -> None:
+        """Stands for what else a link does."""
+
+    open = commit = abandon = close_producers = close_consumer = nothing
+
+
+@pytest.mark.anyio
+async def test_what_was_only_skipped_is_polled_no_more_often_than_chunks_begin() -> None:
+    async def learn(_: Any) -> None:
+        return None
+
+    schemas: Any = SimpleNamespace(complete=True, learn=learn)
+    scorer: Any = SimpleNamespace(decide=None)
+
+    def door_of(link: Any, interval_s: float) -> KafkaDoor:
+        return KafkaDoor(scorer, schemas, Metrics(), lambda: link, batch_rows_max=10, chunk_interval_s=interval_s)
+
+    held, eager = PublishedOverHttp(), PublishedOverHttp()
+    doors = [door_of(held, 0.5), door_of(eager, 0.0)]
+    for door in doors:
+        door.start()
+    # The first one is committed at once; those behind it are not, for a second.
+    await until(lambda: held.polls >= 2 and eager.polls >= 2, 10)
+    before, at = held.polls, eager.polls
+    # As often as the loop turns: hundreds in the time in which the other one waits.
+    await until(lambda: eager.polls >= at + 200, 10)
+    assert held.polls - before < 100
+    for door in doors:
+        await door.stop(0.1)
 
 
 def test_a_records_trace_goes_with_its_transaction_where_there_is_a_tracer() -> None:
