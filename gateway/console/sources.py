@@ -50,6 +50,12 @@ class Source:
             self.since_s = now_s
 
 
+def asking() -> aiohttp.ClientSession:
+    """Answers are taken as they come, hence asked for without compression: a small one could be unpacked to a huge one."""
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    return aiohttp.ClientSession(timeout=timeout, headers={"Accept-Encoding": "identity"}, trust_env=False, auto_decompress=False)
+
+
 async def poll(session: aiohttp.ClientSession, source: Source, clock_s: Callable[[], float] = time.monotonic) -> None:
     """Ask once, TIMEOUT_S seconds at most."""
     body, trouble = None, ""
@@ -72,8 +78,7 @@ async def poll(session: aiohttp.ClientSession, source: Source, clock_s: Callable
 
 async def poll_forever(sources: list[Source], period_s: float = POLL_S) -> None:
     """All of them, every `period_s` seconds, until cancelled."""
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    async with aiohttp.ClientSession(timeout=timeout, trust_env=False, auto_decompress=False) as session:
+    async with asking() as session:
         while True:
             await asyncio.gather(*[poll(session, source) for source in sources])
             await asyncio.sleep(period_s)

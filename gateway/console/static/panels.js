@@ -25,7 +25,9 @@ export function drawTables(f) {
     return [t.name, number(t.rows), el("span", {}, `${age(t.fresh_s)} of ${number(t.promised_s)} s`, meter), state(level, text)];
   });
   const notes = [];
-  if (f.jobs.trouble !== null) {
+  if (f.jobs.age_s === null && f.jobs.trouble === null) {
+    notes.push("The feature jobs have not been asked yet.");
+  } else if (f.jobs.trouble !== null) {
     notes.push(f.jobs.age_s === null ? `The feature jobs were not heard of yet: ${f.jobs.trouble}.` : `As the feature jobs said ${age(f.jobs.age_s)} ago; now ${f.jobs.trouble}.`);
   } else {
     const up = Object.entries(f.jobs.queries);
