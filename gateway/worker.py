@@ -23,11 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 
 from gateway.api_keys import KeyFileError
 from gateway.app import DRAIN_S, Gateway
 from gateway.contracts.settings import Settings, load_settings
 from gateway.errors import PolicyRefusedError
+from gateway.listener import Listener
 from gateway.protocol import protocol_of
 from gateway.supervisor import LISTEN_BACKLOG, POLICY_STATUS
 from gateway.worker_metrics import WorkerMetrics
@@ -40,17 +42,29 @@ READY, RELEASED, CONSUME = b"ready\n", b"released\n", b"consume\n"
 class GatewayServer(uvicorn.Server):
     """uvicorn's server, which leaves in our order: no new connections, out of the consumer group, last answers, then the rest."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, control: socket.socket | None = None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, gateway: Gateway, listening: socket.socket | None = None, control: socket.socket | None = None
+    ) -> None:
         super().__init__(config)
         self._gateway = gateway
         self._control = control
+        # What it is given to listen to, None: it listens to the configured port itself, once it can serve.
+        self._given = listening
+        self._listener: Listener | None = None
         self._listening: asyncio.Task[None] | None = None
         self._turns: set[asyncio.Task[None]] = set()
         # Joining and leaving take their turns, in the order they were asked for.
         self._turn = asyncio.Lock()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])
+        try:
+            listening = self._given or socket.create_server((self.config.host, self.config.port), backlog=self.config.backlog)
+        except OSError as exc:
+            log.error("worker: can't listen on %s:%d: %s", self.config.host, self.config.port, exc)  # noqa: TRY400
+            await self.lifespan.shutdown()
+            sys.exit(STARTUP_FAILURE)
+        self._listener = Listener(listening, self._protocol)
         if self._control is not None and self.started:
             self._listening = asyncio.create_task(self._listen(self._control))
         elif self.started:
@@ -58,10 +72,18 @@ class GatewayServer(uvicorn.Server):
             loop.add_signal_handler(signal.SIGUSR1, self._heed, True)
             loop.add_signal_handler(signal.SIGUSR2, self._heed, False)
 
+    def _protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._listener is not None:
+            self._listener.close()
         self._gateway.leave()
         leaving = asyncio.create_task(self._leave_group())
-        await super().shutdown(sockets)
+        await super().shutdown([])
         await leaving
         if self._listening is not None:
             self._listening.cancel()
@@ -129,8 +151,8 @@ def _serve(settings: Settings, gateway: Gateway, socket_: socket.socket | None, 
     # uvicorn raises the signal again once it has shut down: it has been heeded by then.
     for wanted in (signal.SIGTERM, signal.SIGINT):
         signal.signal(wanted, lambda *_: None)
-    server = GatewayServer(config, gateway, control)
-    server.run(None if socket_ is None else [socket_])
+    server = GatewayServer(config, gateway, socket_, control)
+    server.run()
     return gateway.exit_status if server.started else 1
 
 

@@ -157,17 +157,24 @@ class Caller:
     def submit(self, call: Call, now: float) -> None:
         """Send it on the connection that has been idle longest, on a new one, or as soon as one is free."""
         self.under_way += 1
+        # Who waits goes first.
+        if not self._waiting and self._starts(call, now):
+            return
+        if len(self._waiting) < WAITING_MAX:
+            self._waiting.append(call)
+        else:
+            self._end(call, NOT_SENT, now)
+
+    def _starts(self, call: Call, now: float) -> bool:
         while self._idle:
             connection = self._idle.popleft()
             if connection.fd in self._open and connection.call is None:
                 self._send(connection, call, now)
-                return
+                return True
         if len(self._open) < CONNECTIONS_MAX:
             self._on_a_new_one(call, now)
-        elif len(self._waiting) < WAITING_MAX:
-            self._waiting.append(call)
-        else:
-            self._end(call, NOT_SENT, now)
+            return True
+        return False
 
     def turn(self) -> None:
         """Read every answer that is there, and give up on what takes too long."""
@@ -183,10 +190,8 @@ class Caller:
                 self._read(connection, now)
         self._give_up(self._first, now)
         self._give_up(self._second, now)
-        while self._waiting and self._idle:
-            call = self._waiting.popleft()
-            self.under_way -= 1
-            self.submit(call, now)
+        while self._waiting and self._starts(self._waiting[0], now):
+            self._waiting.popleft()
 
     def close(self) -> None:
         for connection in list(self._open.values()):

@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow, pyte
 
 WITHIN_S = 180
 LIVE, HISTORY = 6_000, 20_000
+# Cards that pay before everything is gone and after it is back, and how often each does.
+CARDS, PAYMENTS = 30, 3
 COMMAND_S = 240
 
 
@@ -50,12 +52,16 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
 
 def whole(settings: Settings) -> bool:
     """True when an answer has features that are not stale."""
-    status, answer = post(settings, make_transaction(name("look"), time.time_ns() // 1_000_000))
+    status, answer = post(settings, make_transaction(name("look")))
     return status == 200 and answer["degraded"] == []
 
 
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
 def pay(settings: Settings, card: str) -> Transaction:
-    t = make_transaction(name("t"), time.time_ns() // 1_000_000, card_id=card)
+    t = make_transaction(name("t"), card_id=card)
     assert post(settings, t)[0] == 200
     return t
 
@@ -88,9 +94,10 @@ def test_redis_is_rebuilt_by_hand_with_the_jobs_stopped(running: Settings) -> No
 def test_everything_is_gone_and_comes_back_in_the_order_of_the_page(running: Settings, tmp_path: Path) -> None:
     home, backup = running.home_path, tmp_path / "backup"
     backup.mkdir()
-    # A card whose history only the tables will know.
-    card = name("card")
-    last = [pay(running, card) for _ in range(3)][-1]
+    # Cards whose history only the tables will know.
+    started_ms = now_ms()
+    cards = [name("card") for _ in range(CARDS)]
+    last = [pay(running, card) for _ in range(PAYMENTS) for card in cards][-1]
     wait_until(lambda: told(running, last), WITHIN_S, "the tables have it")
     # The copies, as the page has them.
     done(running, "publish", "--to", f"file://{backup}/models")
@@ -108,7 +115,7 @@ def test_everything_is_gone_and_comes_back_in_the_order_of_the_page(running: Set
     done(running, "pull", "--from", f"file://{backup}/models")
     done(running, "up", "gateway")
     wait_until(lambda: ready_without(running, "redis", "model", "kafka"), WITHIN_S, "the gateway is ready")
-    status, answer = post(running, make_transaction(name("t"), time.time_ns() // 1_000_000))
+    status, answer = post(running, make_transaction(name("t")))
     assert (status, answer["degraded"]) == (200, ["stale_features"])
     assert answer["model"] is not None
     for folder in ("tables", "checkpoints"):
@@ -117,21 +124,25 @@ def test_everything_is_gone_and_comes_back_in_the_order_of_the_page(running: Set
     wait_until(lambda: whole(running), WITHIN_S, "Redis is filled from the tables")
     decisions = Decisions(running)
     try:
-        again = pay(running, card)
-        receipt = decisions.of([again.transaction_id])[again.transaction_id]
+        resumed_ms = now_ms()
+        again = [pay(running, card) for card in cards]
+        receipts = decisions.of([t.transaction_id for t in again])
     finally:
         decisions.close()
-    assert receipt.features[FEATURE_INDEX["card_count_24h"]] == 3, "what the card paid before is known again"
+    known = [receipts[t.transaction_id].features[FEATURE_INDEX["card_count_24h"]] for t in again]
+    assert known == [PAYMENTS] * CARDS, "what the cards paid before is known again"
     (home / "cases").mkdir()
     shutil.copy(backup / "cases.sqlite", home / "cases/cases.sqlite")
     done(running, "up", "--all")
     assert cases(home / "cases/cases.sqlite") >= reviews
-    wait_until(lambda: told(running, again), WITHIN_S, "the tables go on")
+    wait_until(lambda: told(running, again[-1]), WITHIN_S, "the tables go on")
     done(running, "audit")
-    report = json.loads(done(running, "parity", "--sample", "500", "--json"))
-    assert report["different"] == 0
-    # Of the sample, those whose order of observation can still be told: Redis began anew, and its answers were stale for a while.
-    assert report["compared"] > 50
+    # Before the loss and after it. What the demo paid came too soon behind its history for its order of observation to be told.
+    for from_ms, least in ((started_ms, CARDS * (PAYMENTS + 1)), (resumed_ms, CARDS)):
+        report = json.loads(done(running, "parity", "--from", str(from_ms), "--json"))
+        assert report["different"] == 0
+        # On a busy machine some are decided without Redis, and have nothing to compare.
+        assert report["rows"] >= least * 0.8
 
 
 def cases(file: Path) -> int:
