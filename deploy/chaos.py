@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from deploy.chaos_shadows import shadow_complaints, shadow_turns, shadows_table
 from deploy.payments import payments
 from gateway.contracts.settings import Settings, load_settings
 from loadtest.offered import FAILED, NOT_SENT, Offered, offer, quantile
+from loadtest.openloop.payments import run_name
 
 CAPACITY_S = 8.0
 CALM_S = 5.0
@@ -66,7 +66,7 @@ async def overload(settings: Settings, times: float, seconds: float) -> list[Pha
     """The capacity with CAPACITY_CONNECTIONS callers that wait for their answers; then half of it, `times` of it, half of it."""
 
     def run(rate: Callable[[float], float], duration_s: float, connections: int) -> asyncio.Task[Offered]:
-        of = payments(f"chaos-{secrets.token_hex(4)}")
+        of = payments(run_name("chaos-"))
         return asyncio.create_task(offer(settings.host, settings.gateway_port, rate, duration_s, of, connections))
 
     full = await run(lambda _: 20_000.0, CAPACITY_S, CAPACITY_CONNECTIONS)

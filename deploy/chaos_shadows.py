@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import secrets
 import statistics
 import time
 import urllib.request
@@ -23,6 +22,7 @@ from gateway.contracts.decision import Route
 from gateway.contracts.model_meta import SHADOW_PREFIX, Manifest, read_manifest, write_manifest
 from gateway.contracts.settings import Settings
 from loadtest.offered import offer, quantile
+from loadtest.openloop.payments import run_name
 
 SHADOWS = 3
 SETTLE_S = 1.5
@@ -71,7 +71,7 @@ async def _turn(settings: Settings, manifest: Manifest, shadows: int, rate: floa
     await _until_seen(settings, shadows)
     await asyncio.sleep(SETTLE_S)
     gc.collect()
-    payment = payments(f"chaos-{secrets.token_hex(4)}")
+    payment = payments(run_name("chaos-"))
     offered = await offer(settings.host, settings.gateway_port, lambda _: rate, seconds, payment, CONNECTIONS)
     answered = offered.answered()
     return Turn(

@@ -6,7 +6,6 @@ Called by `deploy.soak.command`. Every wait is bounded; whatever happens, `close
 from __future__ import annotations
 
 import contextlib
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from deploy.stack import StackError
 from gateway.contracts import tables
 from gateway.contracts.registry import RegistryUnavailableError
 from loadtest.openloop.outcomes import COLUMNS, load
+from loadtest.openloop.payments import run_name
 
 SPARE_S = 300.0
 FAULT_ENDS_WITHIN_S = 240.0
@@ -107,7 +107,7 @@ class Soak:
         self._plan = plan
         self._home = home
         self._began_s = time.monotonic()
-        self.run_name = f"soak{secrets.token_hex(3)}"
+        self.run_name = run_name("soak")
         self.stage = Stage(home)
         self._generator: Generator | None = None
         self._faults: Faults | None = None

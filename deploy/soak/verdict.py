@@ -57,7 +57,7 @@ class Seconds:
     requests: npt.NDArray[np.int64]
     good: npt.NDArray[np.int64]
     p99_ms: npt.NDArray[np.float64]
-    # How late the sender itself was, at its worst.
+    # How late the sender itself was, at its worst: as told by the payments for Kafka, which wait for nothing. Others wait for a connection.
     late_ms: npt.NDArray[np.float64]
 
     @property
@@ -129,7 +129,7 @@ def judge(sent: Sent, plan: Plan, happened: Sequence[Happened]) -> Verdict:
         if (sent.degraded[answered] & (1 << place)).any()
     }
     good_seconds = float(seconds.is_good.mean()) if len(seconds.good) else 0.0
-    late = sent.late_us[counts & (sent.late_us >= 0)]
+    late = sent.late_us[sent.by_kafka & sent.due & (at_s >= 0)]
     late_p99_ms = float(np.quantile(late, 0.99)) / 1000 if len(late) else math.nan
     complaints = []
     if not whole.requests:
@@ -179,7 +179,8 @@ def by_second(sent: Sent, counts: Mask, at_s: npt.NDArray[np.float64], seconds: 
     good = is_good(sent)[where]
     latency_ms = np.maximum(sent.latency_us[where], 0) / 1000
     p99, late_ms = np.full(seconds, math.nan), np.zeros(seconds)
-    np.maximum.at(late_ms, second, sent.late_us[where] / 1000)
+    handed_over = np.flatnonzero(sent.by_kafka & sent.due & (at_s >= 0) & (at_s < seconds))
+    np.maximum.at(late_ms, at_s[handed_over].astype(np.int64), sent.late_us[handed_over] / 1000)
     edges = np.searchsorted(second, np.arange(seconds + 1))
     for k in range(seconds):
         if edges[k + 1] > edges[k]:

@@ -61,7 +61,9 @@ def reasons_hash(codes: Sequence[str]) -> int:
 
 
 class Log:
-    """Rows of `count` payments, filled in while they are sent. `latency_us` is from due to answer, `late_us` the sender's own delay."""
+    """Rows of `count` payments, filled in while they are sent. `latency_us` is from due to answer, `late_us` from due to the
+    first attempt: over Kafka the sender's own delay, over HTTP also the wait for a connection when all are in use.
+    """
 
     def __init__(self, count: int) -> None:
         self.status, self.attempts, self.outcome, self.score, self.degraded, self.reasons, self.latency_us, self.late_us = (

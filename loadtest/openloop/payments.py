@@ -7,6 +7,8 @@ which a reader of `decisions` knows when it was due. About 6 us a payment: all a
 
 from __future__ import annotations
 
+import secrets
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,6 +34,11 @@ class People:
 
 def id_of(entity: str, number: int) -> str:
     return f"{PREFIX[entity]}{number:012d}"
+
+
+def run_name(prefix: str) -> str:
+    """A new one each time, without digits: with those of the payment's number some ids would be taken for card numbers, and refused."""
+    return prefix + "".join(secrets.choice(string.ascii_lowercase) for _ in range(6))
 
 
 def transaction_id(run: str, number: int) -> str:

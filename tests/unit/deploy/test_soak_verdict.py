@@ -64,6 +64,16 @@ def test_seconds_in_which_the_sender_stood_still_count_and_are_told() -> None:
     assert not judge(make_sent(), make_plan_of(), []).seconds.stood_still.any()
 
 
+def test_a_wait_for_a_free_connection_is_not_the_senders_own() -> None:
+    sent = make_sent()
+    waited = np.flatnonzero(~sent.by_kafka)[FIRST : FIRST + 500]
+    sent.late_us[waited], sent.latency_us[waited] = 3_000_000, 3_020_000
+    verdict = judge(sent, make_plan_of(), [])
+    assert not verdict.seconds.stood_still.any()
+    assert verdict.late_p99_ms == pytest.approx(0.2)
+    assert verdict.whole.late == 500
+
+
 @pytest.mark.parametrize(("latency_us", "good"), [(100_000, True), (100_001, False)])
 def test_an_answer_is_good_up_to_a_hundred_milliseconds(latency_us: int, good: bool) -> None:
     sent = make_sent()

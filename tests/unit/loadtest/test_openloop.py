@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 
 from deploy.population import DIGITS
@@ -17,7 +18,7 @@ from gateway.contracts.transaction import check, decode_json, encode_json
 from gateway.contracts.wire import frame
 from loadtest.openloop.http import Driver, GeneratorError, request_bytes, status_and_size
 from loadtest.openloop.kafka_out import number_of
-from loadtest.openloop.payments import PREFIX, People, payments
+from loadtest.openloop.payments import PREFIX, People, payments, run_name, transaction_id
 from loadtest.openloop.schedule import BEHIND_P99_MS_MAX, Record, Schedule, Windows, is_void
 
 NOW_MS = 1_795_500_000_000
@@ -28,6 +29,14 @@ def test_a_request_is_due_at_its_place_in_the_schedule_whatever_happened_to_the_
     assert schedule.due_s(0) == 50.0
     assert schedule.due_s(7) == pytest.approx(50.007)
     assert [schedule.due_by(t) for t in (49.9, 50.0, 50.0005, 50.0011, 51.0)] == [0, 1, 1, 2, 10]
+
+
+def test_no_payment_of_a_run_has_an_id_that_would_be_taken_for_a_card_number() -> None:
+    run = run_name("soak")
+    assert run != run_name("soak")
+    for payment in payments(People(100, 10), run, 50, NOW_MS, 100.0, seed=1):
+        number = int(payment.transaction_id.removeprefix(f"{run}-")) + 4_111_110_000
+        check(msgspec.structs.replace(payment, transaction_id=transaction_id(run, number)), NOW_MS)
 
 
 def test_a_schedule_without_a_rate_or_a_request_is_refused() -> None:
