@@ -227,8 +227,9 @@ def test_a_challenger_with_doubled_declines_is_out_within_2000_payments_and_stay
     assert gateway.stop(40)
     again = serve()
     prefix = name("restarted")
-    load(own, 50, 2, prefix, lambda i: BY_NONE)
-    assert {(r.route, r.routed_by) for r in receipts_of(decisions, prefix, 100)} == {("champion", "guard")}
+    offered = load(own, 50, 2, prefix, lambda i: BY_NONE)
+    receipts = receipts_of(decisions, prefix, len(offered.samples))
+    assert {(r.route, r.routed_by) for r in receipts} == {("champion", "guard")}
 
     cleared = run_command(own, "route", "--clear-guard", "--reason", "retrained")
     assert cleared.returncode == 0, cleared.stderr
