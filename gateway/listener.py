@@ -8,18 +8,16 @@ longer than they wait for an answer, give up and come again.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-# In one pass: enough for hundreds a second of a process whose passes take 20 ms, few enough that other workers get their share.
+# In one pass: 1,600 a second where a pass takes 20 ms, and few enough that other workers get their share.
 ACCEPTED_MOST = 32
-# Without file descriptors or memory for another connection, the next look comes so much later.
+# When no connection can be taken, for want of file descriptors or memory, the next look comes so much later.
 PAUSE_S = 0.1
-_EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
 class Listener:
@@ -33,6 +31,8 @@ class Listener:
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
         self._resuming: asyncio.TimerHandle | None = None
+        # Since one could not be taken, until the next can: it is said once.
+        self._troubled = False
         sock.setblocking(False)
         self._resume()
 
@@ -56,17 +56,23 @@ class Listener:
                 sock, _ = self._sock.accept()
             except (BlockingIOError, InterruptedError):
                 return
-            except OSError as exc:
-                if exc.errno in _EXHAUSTED:
-                    log.error("http: no connection can be taken: %s", exc)  # noqa: TRY400
-                    self._loop.remove_reader(self._sock.fileno())
-                    self._resuming = self._loop.call_later(PAUSE_S, self._resume)
-                    return
+            except ConnectionAbortedError:
                 # Whoever it was has left already.
                 continue
+            except OSError as exc:
+                self._pause(exc)
+                return
+            self._troubled = False
             opening = self._loop.create_task(self._open(sock))
             self._opening.add(opening)
             opening.add_done_callback(self._opening.discard)
+
+    def _pause(self, why: OSError) -> None:
+        if not self._troubled:
+            self._troubled = True
+            log.error("http: no connection can be taken, callers wait: %s", why)
+        self._loop.remove_reader(self._sock.fileno())
+        self._resuming = self._loop.call_later(PAUSE_S, self._resume)
 
     async def _open(self, sock: socket.socket) -> None:
         try:

@@ -43,15 +43,15 @@ class GatewayServer(uvicorn.Server):
     """uvicorn's server, which leaves in our order: no new connections, out of the consumer group, last answers, then the rest."""
 
     def __init__(
-        self, config: uvicorn.Config, gateway: Gateway, listening: socket.socket | None = None, control: socket.socket | None = None
+        self, config: uvicorn.Config, gateway: Gateway, inherited: socket.socket | None = None, control: socket.socket | None = None
     ) -> None:
         super().__init__(config)
         self._gateway = gateway
         self._control = control
-        # What it is given to listen to, None: it listens to the configured port itself, once it can serve.
-        self._given = listening
+        # Its supervisor's listening socket. None: it listens to the configured port itself, once it can serve.
+        self._inherited = inherited
         self._listener: Listener | None = None
-        self._listening: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
         self._turns: set[asyncio.Task[None]] = set()
         # Joining and leaving take their turns, in the order they were asked for.
         self._turn = asyncio.Lock()
@@ -59,14 +59,14 @@ class GatewayServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
         try:
-            listening = self._given or socket.create_server((self.config.host, self.config.port), backlog=self.config.backlog)
+            listening = self._inherited or socket.create_server((self.config.host, self.config.port), backlog=self.config.backlog)
         except OSError as exc:
             log.error("worker: can't listen on %s:%d: %s", self.config.host, self.config.port, exc)  # noqa: TRY400
             await self.lifespan.shutdown()
             sys.exit(STARTUP_FAILURE)
         self._listener = Listener(listening, self._protocol)
         if self._control is not None and self.started:
-            self._listening = asyncio.create_task(self._listen(self._control))
+            self._following = asyncio.create_task(self._follow(self._control))
         elif self.started:
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGUSR1, self._heed, True)
@@ -85,8 +85,8 @@ class GatewayServer(uvicorn.Server):
         leaving = asyncio.create_task(self._leave_group())
         await super().shutdown([])
         await leaving
-        if self._listening is not None:
-            self._listening.cancel()
+        if self._following is not None:
+            self._following.cancel()
 
     async def _leave_group(self) -> None:
         async with self._turn:
@@ -111,7 +111,7 @@ class GatewayServer(uvicorn.Server):
             with contextlib.suppress(OSError):
                 self._control.send(line)
 
-    async def _listen(self, control: socket.socket) -> None:
+    async def _follow(self, control: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         control.setblocking(False)
         self._say(READY)

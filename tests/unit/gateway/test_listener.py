@@ -111,8 +111,8 @@ class Troubled(socket.socket):
         return super().accept()
 
 
-@pytest.mark.parametrize("trouble", [errno.EMFILE, errno.ENOBUFS, errno.ECONNABORTED])
-def test_trouble_with_one_connection_costs_the_others_nothing(trouble: int) -> None:
+@pytest.mark.parametrize("trouble", [errno.EMFILE, errno.ENOBUFS, errno.EPROTO, errno.ECONNABORTED])
+def test_trouble_with_one_connection_costs_the_others_nothing(trouble: int, caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         met: list[asyncio.BaseTransport] = []
         with contextlib.ExitStack() as stack, listening(Troubled) as sock:
@@ -123,6 +123,8 @@ def test_trouble_with_one_connection_costs_the_others_nothing(trouble: int) -> N
             listener.close()
 
     run(test)
+    # Once, however often it was tried.
+    assert caplog.text.count("no connection can be taken") == (trouble != errno.ECONNABORTED)
 
 
 def test_it_can_be_closed_while_it_waits_for_file_descriptors() -> None:

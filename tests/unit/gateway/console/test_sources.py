@@ -1,6 +1,7 @@
 """What the console makes of other processes' answers, asked over real connections."""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -55,4 +56,9 @@ def test_an_answer_that_can_not_be_read_leaves_what_was_said_before(jobs_url: st
 
 
 def test_where_nobody_listens_is_said_so() -> None:
-    assert asked(Source("feature jobs", "http://127.0.0.1:9/metrics", read_jobs)).trouble == "nobody listens"
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        assert (
+            asked(Source("feature jobs", f"http://127.0.0.1:{bound.getsockname()[1]}/metrics", read_jobs)).trouble
+            == "nobody listens"
+        )
