@@ -17,6 +17,7 @@ import pytest
 from deploy.soak.topics import id_of, number_of
 from gateway.contracts.transaction import check, decode_json
 from gateway.contracts.wire import frame
+from loadtest.openloop import steady
 from loadtest.openloop.outcomes import (
     FAILED,
     MIXED_UP,
@@ -190,6 +191,47 @@ def test_who_is_told_to_come_later_is_not_sent_again() -> None:
     with server(lambda _, body: answer(body["transaction_id"], 429)) as address:
         log = call(address)
     assert (log.status[0], log.attempts[0]) == (429, 1)
+
+
+def test_who_waits_for_a_connection_goes_before_who_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steady, "CONNECTIONS", 1)
+    monkeypatch.setattr(steady, "CONNECTIONS_MAX", 2)
+    arrived: list[object] = []
+    answered = [threading.Event() for _ in range(4)]
+
+    def behaviour(n: int, body: dict[str, object]) -> str:
+        arrived.append(body["transaction_id"])
+        assert answered[n].wait(WITHIN_S)
+        return answer(body["transaction_id"])
+
+    with server(behaviour) as address:
+        log = Log(4)
+        caller = Caller(address, "r", log, RetryBudget(1000.0), WITHIN_S)
+
+        def submit(*numbers: int) -> None:
+            now = time.monotonic()
+            for i in numbers:
+                caller.submit(Call(i, now, json.dumps({"transaction_id": f"r-{i}"}).encode()), now)
+
+        def turn_until(condition: Callable[[], bool]) -> None:
+            give_up = time.monotonic() + WITHIN_S
+            while not condition():
+                assert time.monotonic() < give_up
+                caller.turn()
+
+        submit(0, 1, 2)
+        turn_until(lambda: len(arrived) == 2)
+        answered[0].set()
+        turn_until(lambda: caller.answered == 1)
+        # A connection is free now, or may be opened.
+        submit(3)
+        turn_until(lambda: len(arrived) == 3)
+        assert arrived[2] == "r-2"
+        for event in answered:
+            event.set()
+        turn_until(lambda: caller.under_way == 0)
+        caller.close()
+    assert list(log.status) == [200] * 4
 
 
 def test_an_answer_of_another_payment_is_noted_as_such() -> None:
