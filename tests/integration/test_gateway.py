@@ -182,6 +182,13 @@ def test_the_command_prints_a_decision_and_says_what_is_wrong(served: Settings) 
     assert "fraudgate serve" in nobody.stderr
 
 
+def test_a_port_that_is_taken_ends_the_command_and_is_named(served: Settings) -> None:
+    ended = run_command(served, "serve", "--no-kafka", timeout_s=60)
+    assert ended.returncode == 3
+    assert f"can't listen on {served.host}:{served.gateway_port}" in ended.stderr
+    assert request(served, "GET", "/healthz")[0] == 200
+
+
 def test_the_api_describes_score_and_the_metrics_count(served: Settings) -> None:
     status, api = request(served, "GET", "/openapi.json")
     assert status == 200

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow, pyte
 
 WITHIN_S = 180
 LIVE, HISTORY = 6_000, 20_000
-# Cards that pay before everything is gone and after it is back, and how often each does.
+# Cards that pay before everything is gone, and how often each does; each once more when it is back.
 CARDS, PAYMENTS = 30, 3
 COMMAND_S = 240
 
