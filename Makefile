@@ -55,10 +55,10 @@ format: setup ## format the code and fix what ruff can fix
 
 docs: setup ## write the generated pages (settings, metrics, policy.schema.json, list of features), the alerting rules, the chart's schema and the dashboards anew
 	$(BIN)/python -m deploy.monitoring.rules
-	$(BIN)/python -m deploy.settings_page
-	$(BIN)/python -m deploy.features_page
-	$(BIN)/python -m deploy.metrics_page
-	$(BIN)/python -m deploy.policy_schema
+	$(BIN)/python -m deploy.pages.settings
+	$(BIN)/python -m deploy.pages.features
+	$(BIN)/python -m deploy.pages.metrics
+	$(BIN)/python -m deploy.pages.policy_schema
 	$(BIN)/python -m deploy.monitoring.dashboards --write
 
 clean: ## stop what runs here, remove what was built; the cache of downloads stays

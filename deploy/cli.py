@@ -146,7 +146,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Traffic": (
         Command(
             "route",
-            "gateway.route_commands",
+            "gateway.models.route_commands",
             "route",
             "share live traffic with the challenger, explore declines, let back in what the guard took out",
             calls=True,
@@ -182,7 +182,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Benchmarks": (
         Command(
             "bench",
-            "deploy.bench",
+            "deploy.bench.command",
             "bench",
             "measure on this machine: all (gateway, peers, curve, with Spark), gateway, spark, jobs (Spark on one core), or policy",
             spark=True,

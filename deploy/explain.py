@@ -27,10 +27,10 @@ from gateway.contracts.lists import ListBook
 from gateway.contracts.reasons import CARDHOLDER_TEXT, REASON_TEXT
 from gateway.contracts.settings import load_settings
 from gateway.contracts.transaction import CHANNELS
-from gateway.counterfactual import CHANGES_MAX, Change, decide_cases, find_counterfactual
 from gateway.errors import PolicyRefusedError
+from gateway.explanations.counterfactual import CHANGES_MAX, Change, decide_cases, find_counterfactual
+from gateway.explanations.what_if import Case
 from gateway.policy import NO_LISTS, Policy, load_policy
-from gateway.what_if import Case
 
 FEATURES_SHOWN = 12
 # By how much a probability computed again may differ from the receipt's: another batch size, another processor.

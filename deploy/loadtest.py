@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.bench_jobs import BenchError
-from deploy.bench_stage import Stage, remove, say
+from deploy.bench.jobs import BenchError
+from deploy.bench.stage import Stage, remove, say
 from deploy.services import http_ok
 from deploy.stack import StackError
 from gateway.contracts.settings import load_settings

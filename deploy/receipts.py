@@ -27,8 +27,8 @@ from gateway.contracts.features import FEATURE_NAMES, FINGERPRINT
 from gateway.contracts.model_meta import EXPLANATION_FILE, GOLDEN_FILE
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import FIELDS, Transaction
-from gateway.explain import Explainer, load_explainer
-from gateway.model import Model
+from gateway.explanations.explain import Explainer, load_explainer
+from gateway.models.model import Model
 
 
 class CannotExplainError(RuntimeError):

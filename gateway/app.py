@@ -16,12 +16,8 @@ import msgspec
 from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 
-from gateway.admission import AdaptiveLimit
 from gateway.api_keys import KeyBook
 from gateway.audit import AuditForwarder, policy_loaded, policy_refused
-from gateway.avro import SchemaBook
-from gateway.batcher import Batcher
-from gateway.connections import Connections, Limits
 from gateway.console.app import PATH as CONSOLE_PATH
 from gateway.console.app import Console
 from gateway.contracts.features import FINGERPRINT
@@ -29,34 +25,38 @@ from gateway.contracts.lists import NO_VERSION, ListBook
 from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry
 from gateway.contracts.routing import Verdict, default_routing
 from gateway.contracts.settings import CONSOLE_OFF, EXACTLY_ONCE, Settings
-from gateway.explore import Explorer, LossCap
-from gateway.guard import Guard
-from gateway.http import SCORE_PATH, Receive, Scope, ScoreDoor, Send
-from gateway.kafka import KafkaDoor
-from gateway.kafka_link import FETCH_WAIT_MS, Link
-from gateway.lists import ChangeReader, ListFollower
+from gateway.explanations.reasons import Reasoner
+from gateway.http.admission import AdaptiveLimit
+from gateway.http.batcher import Batcher
+from gateway.http.connections import Connections, Limits
+from gateway.http.door import SCORE_PATH, Receive, Scope, ScoreDoor, Send
+from gateway.http.openapi import describe_score
+from gateway.kafka.avro import SchemaBook
+from gateway.kafka.door import KafkaDoor
+from gateway.kafka.link import FETCH_WAIT_MS, Link
+from gateway.kafka.publisher import Publisher
+from gateway.kafka.records import guard_record
+from gateway.kafka.spool import Spool, open_orphan, open_own
+from gateway.kafka.watchdog import EXIT_STUCK, GroupProbe, Watchdog, leave_process
 from gateway.loop_watch import LoopWatch
 from gateway.metrics import Metrics
-from gateway.model import Live, Model, ModelSlot
-from gateway.openapi import describe_score
+from gateway.models.explore import Explorer, LossCap
+from gateway.models.guard import Guard
+from gateway.models.model import Live, Model, ModelSlot
+from gateway.models.shadow import ShadowTopic
+from gateway.models.slack import Slack
 from gateway.policy import Policy
-from gateway.policy_slot import expect_counts, open_policy
-from gateway.publisher import Publisher
-from gateway.reasons import Reasoner
-from gateway.recent import RecentDecisions
-from gateway.records import guard_record
-from gateway.redis_cluster import link_to
-from gateway.redis_watch import RedisWatch
-from gateway.scorer import Scorer
-from gateway.shadow import ShadowTopic
-from gateway.sharing import STALE_S, SharedCap, asker
-from gateway.slack import Slack
-from gateway.spool import Spool, open_orphan, open_own
-from gateway.store import Store
-from gateway.trace_export import open_tracer
-from gateway.unobserved import Unobserved
+from gateway.policy.lists import ChangeReader, ListFollower
+from gateway.policy.slot import expect_counts, open_policy
+from gateway.redis.cluster import link_to
+from gateway.redis.sharing import STALE_S, SharedCap, asker
+from gateway.redis.store import Store
+from gateway.redis.unobserved import Unobserved
+from gateway.redis.watch import RedisWatch
+from gateway.scoring.recent import RecentDecisions
+from gateway.scoring.scorer import Scorer
+from gateway.tracing.export import open_tracer
 from gateway.warm import warm
-from gateway.watchdog import EXIT_STUCK, GroupProbe, Watchdog, leave_process
 from gateway.worker_metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """What a gateway tells the topic `audit`: policies that came into use or were refused, and what the audit file of its models says.
 
-Records go the way of receipts (gateway/publisher.py): into the local log first, so that they outlive Kafka and this process.
+Records go the way of receipts (gateway/kafka/publisher.py): into the local log first, so that they outlive Kafka and this process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import msgspec
 
-from gateway import avro
 from gateway.contracts.audit import (
     AUDIT_FILE,
     DETAIL_BYTES_MAX,
@@ -30,8 +29,9 @@ from gateway.contracts.audit import (
     who,
 )
 from gateway.contracts.topics import AUDIT
+from gateway.kafka import avro
+from gateway.kafka.records import Record
 from gateway.policy import Policy
-from gateway.records import Record
 
 log = logging.getLogger(__name__)
 

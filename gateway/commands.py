@@ -17,7 +17,7 @@ from gateway.api_keys import KeyFileError
 from gateway.contracts.decision import Answer
 from gateway.contracts.settings import client_headers, load_settings
 from gateway.errors import PolicyRefusedError, Problem
-from gateway.http import SCORE_PATH
+from gateway.http.door import SCORE_PATH
 from gateway.supervisor import PID_FILE, POLICY_STATUS, Supervisor
 from gateway.worker import log_to_stderr, run
 

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from gateway import explain
-from gateway.answers import encode_answers, gather
-from gateway.bodies import read_bodies
 from gateway.contracts.decision import RoutedBy
 from gateway.contracts.transaction import Transaction, encode_json
-from gateway.job import http_job
+from gateway.explanations import explain
+from gateway.http.bodies import read_bodies
 from gateway.kernels.compiled import forget_old
 from gateway.kernels.intake import CARD
 from gateway.kernels.points import points
 from gateway.policy import NO_LISTS, Columns, load_policy
-from gateway.receipts import Decided, encode_receipts
-from gateway.redis_link import RedisLink
-from gateway.requests import fingerprints_of
-from gateway.store import Store
+from gateway.redis.link import RedisLink
+from gateway.redis.store import Store
+from gateway.scoring.answers import encode_answers, gather
+from gateway.scoring.job import http_job
+from gateway.scoring.receipts import Decided, encode_receipts
+from gateway.scoring.requests import fingerprints_of
 
 _T_MS = 1_700_000_000_000
 

@@ -29,8 +29,8 @@ from gateway.api_keys import KeyFileError
 from gateway.app import DRAIN_S, Gateway
 from gateway.contracts.settings import Settings, load_settings
 from gateway.errors import PolicyRefusedError
-from gateway.listener import Listener
-from gateway.protocol import protocol_of
+from gateway.http.listener import Listener
+from gateway.http.protocol import protocol_of
 from gateway.supervisor import LISTEN_BACKLOG, POLICY_STATUS
 from gateway.worker_metrics import WorkerMetrics
 

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import redis
 
+from deploy.ports import free_ports
 from deploy.toolchain import find_redis
-from gateway.job import requests_of
-from gateway.redis_cluster import link_to
-from gateway.store import Store
-from tests.helpers import HOST, free_ports, until, wait_until
+from gateway.redis.cluster import link_to
+from gateway.redis.store import Store
+from gateway.scoring.job import requests_of
+from tests.helpers import HOST, until, wait_until
 from tests.redis_nodes import running_cluster
 from tests.unit.gateway.factories import make_job, make_transaction
 

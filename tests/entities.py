@@ -16,18 +16,19 @@ import msgspec
 import numpy as np
 import redis
 
+from deploy.ports import free_ports
 from deploy.toolchain import find_redis
 from feature_jobs.redis_wire import Bulk, ClusterWire, bulk
 from feature_jobs.tiles import Events, TileJob, merge_events
-from gateway.avro import encode_transaction
 from gateway.contracts import layout, windows
 from gateway.contracts.decision import Door
 from gateway.contracts.features import ENTITIES, LABELLED
 from gateway.contracts.transaction import Transaction
-from gateway.job import Job, fingerprint_of, kafka_position, requests_of
-from gateway.redis_link import RedisReplyError, Sent
-from gateway.store import Observation, Store
-from tests.helpers import free_ports, wait_until
+from gateway.kafka.avro import encode_transaction
+from gateway.redis.link import RedisReplyError, Sent
+from gateway.redis.store import Observation, Store
+from gateway.scoring.job import Job, fingerprint_of, kafka_position, requests_of
+from tests.helpers import wait_until
 
 EPOCH = 7
 CLAIM_TTL_MS = 600_000
@@ -36,7 +37,7 @@ WALL_MS = 1_790_000_000_000
 
 
 class DirectLink:
-    """Stands for gateway.redis_link.RedisLink: each call is made at once, and waited for."""
+    """Stands for gateway.redis.link.RedisLink: each call is made at once, and waited for."""
 
     ready = True
 

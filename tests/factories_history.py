@@ -15,7 +15,6 @@ from deltalake import CommitProperties, DeltaTable, write_deltalake
 
 from deploy.history.payloads import column_of
 from feature_jobs.lake import DDL, PARTITIONED_BY, PROPERTIES, STATISTICS
-from gateway.avro import encode_receipt, receipt_fields
 from gateway.contracts import tables
 from gateway.contracts.chain import GENESIS, chain_of, content_sha256
 from gateway.contracts.decision import Door, Outcome, Receipt
@@ -23,6 +22,7 @@ from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, LAB
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, TOPICS
 from gateway.contracts.transaction import Transaction
+from gateway.kafka.avro import encode_receipt, receipt_fields
 from tests.unit.gateway.factories import NOW_MS, make_transaction
 
 SCHEMA_ID = 3

@@ -1,7 +1,7 @@
 """How soon the guard takes a bad challenger out, and how often a good one, by simulation with the guard's own evidence.
 
-`python -m tests.guard_power` prints the tables of docs/models.md; tests/unit/gateway/test_guard.py holds them to the promise. A run is
-a stream of cards; of each the guard learns what either model came to. Looked at each `LOOK` payments, as the gateway does each second.
+`python -m tests.guard_power` prints the tables of docs/models.md; tests/unit/gateway/models/test_guard.py holds them to the promise. A run
+is a stream of cards; of each the guard learns what either model came to. Looked at each `LOOK` payments, as the gateway does each second.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gateway.guard import BOTH, CHALLENGER_ONLY, CHAMPION_ONLY, CUTS, THINGS, Evidence
+from gateway.models.guard import BOTH, CHALLENGER_ONLY, CHAMPION_ONLY, CUTS, THINGS, Evidence
 
 LOOK = 20
 MERCHANTS = 50

@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from deploy import processes
+from deploy.ports import free_ports
 from deploy.processes import ProcessRecord
 from gateway.contracts.settings import Settings, settings_env
 
 POLL_S = 0.05
-# Below the range from which Linux takes ports for outgoing connections, so that a port stays free while its server restarts.
-PORTS = range(20_000, 32_000)
 HOST = "127.0.0.1"
 
 
@@ -40,21 +37,6 @@ async def until(condition: Callable[[], object], timeout_s: float) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(POLL_S / 10)
-
-
-def free_ports(count: int) -> list[int]:
-    """Different TCP ports that nobody listens on."""
-    found: list[int] = []
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        with socket.socket() as probe:
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError(f"{count} free ports are not to be had")
 
 
 def local_settings(home: Path, **overrides: Any) -> Settings:

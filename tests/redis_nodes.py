@@ -13,9 +13,10 @@ from urllib.parse import quote
 
 import redis
 
+from deploy.ports import free_ports
 from deploy.toolchain import find_redis
 from gateway.contracts.redis_address import CLUSTER_SLOTS
-from tests.helpers import HOST, free_ports, wait_until
+from tests.helpers import HOST, wait_until
 
 NODES = 3
 NODE_TIMEOUT_MS = 2000

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import boto3
 
+from deploy.ports import free_ports
 from deploy.services import http_ok
-from tests.helpers import HOST, free_ports, wait_until
+from tests.helpers import HOST, wait_until
 
 START_TIMEOUT_S = 60
 REGION = "us-east-1"

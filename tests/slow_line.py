@@ -7,7 +7,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from tests.helpers import HOST, free_ports
+from deploy.ports import free_ports
+from tests.helpers import HOST
 
 READ_BYTES = 65_536
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy import cli
-from deploy.settings_page import page
+from deploy.pages.settings import page
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

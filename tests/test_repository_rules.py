@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from deploy import features_page, metrics_page
-from deploy.settings_page import PAGE_PATH, page
+from deploy.pages import features as features_page
+from deploy.pages import metrics as metrics_page
+from deploy.pages.settings import PAGE_PATH, page
 from gateway.contracts.audit import AuditRecord
 from gateway.contracts.decision import Receipt
 from gateway.contracts.label import Label
@@ -157,9 +158,9 @@ def test_packages_import_only_what_the_layout_allows() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("gateway.scorer", "import mlflow"),
-        ("gateway.scorer", "from pyspark.sql import SparkSession"),
-        ("gateway.scorer", "def late():\n    import feature_jobs.tiles"),
+        ("gateway.scoring.scorer", "import mlflow"),
+        ("gateway.scoring.scorer", "from pyspark.sql import SparkSession"),
+        ("gateway.scoring.scorer", "def late():\n    import feature_jobs.tiles"),
         ("gateway.contracts.windows", "import orjson"),
         ("gateway.contracts.windows", "from gateway import metrics"),
         ("gateway.contracts.windows", "from .. import metrics"),

@@ -18,20 +18,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gateway.admission import AdaptiveLimit
-from gateway.batcher import Batcher
 from gateway.contracts.transaction import encode_json
-from gateway.job import Job
+from gateway.http.admission import AdaptiveLimit
+from gateway.http.batcher import Batcher
+from gateway.kafka.records import Record
 from gateway.metrics import Metrics
-from gateway.model import ModelSlot, load_model
+from gateway.models.model import ModelSlot, load_model
 from gateway.policy import load_policy
-from gateway.policy_slot import PolicySlot
-from gateway.recent import RecentDecisions
-from gateway.records import Record
-from gateway.requests import Requests
-from gateway.scorer import Scorer
-from gateway.store import Observation
-from gateway.unobserved import Unobserved
+from gateway.policy.slot import PolicySlot
+from gateway.redis.store import Observation
+from gateway.redis.unobserved import Unobserved
+from gateway.scoring.job import Job
+from gateway.scoring.recent import RecentDecisions
+from gateway.scoring.requests import Requests
+from gateway.scoring.scorer import Scorer
 from tests.unit.gateway.factories import StubStore, make_observation, make_transaction, write_model
 
 ROUNDS = 11
@@ -138,8 +138,8 @@ def main() -> None:
 
 
 def traced_doors(models: ModelSlot, url: str) -> dict[str, tuple[Batcher, tuple[bytes, ...]]]:
-    from gateway.trace_export import Exporter
-    from gateway.tracing import Tracer
+    from gateway.tracing.export import Exporter
+    from gateway.tracing.tracer import Tracer
 
     found: dict[str, tuple[Batcher, tuple[bytes, ...]]] = {}
     for name, share, per_s in (

@@ -15,15 +15,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gateway.avro import encode_transaction
 from gateway.contracts.decision import RISK_SCORE_MAX, Outcome
 from gateway.contracts.lists import ListBook
 from gateway.contracts.reasons import Degraded, Reason
 from gateway.contracts.transaction import Transaction
-from gateway.explain import with_model_codes
-from gateway.model import Model
+from gateway.explanations.explain import with_model_codes
+from gateway.kafka.avro import encode_transaction
+from gateway.models.model import Model
 from gateway.policy import Columns, Decisions, Policy
-from gateway.requests import read_requests
+from gateway.scoring.requests import read_requests
 
 Floats = npt.NDArray[np.float64]
 # Rungs of the ladder on which there were no features of the past.
@@ -99,7 +99,7 @@ def _probability(receipts: Sequence[dict[str, Any]], model: Model, matrix: npt.N
 def _reasons(
     receipts: Sequence[dict[str, Any]], decisions: Decisions, model: Model | None, matrix: npt.NDArray[np.float32]
 ) -> list[list[str]]:
-    """The policy's, with the model's own in the score's place where the receipt has them, as gateway.reasons puts them there."""
+    """The policy's, with the model's own in the score's place where the receipt has them, as gateway.explanations does."""
     # What was let through to explore has none of the policy's.
     by_policy: list[Sequence[Reason]] = [
         [] if receipt["decision"] == Outcome.APPROVE.value and outcome is not Outcome.APPROVE else reasons

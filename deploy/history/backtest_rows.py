@@ -27,7 +27,7 @@ from gateway.contracts.reasons import Degraded
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import CHANNELS, FIELDS
 from gateway.kernels.intake import CLEAN, TEXTS
-from gateway.requests import Requests
+from gateway.scoring.requests import Requests
 
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

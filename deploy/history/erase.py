@@ -32,11 +32,11 @@ from deploy.history.lake import BATCH_ROWS, NoTableError, open_table, schema_of
 from deploy.history.publish import NotPublishedError, publish_audit
 from deploy.history.upkeep import UpkeepError, delete, replace
 from feature_jobs.redis_client import connect
-from gateway.avro import encode_text
 from gateway.contracts import layout, tables
 from gateway.contracts.audit import AuditRecord, who
 from gateway.contracts.settings import Settings, load_settings
 from gateway.contracts.topics import DECISIONS, LABELS, TRANSACTIONS
+from gateway.kafka.avro import encode_text
 
 # Places that one audit record and one statement name.
 PLACES_MAX = 10_000

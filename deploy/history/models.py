@@ -13,7 +13,7 @@ import msgspec
 from gateway.contracts.model_meta import METADATA_FILE, ModelEntry, ModelMetadata, is_file_name, sha256_file
 from gateway.contracts.settings import Settings
 from gateway.errors import ModelRefusedError
-from gateway.model import Model, load_package
+from gateway.models.model import Model, load_package
 
 # A model that is looked into serves none.
 NO_ROUTE = "none"

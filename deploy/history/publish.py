@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import msgspec
 from confluent_kafka import KafkaException, Producer
 
-from gateway.avro import encode
 from gateway.contracts.audit import AuditRecord
 from gateway.contracts.registry import IncompatibleSchemaError, RegistryUnavailableError, SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import AUDIT
 from gateway.contracts.wire import frame
+from gateway.kafka.avro import encode
 
 ACKNOWLEDGED_WITHIN_S = 15.0
 

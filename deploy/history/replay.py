@@ -26,7 +26,7 @@ from deploy.history.payloads import NoSchemaError, UnreadableError
 from deploy.history.policies import Books, NoPolicyError, Policies
 from gateway.contracts.features import FINGERPRINT
 from gateway.contracts.settings import Settings, load_settings
-from gateway.model import Model
+from gateway.models.model import Model
 
 DIFFERENCES_SHOWN = 20
 COUNT_MAX = 10_000_000

@@ -16,7 +16,7 @@ from deploy.rollout.state import BLUE, SLOTS, RolloutError, State, port_of
 from gateway.contracts.settings import CONSOLE_GUARDED, Settings
 
 BACKEND = "gateways"
-# As in gateway.http, which would load the whole gateway.
+# As in gateway.http.door, which would load the whole gateway.
 SCORE_PATH = "/score"
 ADMIN_TIMEOUT_S = 5.0
 ANSWER_BYTES_MAX = 1_048_576

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from deploy.bench_jobs import BenchError
+from deploy.bench.jobs import BenchError
 from deploy.soak.plan import EVERY_S, KINDS, Plan, PlanError, make_plan
 from deploy.soak.report import as_json, table
 from deploy.soak.run import Outcome, Soak

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from deploy.soak.run import Outcome
@@ -61,6 +62,8 @@ def table(outcome: Outcome) -> str:
             f" {outcome.unretried:,} not: over the budget",
         ),
     ]
+    if outcome.peaks:
+        facts.append(("its connections", peaks_text(outcome.peaks)))
     width = max(len(name) for name, _ in facts)
     lines += [f"{name:<{width}}  {text}" for name, text in facts]
     seconds = verdict.seconds
@@ -94,6 +97,17 @@ def alerts_text(outcome: Outcome) -> str:
     names = sorted({f.name for f in outcome.firings})
     fired = ", ".join(f"{n} ({sum(f.name == n for f in outcome.firings)})" for n in names) or "none fired"
     return f"{fired}; {len(outcome.told)} messages to the webhook"
+
+
+def peaks_text(peaks: Sequence[tuple[int, int]]) -> str:
+    """`peaks` by second: connections, and payments that waited for one."""
+    connections, waiting = (list(column) for column in zip(*peaks, strict=True))
+    most = max(connections)
+    text = f"{most:,} at once at most, in second {connections.index(most):,}"
+    if not max(waiting):
+        return f"{text}; no payment waited for one"
+    seconds = sum(w > 0 for w in waiting)
+    return f"{text}; payments waited for one in {seconds:,} seconds, {max(waiting):,} in second {waiting.index(max(waiting)):,}"
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -142,6 +156,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
             "cpu_s": outcome.sender_cpu_s,
             "sent_again": outcome.retried,
             "over_the_budget": outcome.unretried,
+            "connections_max": [connections for connections, _ in outcome.peaks],
+            "waiting_max": [waiting for _, waiting in outcome.peaks],
         },
         "took_s": outcome.took_s,
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from confluent_kafka import KafkaException
 
-from deploy.bench_stage import Generator
+from deploy.bench.stage import Generator
 from deploy.soak import alerts
 from deploy.soak import tables as checked
 from deploy.soak.alerts import AlertsUnknownError, Firing
@@ -43,7 +43,8 @@ TOLD_EVERY_S = 10
 @dataclass(frozen=True)
 class Outcome:
     """Everything that is known at the end. `alerts_note`: why nothing is known of alerts, or ""; `told`: alerts that reached the webhook,
-    with the second of the measured time; `unretried`: second attempts that the sender's budget had no room for.
+    with the second of the measured time; `unretried`: second attempts that the sender's budget had no room for; `peaks`: by second of the
+    measured time, most connections of the sender at once and most payments that waited in it for one.
     """
 
     plan: Plan
@@ -61,6 +62,7 @@ class Outcome:
     poison: int
     retried: int
     unretried: int
+    peaks: list[tuple[int, int]]
     sender_cpu_s: float
     took_s: float
     complaints: list[str]
@@ -111,6 +113,7 @@ class Soak:
         self.stage = Stage(home)
         self._generator: Generator | None = None
         self._faults: Faults | None = None
+        self._peaks: list[tuple[int, int]] = []
 
     def run(self) -> Outcome:
         """Raises `SoakError`, `StackError`, `BenchError` and `TopicError` when it can't be run or checked."""
@@ -146,6 +149,8 @@ class Soak:
         for line in lines:
             if "result" in line:
                 return start, line["result"]
+            if line["second"] > plan.warm_up_s:
+                self._peaks.append((line["connections"], line["waiting"]))
             if line["second"] % TOLD_EVERY_S == 0:
                 rate = (line["answered"] - answered) / TOLD_EVERY_S
                 answered = line["answered"]
@@ -196,6 +201,7 @@ class Soak:
             poison=len(traces.poison),
             retried=int(result["retried"]),
             unretried=int(result["unretried"]),
+            peaks=self._peaks,
             sender_cpu_s=result["cpu_s"],
             took_s=time.monotonic() - self._began_s,
             complaints=complaints,

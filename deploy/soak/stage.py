@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,9 +22,10 @@ from typing import Any
 import msgspec
 
 from deploy import processes
-from deploy.bench_jobs import children_of
-from deploy.bench_model import TREES, make_model
-from deploy.bench_policy import write_policy
+from deploy.bench.model import TREES, make_model
+from deploy.bench.policy import write_policy
+from deploy.ports import free_ports
+from deploy.processes import children_of
 from deploy.soak.alerts import Webhook
 from deploy.stack import Stack, StackError
 from gateway.contracts.model_meta import ModelEntry
@@ -34,8 +33,6 @@ from gateway.contracts.settings import ENV_PREFIX, Settings, load_settings, sett
 from model_export.package import current_manifest, publish
 
 WORKERS = 2
-# Below the range from which Linux takes ports for outgoing connections: a port stays free while its server is down.
-PORTS = range(20_000, 32_000)
 # What would lead to somebody else's, or to a place outside of the home.
 PLACES = ("spool_dir", "model_dir", "api_keys_path", "client_key_path", "webhooks_path", "kafka_bootstrap")
 WEBHOOKS = ("alert_page_url", "alert_ticket_url")
@@ -68,17 +65,6 @@ def say(line: str) -> None:
     # In one piece: services start in several threads.
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-
-
-def free_ports(count: int) -> list[int]:
-    found: list[int] = []
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise SoakError(f"{count} free ports are not to be had")
 
 
 def soak_settings(home: Path, webhook: str) -> Settings:

@@ -13,7 +13,6 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from gateway.avro import encode
 from gateway.cases.errors import InvalidError, KafkaUnavailableError
 from gateway.cases.outbox import producer_options
 from gateway.cases.schemas import Schemas
@@ -32,6 +31,7 @@ from gateway.contracts.transaction import (
     holds_card_number,
 )
 from gateway.contracts.wire import frame
+from gateway.kafka.avro import encode
 
 ACKNOWLEDGE_S = 5.0
 _PATTERNS = {

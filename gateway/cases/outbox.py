@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Producer
 
-from gateway.avro import encode
 from gateway.cases.database import Database
 from gateway.cases.errors import OutboxFullError
 from gateway.cases.metrics import CaseMetrics
@@ -26,7 +25,8 @@ from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import AUDIT, LIBRDKAFKA_PARTITIONER
 from gateway.contracts.wire import frame
-from gateway.records import Record
+from gateway.kafka.avro import encode
+from gateway.kafka.records import Record
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 
 from gateway.api_keys import KeyBook
-from gateway.avro import encode
 from gateway.cases import labels, lists, reviews, webhook_queue
 from gateway.cases.database import Database
 from gateway.cases.errors import InvalidError, ListFullError
@@ -43,8 +42,9 @@ from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import LABELS
 from gateway.errors import GatewayError
+from gateway.kafka.avro import encode
+from gateway.kafka.records import Record
 from gateway.policy.document import ListDeclaration
-from gateway.records import Record
 
 log = logging.getLogger(__name__)
 

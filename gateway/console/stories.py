@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.avro import receipt_fields
 from gateway.cases.story import story_of
 from gateway.contracts.features import FEATURES
+from gateway.kafka.avro import receipt_fields
 
 FEATURE_NAMES: list[dict[str, Any]] = [
     {"name": feature.name, "entity": None if feature.entity is None else str(feature.entity)} for feature in FEATURES

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from gateway.contracts.decision import RISK_SCORE_MAX, Outcome
-from gateway.job import Result
+from gateway.scoring.job import Result
 
 # Kept a second: all that isn't approved up to the first, and of what is approved the second.
 NOTABLE_PER_S_MAX, APPROVED_PER_S_MAX = 6, 2

@@ -1,8 +1,8 @@
 """Who watches: one gatherer's frames to a bounded number of streams of server-sent events.
 
 A frame is encoded once for all. A viewer that doesn't read has FRAMES_WAITING_MAX frames waiting at most and is dropped with the next; its
-connection is ended by gateway/connections.py when it hasn't been read for the setting `request_timeout_ms`. A stream is of limited length
-too, so that a proxy that drains an old gateway isn't held by a screen: the page reconnects by itself.
+connection is ended by gateway/http/connections.py when it hasn't been read for the setting `request_timeout_ms`. A stream is of limited
+length too, so that a proxy that drains an old gateway isn't held by a screen: the page reconnects by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which reason code a feature's contribution to a score counts for. Read by gateway/explain.py.
+"""Which reason code a feature's contribution to a score counts for. Read by gateway/explanations/explain.py.
 
 The same feature can speak for a fraud in two ways: ten payments in five minutes do, and so may none in a month. A code's text has to be
 true of the payment, so a feature has a code for a value above its pivot, one for a value at or below it, and one for an unknown value.

@@ -6,7 +6,7 @@ can make the book of any version again (`book_as_of`), and receipts carry the ve
 
 A `ListBook` is never changed: `applied` returns another that shares what stayed the same. An entity field's entries lie in SHARDS
 dictionaries by hash, of which a change copies one, and nobody who reads waits. A read is one look-up a value (`masks`). What either costs
-at a million entries: tests/unit/gateway/test_lists_file.py.
+at a million entries: tests/unit/gateway/policy/test_lists_file.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a batch was answered, packed for retries and written as the commands that store it. Called by gateway/answers.py.
+"""What a batch was answered, packed for retries and written as the commands that store it. Called by gateway/scoring/answers.py.
 
 A record is a claim and, behind it, the answer in MessagePack as msgspec encodes contracts.decision.Answer: its slow twin (tests/agreement).
 About a third of a microsecond each; made one by one in Python it was five.

@@ -1,6 +1,6 @@
 """What Redis is asked for a batch: a record for each entity of each transaction, and script call and MGET as bytes on the wire.
 
-Called by gateway/store.py. About a microsecond a transaction.
+Called by gateway/redis/store.py. About a microsecond a transaction.
 """
 
 from __future__ import annotations

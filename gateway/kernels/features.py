@@ -1,4 +1,4 @@
-"""From what Redis held to the model's input, for a whole batch. Called by gateway/store.py; 2 to 4 us a transaction.
+"""From what Redis held to the model's input, for a whole batch. Called by gateway/redis/store.py; 2 to 4 us a transaction.
 
 Says in loops what contracts.windows.aggregate and contracts.feature_matrix say with numpy, on the same list of features:
 those two are its slow twins, equal to the bit (tests/agreement). The one exception is `speed`, whose sines and cosines numpy computes.

@@ -1,4 +1,4 @@
-"""A batch of transactions, from Avro records end to end to columns. Called by gateway/requests.py. About half a microsecond a row.
+"""A batch of transactions, from Avro records end to end to columns. Called by gateway/scoring/requests.py. About half a microsecond a row.
 
 A row is CLEAN when it is a record of our schema in its shortest form that passes every check of contracts.transaction.check for
 certain. What isn't is not refused: the slow path looks at it and names the reason, or finds it good after all.

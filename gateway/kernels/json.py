@@ -1,4 +1,4 @@
-"""A batch of transactions from JSON to Avro, body by body. Called by gateway/requests.py. About a microsecond each.
+"""A batch of transactions from JSON to Avro, body by body. Called by gateway/scoring/requests.py. About a microsecond each.
 
 Reads what callers usually send: one flat object of our fields, each once, texts without escapes in ASCII, integers and decimal numbers
 without exponent. Whatever else comes is left to contracts.transaction.parse_json, which names what is wrong with it or finds it good.

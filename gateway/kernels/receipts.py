@@ -1,6 +1,6 @@
-"""The receipts of a batch as records of schemas/decision.avsc, one after the other. Called by gateway/receipts.py; half a microsecond each.
+"""The receipts of a batch as records of schemas/decision.avsc, one after the other.
 
-Its slow twin is gateway.avro.encode_receipt (tests/agreement).
+Called by gateway/scoring/receipts.py; half a microsecond each. Its slow twin is gateway.kafka.avro.encode_receipt (tests/agreement).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Contributions of features to a margin: path-dependent TreeSHAP, as XGBoost's pred_contribs defines it. Called by gateway/explain.py.
+"""Contributions of features to a margin: path-dependent TreeSHAP, as XGBoost's pred_contribs defines it.
 
-Shapley values are an integral (Owen, "Multilinear extensions of games", 1972): if each other feature is known with probability t, what
-feature j adds on average over t from 0 to 1. For a leaf of value v it is
+Called by gateway/explanations/explain.py. Shapley values are an integral (Owen, "Multilinear extensions of games", 1972): if each other
+feature is known with probability t, what feature j adds on average over t from 0 to 1. For a leaf of value v it is
 
     v (o_j - z_j) * integral over t of the product over the path's other features k of (z_k (1 - t) + o_k t)
 

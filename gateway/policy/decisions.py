@@ -10,7 +10,7 @@ import numpy.typing as npt
 from gateway.contracts.decision import Outcome
 from gateway.contracts.lists import ListBook
 from gateway.contracts.reasons import Reason
-from gateway.requests import Requests
+from gateway.scoring.requests import Requests
 
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -1,7 +1,7 @@
 """What a generator tells whoever started it: one line of JSON a step, on its standard output.
 
 `{"edge": k, "done": n}` at the start of window k and at the end of the last, while it goes on, so that the reader can look at
-everyone's CPU at that moment; then `{"result": {...}}`. The reader is `deploy.bench_load`.
+everyone's CPU at that moment; then `{"result": {...}}`. The reader is `deploy.bench.load`.
 """
 
 from __future__ import annotations

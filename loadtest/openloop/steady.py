@@ -153,6 +153,7 @@ class Caller:
         self._first: deque[tuple[float, Connection, Call]] = deque()
         self._second: deque[tuple[float, Connection, Call]] = deque()
         self.under_way = self.answered = self.retried = self.unretried = 0
+        self._connections_most = self._waiting_most = 0
 
     def submit(self, call: Call, now: float) -> None:
         """Send it on the connection that has been idle longest, on a new one, or as soon as one is free."""
@@ -162,6 +163,7 @@ class Caller:
             return
         if len(self._waiting) < WAITING_MAX:
             self._waiting.append(call)
+            self._waiting_most = max(self._waiting_most, len(self._waiting))
         else:
             self._end(call, NOT_SENT, now)
 
@@ -193,6 +195,12 @@ class Caller:
         while self._waiting and self._starts(self._waiting[0], now):
             self._waiting.popleft()
 
+    def peaks(self) -> tuple[int, int]:
+        """Most connections at once, and most payments that waited for one, since the last call."""
+        found = self._connections_most, self._waiting_most
+        self._connections_most, self._waiting_most = len(self._open), len(self._waiting)
+        return found
+
     def close(self) -> None:
         for connection in list(self._open.values()):
             self._drop(connection)
@@ -204,6 +212,7 @@ class Caller:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(sock)
         self._open[connection.fd] = connection
+        self._connections_most = max(self._connections_most, len(self._open))
         self._poller.register(connection.fd, select.EPOLLIN | select.EPOLLOUT)
         status = sock.connect_ex(self._address)
         self._begin(connection, call, now)
@@ -350,7 +359,15 @@ class Steady:
             feeder.turn()
             if now - told_s >= 1.0:
                 told_s += 1.0
-                tell(second=round(told_s - start_s), sent=sent, answered=caller.answered, retried=caller.retried)
+                connections, waiting = caller.peaks()
+                tell(
+                    second=round(told_s - start_s),
+                    sent=sent,
+                    answered=caller.answered,
+                    retried=caller.retried,
+                    connections=connections,
+                    waiting=waiting,
+                )
             rest = now + TICK_S - time.monotonic()
             if rest > 0:
                 time.sleep(rest)

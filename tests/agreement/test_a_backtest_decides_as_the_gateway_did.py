@@ -12,17 +12,17 @@ from deltalake import write_deltalake
 from deploy.history.backtest import compare, decide
 from deploy.history.backtest_rows import DeltaHistory
 from deploy.history.list_books import ListBooks
-from gateway.avro import receipt_fields
 from gateway.contracts import tables
 from gateway.contracts.lists import ListAction, ListBook, ListChange
 from gateway.contracts.settings import Settings
+from gateway.kafka.avro import receipt_fields
 from gateway.metrics import Metrics
-from gateway.model import ModelSlot, load_model
+from gateway.models.model import ModelSlot, load_model
 from gateway.policy import Policy, load_policy
-from gateway.policy_slot import PolicySlot
-from gateway.recent import RecentDecisions
-from gateway.scorer import Scorer
-from gateway.unobserved import Unobserved
+from gateway.policy.slot import PolicySlot
+from gateway.redis.unobserved import Unobserved
+from gateway.scoring.recent import RecentDecisions
+from gateway.scoring.scorer import Scorer
 from model_export.cost import CostModel
 from tests.agreement.test_offline_engine_equals_a_recount import silver_of
 from tests.entities import make_stream

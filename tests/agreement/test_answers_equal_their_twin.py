@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from gateway.answers import REASONS, Note, answer_in, encode_answers, gather
 from gateway.contracts.decision import SEVERITY, Answer, ModelRef, Outcome
 from gateway.contracts.layout import CLAIM_BYTES, idempotency_key, txn_hash
 from gateway.contracts.transaction import TEXT_LENGTH_MAX
-from gateway.job import Job, fingerprint_of, requests_of
 from gateway.kernels.digests import DIGEST_BYTES, md5
-from gateway.redis_backend import Kept, _store_packed
-from gateway.requests import fingerprints_of, hashes_of
+from gateway.redis.backend import Kept, _store_packed
+from gateway.scoring.answers import REASONS, Note, answer_in, encode_answers, gather
+from gateway.scoring.job import Job, fingerprint_of, requests_of
+from gateway.scoring.requests import fingerprints_of, hashes_of
 from tests.unit.gateway.factories import make_job, make_transaction
 
 TTL_MS = 600_000

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from deploy.history.backtest_rows import requests_of
-from gateway.avro import encode_transaction
+from gateway.kafka.avro import encode_transaction
 from gateway.kernels.intake import CLEAN, TEXTS
-from gateway.requests import read_requests, transactions_of
+from gateway.scoring.requests import read_requests, transactions_of
 from tests.agreement.test_offline_engine_equals_a_recount import silver_of
 from tests.entities import make_stream
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.avro import encode_transaction
-from gateway.bodies import read_bodies
 from gateway.contracts.transaction import FIELDS, RefusedError, check, encode_json, parse_json
+from gateway.http.bodies import read_bodies
+from gateway.kafka.avro import encode_transaction
 from gateway.kernels.json import write_transactions
-from gateway.requests import edges_of
+from gateway.scoring.requests import edges_of
 from tests.entities import make_stream
 from tests.unit.gateway.factories import NOW_MS, make_transaction
 

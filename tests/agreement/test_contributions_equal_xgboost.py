@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as from_numpy
 from gateway.contracts.explanation import Explanation, decode_explanation
 from gateway.contracts.features import FEATURE_NAMES
 from gateway.contracts.model_meta import EXPLANATION_FILE
-from gateway.explain import Explainer, load_explainer
+from gateway.explanations.explain import Explainer, load_explainer
 from model_export.export import export
 from model_export.probes import extreme_rows, split_probes, trees_of
 from model_export.training import default_params, train

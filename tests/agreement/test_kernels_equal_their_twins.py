@@ -17,20 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from gateway.answers import gather
-from gateway.avro import encode_receipt, encode_transaction, receipt_of
 from gateway.contracts import layout
 from gateway.contracts.decision import SEVERITY, ModelRef, Outcome, Receipt, RoutedBy
 from gateway.contracts.feature_matrix import feature_matrix
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FINGERPRINT, LABELLED, request_columns
 from gateway.contracts.transaction import CHANNELS, RefusedError, Transaction, check, holds_card_number
 from gateway.contracts.windows import Asked, aggregate, nothing_held
-from gateway.job import requests_of
+from gateway.kafka.avro import encode_receipt, encode_transaction, receipt_of
 from gateway.kernels import packed, raw
 from gateway.kernels.intake import CLEAN, READ, UNREAD
-from gateway.receipts import Decided, encode_receipts
-from gateway.requests import read_requests, transactions_of
-from gateway.store import request_only_matrix
+from gateway.redis.store import request_only_matrix
+from gateway.scoring.answers import gather
+from gateway.scoring.job import requests_of
+from gateway.scoring.receipts import Decided, encode_receipts
+from gateway.scoring.requests import read_requests, transactions_of
 from tests.entities import make_stream
 from tests.unit.gateway.factories import NOW_MS, make_job, make_transaction
 

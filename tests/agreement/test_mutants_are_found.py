@@ -18,8 +18,8 @@ import pytest
 import redis
 from msgspec import structs
 
-import gateway.redis_backend
-import gateway.store
+import gateway.redis.backend
+import gateway.redis.store
 from feature_jobs import tiles as tile_writer
 from gateway.contracts import layout, tiles
 from gateway.contracts.features import ENTITY_INDEX
@@ -219,7 +219,7 @@ def install(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
     if mutant.source in ("entity.lua", "observe.lua"):
         parts = {name: (LUA / name).read_text() for name in ("entity.lua", "observe.lua")} | {mutant.source: text}
         script = "\n".join(parts.values())
-        patch.setattr(gateway.redis_backend, "OBSERVE_LUA", script)
+        patch.setattr(gateway.redis.backend, "OBSERVE_LUA", script)
     elif mutant.source == "merge.lua":
         patch.setattr(layout, "MERGE_LUA", text)
         patch.setattr(tile_writer, "MERGE_SHA", hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
@@ -232,7 +232,7 @@ def install(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
             text = text.replace("@compiled\n", "")
         exec(compile(text, mutant.what, "exec"), module.__dict__)  # noqa: S102
         if mutant.source == "features":
-            patch.setattr(gateway.store, "decode", module.__dict__["decode"])
+            patch.setattr(gateway.redis.store, "decode", module.__dict__["decode"])
         else:
             patch.setattr(tiles, "add_events", module.__dict__["add_events"])
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from gateway.contracts.routing import EXPLORE_SALT, point_of, route_salt
-from gateway.job import requests_of
 from gateway.kernels.intake import CARD, TRANSACTION_ID
 from gateway.kernels.points import points
+from gateway.scoring.job import requests_of
 from tests.unit.gateway.factories import make_job, make_transaction
 
 SALTS = [0, EXPLORE_SALT, route_salt("ab" * 32), 2**64 - 1]

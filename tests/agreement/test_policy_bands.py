@@ -12,12 +12,12 @@ import pytest
 
 from gateway.contracts.decision import risk_score
 from gateway.contracts.features import FEATURE_NAMES
-from gateway.job import requests_of
 from gateway.policy import NO_LISTS, Columns, load_policy
+from gateway.scoring.job import requests_of
 from model_export.errors import PolicyUnreadableError
 from model_export.policy_bands import read_asked, read_bands, risk_scores
 from tests.unit.gateway.factories import make_job, make_transaction
-from tests.unit.gateway.policy_factories import make_book, make_columns, make_list, make_rule, policy_files
+from tests.unit.gateway.policy.factories import make_book, make_columns, make_list, make_rule, policy_files
 
 OWN_BANDS = (
     {"up_to_minor": 777, "challenge": 1, "review": 500, "decline": 1001, "without_model": "approve"},

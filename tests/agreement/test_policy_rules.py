@@ -27,7 +27,7 @@ from gateway.policy import tree as t
 from gateway.policy.expression import ExpressionError, parse
 from gateway.policy.vocabulary import NAMES
 from tests.unit.gateway.factories import make_transaction
-from tests.unit.gateway.policy_factories import make_book, make_columns, make_list, make_policy, make_rule, policy_files
+from tests.unit.gateway.policy.factories import make_book, make_columns, make_list, make_policy, make_rule, policy_files
 
 POLICY_SOURCES = sorted((Path(__file__).resolve().parents[2] / "gateway/policy").glob("*.py"))
 LISTS = (make_list("cards", "watch", outcome="approve"), make_list("devices", "watch", "device_id", outcome="approve"))

@@ -17,7 +17,6 @@ from pyspark.sql import Row, SparkSession
 from feature_jobs.lake import DDL
 from feature_jobs.parse import parse
 from feature_jobs.session import build_session
-from gateway.avro import SchemaBook
 from gateway.contracts import tables
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.registry import SchemaRegistry
@@ -25,6 +24,7 @@ from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, LABELS, SCORED_HEADER, SCORED_NEVER, TOPICS, TRANSACTIONS
 from gateway.contracts.transaction import FIELDS, RefusedError, Transaction
 from gateway.contracts.wire import frame
+from gateway.kafka.avro import SchemaBook
 from loadtest.hostile import hostile_cases
 
 pytestmark = [

@@ -22,9 +22,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from deploy.ports import free_ports
 from tests.chart.rendering import NAMESPACE
 from tests.chart.tools import Tools
-from tests.helpers import free_ports, wait_until
+from tests.helpers import wait_until
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0

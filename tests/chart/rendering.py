@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from deploy.chart_schema import CHART
+from deploy.pages.chart_schema import CHART
 from tests.chart.rules import Manifest
 from tests.chart.tools import KUBERNETES_VERSION, Tools
 

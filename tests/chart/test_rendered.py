@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.chart_schema import CHART
 from deploy.cli import GROUPS
+from deploy.pages.chart_schema import CHART
 from gateway.metrics import Metrics
 from gateway.policy.folder import SHIPPED, read_folder
-from gateway.policy_slot import open_policy
+from gateway.policy.slot import open_policy
 from tests.chart.rendering import LEAST, VALUES, RenderError, helm, one, render, render_text, values_file
 from tests.chart.rules import RULES, Manifest, containers, is_ours, name_of, pod_of, pods
 from tests.chart.tools import KUBERNETES_VERSION, Tools

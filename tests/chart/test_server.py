@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.chart_schema import CHART
+from deploy.pages.chart_schema import CHART
 from tests.chart.apiserver import ApiServer
 from tests.chart.rendering import LEAST, VALUES, helm, one, render, render_text
 from tests.chart.rules import Manifest, service_complaints

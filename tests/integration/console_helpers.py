@@ -20,12 +20,13 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
+from deploy.ports import free_ports
 from gateway.api_keys import create_key
 from gateway.contracts.model_meta import read_manifest, write_manifest
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import encode_json
-from gateway.http import SCORE_PATH
-from tests.helpers import RunningCommand, free_ports, running_command
+from gateway.http.door import SCORE_PATH
+from tests.helpers import RunningCommand, running_command
 from tests.integration.gateway_helpers import make_transaction, name, ready_without
 from tests.unit.gateway.factories import write_model
 

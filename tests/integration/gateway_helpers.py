@@ -14,13 +14,13 @@ from typing import Any
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, Message, Producer, TopicPartition
 
-from gateway.avro import receipt_of
+from deploy.ports import free_ports
 from gateway.contracts.decision import Receipt
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, LIBRDKAFKA_PARTITIONER, TRANSACTIONS
 from gateway.contracts.transaction import Transaction, encode_json
 from gateway.contracts.wire import unframe
-from tests.helpers import free_ports
+from gateway.kafka.avro import receipt_of
 from tests.unit.gateway import factories
 
 TIMEOUT_S = 60.0

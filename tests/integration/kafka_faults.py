@@ -13,10 +13,11 @@ from pathlib import Path
 
 from confluent_kafka import KafkaError, Message, Producer
 
+from deploy.ports import free_ports
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, LIBRDKAFKA_PARTITIONER, TRANSACTIONS
 from gateway.contracts.transaction import encode_json
-from tests.helpers import RunningCommand, free_ports, running_command
+from tests.helpers import RunningCommand, running_command
 from tests.integration.gateway_helpers import Tail, make_transaction, name, ready_without
 
 READY_WITHIN_S = 60

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from gateway.contracts.layout import BASE_STEP
-from gateway.job import Job, requests_of
-from gateway.store import Observation, Store
+from gateway.redis.store import Observation, Store
+from gateway.scoring.job import Job, requests_of
 from tests.unit.gateway.factories import make_job, make_transaction
 
 BUDGET_S = 20.0

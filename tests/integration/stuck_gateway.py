@@ -10,7 +10,7 @@ import time
 from unittest import mock
 
 from deploy.cli import main
-from gateway.kafka_link import POLL_S, Link, Membership, Polled
+from gateway.kafka.link import POLL_S, Link, Membership, Polled
 
 links: list[Link] = []
 real_poll = Link.poll

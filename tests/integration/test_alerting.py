@@ -17,10 +17,11 @@ import pytest
 
 from deploy.monitoring import config, rules
 from deploy.monitoring.alerts import ALERTS, BY_NAME
+from deploy.ports import free_ports
 from deploy.stack import Stack
 from gateway.contracts.metrics import SERIES
 from gateway.contracts.settings import Settings
-from tests.helpers import HOST, free_ports, local_settings, wait_until
+from tests.helpers import HOST, local_settings, wait_until
 from tests.tools import needs_alertmanager, needs_prometheus
 
 pytestmark = [needs_prometheus, needs_alertmanager]

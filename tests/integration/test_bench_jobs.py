@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.bench_jobs import children_of, command_line
+from deploy.processes import children_of, command_line
 from tests.helpers import local_settings, run_command
 
 pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(420)]

@@ -18,9 +18,9 @@ import msgspec
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 
+from deploy.ports import free_ports
 from deploy.stack import Stack
 from gateway.api_keys import create_key
-from gateway.avro import encode_alert, encode_receipt
 from gateway.cases import reviews
 from gateway.cases.database import Database
 from gateway.cases.intake import Intake
@@ -34,9 +34,10 @@ from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import ALERTS, AUDIT, DECISIONS, LABELS, LIBRDKAFKA_PARTITIONER, LIST_CHANGES
 from gateway.contracts.wire import frame, unframe
+from gateway.kafka.avro import encode_alert, encode_receipt
+from gateway.kafka.records import Record
 from gateway.policy.folder import SHIPPED
-from gateway.records import Record
-from tests.helpers import RunningCommand, free_ports, run_command, running_command, wait_until
+from tests.helpers import RunningCommand, run_command, running_command, wait_until
 from tests.integration.gateway_helpers import Tail, make_transaction, name
 from tests.integration.test_jobs import make_receipt
 from tests.unit.gateway.cases.records import fields_of

@@ -28,10 +28,10 @@ from confluent_kafka import Producer
 
 from deploy.monitoring.dashboards.checks import plain, queries_of
 from deploy.monitoring.dashboards.commands import FOLDER
+from deploy.ports import free_ports
 from deploy.services import http_ok
 from deploy.stack import Stack
 from deploy.toolchain import find_prometheus
-from gateway.avro import encode_receipt
 from gateway.contracts.decision import Outcome, Route
 from gateway.contracts.model_meta import MODEL_FILE, REFERENCE_FILE, read_manifest, sha256_file, write_manifest
 from gateway.contracts.reference import encode
@@ -40,10 +40,11 @@ from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, LIBRDKAFKA_PARTITIONER
 from gateway.contracts.transaction import Transaction, encode_json
 from gateway.contracts.wire import frame
+from gateway.kafka.avro import encode_receipt
 from gateway.policy.folder import SHIPPED
 from tests.factories_drift import make_quiet, make_trained
 from tests.factories_model import make_model_dir
-from tests.helpers import HOST, free_ports, local_settings, running_command, wait_until
+from tests.helpers import HOST, local_settings, running_command, wait_until
 from tests.integration.gateway_helpers import make_transaction, name, post, produce, ready_without
 from tests.integration.test_jobs import make_receipt
 from tests.otlp import collector

@@ -12,12 +12,12 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from deploy.stack import Stack
-from gateway.avro import SchemaBook
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import TRANSACTIONS
 from gateway.contracts.transaction import encode_json
-from gateway.kafka_link import SESSION_TIMEOUT_MS, TRANSACTION_TIMEOUT_MS, Link, LinkLostError, Membership, Polled
+from gateway.kafka.avro import SchemaBook
+from gateway.kafka.link import SESSION_TIMEOUT_MS, TRANSACTION_TIMEOUT_MS, Link, LinkLostError, Membership, Polled
 from tests.helpers import wait_until
 from tests.integration.gateway_helpers import make_transaction, name, produce
 from tests.integration.kafka_faults import READY_WITHIN_S, Flow, Receipts, assert_each_decided_once, gateways

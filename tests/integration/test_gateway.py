@@ -12,13 +12,13 @@ import fastavro
 import pytest
 
 from deploy.stack import Stack
-from gateway.avro import encode_transaction
 from gateway.contracts.features import FEATURE_INDEX
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import QUARANTINE, SCORED_HEADER, SCORED_NEVER, TOPICS, TRANSACTIONS
 from gateway.contracts.transaction import AMOUNT_MINOR_MIN, encode_json
 from gateway.contracts.wire import frame, unframe
+from gateway.kafka.avro import encode_transaction
 from loadtest.hostile import hostile_cases
 from tests.helpers import run_command, running_command
 from tests.integration.gateway_helpers import (

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from deploy.payments import payments
+from deploy.ports import free_ports
 from deploy.stack import Stack
 from gateway.contracts.model_meta import MODEL_FILE
 from gateway.contracts.settings import Settings
 from loadtest.offered import Offered, offer, quantile
-from tests.helpers import RunningCommand, free_ports, running_command, wait_until
+from tests.helpers import RunningCommand, running_command, wait_until
 from tests.integration.gateway_helpers import make_transaction, name, post, ready_without
 from tests.slow_line import SlowLine
 from tests.unit.gateway.factories import write_model

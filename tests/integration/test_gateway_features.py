@@ -16,9 +16,9 @@ from gateway.contracts.features import ENTITIES, FEATURE_INDEX
 from gateway.contracts.layout import HEAD_EVENT, HEAD_HEADER, head_events, head_key, idempotency_key, key_check
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import Transaction
-from gateway.job import Job, requests_of
-from gateway.redis_link import RedisLink
-from gateway.store import Observation, Store
+from gateway.redis.link import RedisLink
+from gateway.redis.store import Observation, Store
+from gateway.scoring.job import Job, requests_of
 from tests.helpers import until
 from tests.integration.overtaking import assert_counts_once_and_the_first_answer_stands, assert_observed_afterwards_once
 from tests.oracle import Oracle, differences

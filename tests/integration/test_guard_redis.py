@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from gateway.contracts.routing import guard_cards_key, guard_counts_key
-from gateway.explore import DAY_MS, LossCap
-from gateway.guard import CHALLENGER_ONLY, MERCHANTS_MAX, Guard, Pair, Sighting
 from gateway.metrics import Metrics
-from gateway.model import ModelSlot
-from gateway.redis_cluster import ClusterLink
-from gateway.sharing import Ask, SharedCap, asker
+from gateway.models.explore import DAY_MS, LossCap
+from gateway.models.guard import CHALLENGER_ONLY, MERCHANTS_MAX, Guard, Pair, Sighting
+from gateway.models.model import ModelSlot
+from gateway.redis.cluster import ClusterLink
+from gateway.redis.sharing import Ask, SharedCap, asker
 from tests.helpers import until
 from tests.redis_nodes import Cluster, running_cluster
 from tests.unit.gateway.factories import NOW_MS

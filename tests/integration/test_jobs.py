@@ -25,7 +25,6 @@ from deltalake.exceptions import TableNotFoundError
 
 from deploy.history.verify import verify
 from deploy.stack import Stack
-from gateway.avro import encode_receipt
 from gateway.contracts import layout, tables
 from gateway.contracts.decision import Door, Outcome, Receipt
 from gateway.contracts.features import ENTITIES, ENTITY_INDEX, FEATURE_NAMES, FINGERPRINT, LABELLED
@@ -36,6 +35,7 @@ from gateway.contracts.tiles import tiles_of
 from gateway.contracts.topics import ALERTS, DECISIONS, LABELS, LIBRDKAFKA_PARTITIONER, TRANSACTIONS
 from gateway.contracts.transaction import Transaction, encode_json
 from gateway.contracts.wire import frame
+from gateway.kafka.avro import encode_receipt
 from loadtest.encoding import avro_encoder
 from tests.helpers import run_command, running_command
 from tests.receipts import read_topic

@@ -22,12 +22,12 @@ from feature_jobs.chain import Chain, content_column
 from feature_jobs.lake import DDL
 from feature_jobs.parse import parse, receipt_columns
 from feature_jobs.session import build_session
-from gateway.avro import encode, encode_receipt
 from gateway.contracts import tables
 from gateway.contracts.audit import DETAIL_BYTES_MAX
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import AUDIT, DECISIONS, LABELS, LIST_CHANGES, TOPICS, TRANSACTIONS
 from gateway.contracts.wire import frame
+from gateway.kafka.avro import encode, encode_receipt
 from tests.factories_history import SCHEMA_ID, keep_schema, make_receipts
 
 pytestmark = [

@@ -20,7 +20,6 @@ from deltalake.exceptions import TableNotFoundError
 from deploy.stack import Stack
 from feature_jobs.drift import COLUMNS, Windows, load_champion
 from feature_jobs.tail import Tail
-from gateway.avro import encode_receipt
 from gateway.contracts import tables
 from gateway.contracts.decision import Outcome, Receipt
 from gateway.contracts.drift import STEP_MS, WINDOW_MS
@@ -29,6 +28,7 @@ from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, LIBRDKAFKA_PARTITIONER
 from gateway.contracts.wire import frame
+from gateway.kafka.avro import encode_receipt
 from tests.factories_drift import AMOUNT, START_MS, make_quiet, make_trained, place_champion
 from tests.helpers import local_settings, run_command, running_command
 from tests.integration.test_jobs import make_receipt

@@ -20,6 +20,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
 
+from deploy.ports import free_ports
 from deploy.toolchain import find_redis
 from feature_jobs import lake
 from feature_jobs.label_changes import LABELLED_ENTITIES
@@ -36,7 +37,7 @@ from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import Transaction
 from gateway.contracts.windows import DAY_MS, LABELLED_RETENTION_MS
 from tests.entities import Entities
-from tests.helpers import free_ports, wait_until
+from tests.helpers import wait_until
 from tests.oracle import Oracle, differences
 from tests.unit.gateway.factories import make_transaction
 

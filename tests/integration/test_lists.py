@@ -13,16 +13,17 @@ import pytest
 from confluent_kafka import KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from deploy.ports import free_ports
 from deploy.stack import Stack
-from gateway import avro
 from gateway.contracts.lists import ListAction, ListBook, ListChange, book_as_of
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import LIST_CHANGES, TOPICS
 from gateway.contracts.wire import frame
-from gateway.lists import UNKNOWN, ChangeReader, ListFollower
+from gateway.kafka import avro
 from gateway.metrics import Metrics
-from tests.helpers import free_ports, wait_until
+from gateway.policy.lists import UNKNOWN, ChangeReader, ListFollower
+from tests.helpers import wait_until
 from tests.integration.gateway_helpers import name
 from tests.unit.contracts.test_lists import NOW_MS, make_change
 

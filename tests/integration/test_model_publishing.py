@@ -12,10 +12,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from deploy.ports import free_ports
 from deploy.stack import Stack
 from gateway.contracts.model_meta import ADMISSION_FILE, EXPLANATION_FILE, MODEL_FILE, PACKAGE_FILES, REFERENCE_FILE, read_manifest
 from gateway.contracts.settings import Settings, settings_env
-from gateway.model import load_model
+from gateway.models.model import load_model
 from model_export import registry_commands
 from model_export.commands import train_and_register
 from model_export.errors import PackageRefusedError, RegistryRefusedError, RegistryUnavailableError
@@ -24,7 +25,7 @@ from model_export.registry import Registry
 from model_export.signing import read_public_key
 from model_export.url_store import UrlStore
 from tests.factories_model import write_training_set
-from tests.helpers import free_ports, running_command
+from tests.helpers import running_command
 from tests.integration.gateway_helpers import make_transaction, name, post, ready_without
 from tests.s3 import s3_server
 

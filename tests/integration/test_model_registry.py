@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
 
+from deploy.ports import free_ports
 from deploy.receipts import CannotExplainError, Logged, model_of
 from deploy.services import data_path
 from deploy.stack import Stack
@@ -33,7 +34,7 @@ from gateway.contracts.model_meta import (
 )
 from gateway.contracts.reference import decode
 from gateway.contracts.settings import Settings, settings_env
-from gateway.model import load_model
+from gateway.models.model import load_model
 from model_export import commands, registry_commands
 from model_export.admission import read_report
 from model_export.commands import Outcome, train_and_register
@@ -44,7 +45,7 @@ from model_export.pull import pull_models
 from model_export.registry import Registry
 from model_export.training import train
 from tests.factories_model import make_rows, make_training_set, write_training_set
-from tests.helpers import HOST, free_ports, run_command
+from tests.helpers import HOST, run_command
 
 pytestmark = pytest.mark.integration
 

@@ -19,6 +19,7 @@ import pytest
 
 from deploy import processes
 from deploy.loadtest import drive
+from deploy.ports import free_ports
 from deploy.services import http_ok
 from gateway.contracts.model_meta import MODEL_FILE
 from gateway.contracts.settings import Settings
@@ -27,7 +28,7 @@ from loadtest.openloop.payments import People
 from loadtest.peers.requests import FIELDS, fill, mlflow_body
 from loadtest.sla import payment
 from tests.factories_model import make_model_dir
-from tests.helpers import HOST, command_env, free_ports, wait_until
+from tests.helpers import HOST, command_env, wait_until
 
 PAYMENT = encode_json(payment(random.Random(1), 1))
 

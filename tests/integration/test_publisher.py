@@ -13,15 +13,15 @@ import msgspec
 import pytest
 
 from deploy.stack import Stack
-from gateway.avro import SchemaBook, encode_transaction
 from gateway.contracts.registry import SchemaRegistry
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import SCORED_BY_HTTP, SCORED_HEADER, TRANSACTIONS
+from gateway.kafka.avro import SchemaBook, encode_transaction
+from gateway.kafka.publisher import Publisher
+from gateway.kafka.records import Record, send_all
+from gateway.kafka.resumable import identity_of, open_producer, stop_producer
+from gateway.kafka.spool import open_orphan, open_own
 from gateway.metrics import Metrics
-from gateway.publisher import Publisher
-from gateway.records import Record, send_all
-from gateway.resumable import identity_of, open_producer, stop_producer
-from gateway.spool import open_orphan, open_own
 from tests.helpers import running_command, until
 from tests.integration.gateway_helpers import Tail, make_transaction, name, post, ready_without, request
 from tests.integration.kafka_faults import Receipts

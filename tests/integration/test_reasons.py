@@ -7,7 +7,7 @@ import http.client
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,18 @@ import pytest
 
 from deploy.stack import Stack
 from gateway.contracts.decision import Receipt
+from gateway.contracts.reasons import Reason
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import Transaction, encode_json
-from gateway.counterfactual import CHANGES_MAX
+from gateway.explanations.counterfactual import CHANGES_MAX
 from tests.factories_model import make_model_dir
 from tests.helpers import run_command, running_command
 from tests.integration.gateway_helpers import Decisions, make_transaction, name, post, produce, ready_without
 
 pytestmark = pytest.mark.integration
 READY_WITHIN_S = 60
+# The model's reasons have 20 ms. Where other tests share the cores they may come too late, which is no fault.
+TRIES = 5
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,15 @@ def ask(settings: Settings, t: Transaction, explain: str) -> tuple[int, dict[str
         connection.close()
 
 
+def in_time(pay: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The first answer of `pay`, each time for another card, that has the model's reasons."""
+    for _ in range(TRIES):
+        answer = pay()
+        if {r["code"] for r in answer["reasons"]} - {Reason.MODEL_SCORE_HIGH.value}:
+            return answer
+    raise AssertionError(f"the model's reasons came too late {TRIES} times")
+
+
 def metric(settings: Settings, wanted: str) -> float:
     connection = http.client.HTTPConnection(settings.host, settings.gateway_port, timeout=30)
     try:
@@ -93,9 +105,13 @@ def test_a_decline_says_what_the_model_saw_and_the_receipt_tells_what_would_have
     served: Settings, decisions: Decisions, tmp_path: Path
 ) -> None:
     before = metric(served, 'fraudgate_reasons_total{outcome="model"}')
-    answers = [post(served, t) for t in shopping(name("spender"), 200_000)]
-    assert {status for status, _ in answers} == {200}
-    answer = answers[-1][1]
+
+    def spend() -> dict[str, Any]:
+        answers = [post(served, t) for t in shopping(name("spender"), 200_000)]
+        assert {status for status, _ in answers} == {200}
+        return answers[-1][1]
+
+    answer = in_time(spend)
     assert answer["decision"] != "approve"
     codes = [r["code"] for r in answer["reasons"]]
     assert {"AMOUNT_HIGH", "CARD_MANY_MERCHANTS"} <= set(codes)
@@ -128,14 +144,21 @@ def test_kafkas_door_gives_the_same_reasons(served: Settings, decisions: Decisio
 
 
 def test_an_approval_has_reasons_for_who_asks(served: Settings) -> None:
-    *small, last = shopping(name("asker"), 1_500)
-    for t in small:
-        assert post(served, t)[0] == 200
-    status, answer = ask(served, last, "true")
-    assert (status, answer["decision"]) == (200, "approve")
+    asked: list[Transaction] = []
+
+    def ask_why() -> dict[str, Any]:
+        *small, last = shopping(name("asker"), 1_500)
+        asked.append(last)
+        for t in small:
+            assert post(served, t)[0] == 200
+        status, answer = ask(served, last, "true")
+        assert (status, answer["decision"]) == (200, "approve")
+        return answer
+
+    answer = in_time(ask_why)
     assert "CARD_MANY_MERCHANTS" in {r["code"] for r in answer["reasons"]}
     # A retry is the same answer, whether it asks or not.
-    assert post(served, last)[1]["reasons"] == answer["reasons"]
+    assert post(served, asked[-1])[1]["reasons"] == answer["reasons"]
     assert ask(served, make_transaction(name("plain")), "false")[1]["reasons"] == []
     status, problem = ask(served, make_transaction(name("odd")), "perhaps")
     assert (status, problem["reason"]) == (400, "bad_explain")

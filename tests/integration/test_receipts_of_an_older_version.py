@@ -21,13 +21,13 @@ from feature_jobs import lake
 from feature_jobs.lake import DDL
 from feature_jobs.parse import LABEL_FIELDS, parse, receipt_columns
 from feature_jobs.session import build_session
-from gateway.avro import encode_receipt
 from gateway.contracts import tables
 from gateway.contracts.decision import Outcome, Receipt
 from gateway.contracts.label import Label
 from gateway.contracts.settings import Settings
 from gateway.contracts.topics import DECISIONS, LABELS, TOPICS, TRANSACTIONS
 from gateway.contracts.wire import frame
+from gateway.kafka.avro import encode_receipt
 from tests.integration.test_jobs import make_label, make_receipt
 from tests.unit.gateway.factories import make_transaction
 

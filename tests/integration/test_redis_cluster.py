@@ -27,9 +27,9 @@ from gateway.contracts.features import ENTITIES, FEATURE_INDEX
 from gateway.contracts.redis_address import CLUSTER_SLOTS, hash_slot
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import Transaction
-from gateway.job import Job, requests_of
-from gateway.redis_cluster import ClusterLink
-from gateway.store import Observation, Store
+from gateway.redis.cluster import ClusterLink
+from gateway.redis.store import Observation, Store
+from gateway.scoring.job import Job, requests_of
 from tests.entities import EPOCH, Entities, events_of, make_stream
 from tests.helpers import running_command, until
 from tests.integration.gateway_helpers import Decisions, name, post, ready_without

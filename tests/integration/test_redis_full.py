@@ -11,9 +11,9 @@ import pytest
 import redis
 
 from gateway.contracts import layout
-from gateway.job import requests_of
-from gateway.redis_link import RedisLink
-from gateway.store import Observation, Store
+from gateway.redis.link import RedisLink
+from gateway.redis.store import Observation, Store
+from gateway.scoring.job import requests_of
 from tests.entities import Entities, make_stream, redis_server
 from tests.helpers import until
 

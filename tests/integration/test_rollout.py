@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from deploy import processes
+from deploy.ports import free_ports
 from deploy.rollout.proxy import Proxy, socket_path
 from deploy.rollout.state import BLUE, GREEN, ROOT, SERVICE_OF, port_of, read_state
 from deploy.stack import Stack
@@ -24,7 +25,7 @@ from gateway.contracts.audit import read_audit
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import encode_json
 from loadtest.offered import NOT_SENT, Offered, offer, quantile
-from tests.helpers import free_ports, run_command, running_command, wait_until
+from tests.helpers import run_command, running_command, wait_until
 from tests.integration.gateway_helpers import (
     Decisions,
     gateway_of_its_own,
@@ -215,9 +216,9 @@ def broken_version(folder: Path, what: str) -> Path:
         "import os, sys, time",
         # Where its compiled kernels are.
         f"sys.path.insert(0, {str(ROOT)!r})",
-        "from gateway.batcher import Batcher",
+        "from gateway.http.batcher import Batcher",
         "from gateway.commands import serve",
-        "from gateway.scorer import Scorer",
+        "from gateway.scoring.scorer import Scorer",
     ]
     (folder / "deploy/cli.py").write_text("\n".join([*lines, what, "sys.exit(serve(sys.argv[2:]))"]) + "\n")
     return folder

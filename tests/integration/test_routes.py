@@ -30,7 +30,7 @@ from gateway.contracts.settings import Settings
 from gateway.contracts.topics import ALERTS, SHADOW_SCORES, TOPICS
 from gateway.contracts.transaction import encode_json
 from gateway.contracts.wire import unframe
-from gateway.model import load_model
+from gateway.models.model import load_model
 from loadtest.offered import Offered, offer
 from tests.helpers import RunningCommand, run_command, running_command, wait_until
 from tests.integration.gateway_helpers import (

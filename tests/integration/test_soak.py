@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from deploy import processes
-from deploy.bench_jobs import children_of, command_line
+from deploy.processes import children_of, command_line
 from gateway.contracts.settings import Settings
 from tests.helpers import command_env, wait_until
 

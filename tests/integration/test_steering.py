@@ -16,7 +16,6 @@ import pytest
 from confluent_kafka import Producer
 
 from deploy.stack import Stack
-from gateway import avro
 from gateway.contracts.audit import POLICY_LOADED, POLICY_REFUSED, AuditRecord, append_audit
 from gateway.contracts.lists import ListAction, ListBook, ListChange, book_as_of
 from gateway.contracts.registry import SchemaRegistry
@@ -24,8 +23,9 @@ from gateway.contracts.settings import Settings
 from gateway.contracts.topics import AUDIT, LIST_CHANGES
 from gateway.contracts.transaction import encode_json
 from gateway.contracts.wire import frame
-from gateway.lists import ChangeReader
+from gateway.kafka import avro
 from gateway.policy import Policy, load_policy
+from gateway.policy.lists import ChangeReader
 from tests.helpers import RunningCommand, running_command, wait_until
 from tests.integration.gateway_helpers import (
     Decisions,
@@ -42,8 +42,8 @@ from tests.integration.test_workers import metrics
 from tests.receipts import read_topic, read_values
 from tests.unit.contracts.test_lists import make_change
 from tests.unit.gateway.factories import write_model
-from tests.unit.gateway.policy_factories import NEVER_BY_SCORE, make_list, make_rule, policy_files
-from tests.unit.gateway.policy_files import replace_file
+from tests.unit.gateway.policy.factories import NEVER_BY_SCORE, make_list, make_rule, policy_files
+from tests.unit.gateway.policy.files import replace_file
 
 pytestmark = pytest.mark.integration
 WITHIN_S = 60.0

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from deploy.ports import free_ports
 from gateway.contracts.settings import Settings
-from tests.helpers import RunningCommand, free_ports, run_command, running_command, wait_until
+from tests.helpers import RunningCommand, run_command, running_command, wait_until
 from tests.integration.gateway_helpers import make_transaction, name, post
 
 pytestmark = pytest.mark.integration

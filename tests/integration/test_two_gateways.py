@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from deploy.ports import free_ports
 from deploy.stack import Stack
 from gateway.contracts.decision import Receipt
 from gateway.contracts.features import FEATURE_INDEX
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import Transaction, encode_json
-from tests.helpers import free_ports, running_command
+from tests.helpers import running_command
 from tests.integration.gateway_helpers import Decisions, make_transaction, name, post_together, produce, ready_without
 from tests.unit.gateway.factories import write_model
 

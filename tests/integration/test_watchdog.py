@@ -14,7 +14,7 @@ import pytest
 from deploy.stack import Stack
 from gateway.contracts.settings import Settings
 from gateway.contracts.transaction import encode_json
-from gateway.watchdog import EXIT_STUCK
+from gateway.kafka.watchdog import EXIT_STUCK
 from tests.helpers import command_env, wait_until
 from tests.integration.gateway_helpers import Decisions, make_transaction, name, produce, request
 

@@ -6,8 +6,8 @@ import pytest
 
 from deploy import training
 from deploy.commands import status_table
+from deploy.pages.settings import page
 from deploy.services import local_services
-from deploy.settings_page import page
 from deploy.stack import ServiceStatus
 from gateway.contracts.settings import Settings, load_settings, settings_env
 

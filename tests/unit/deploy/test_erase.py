@@ -17,13 +17,13 @@ from deploy.history.erase import Person, erase, erase_person, find_person
 from deploy.history.publish import NotPublishedError
 from deploy.history.upkeep import delete, vacuum
 from deploy.history.verify import verify
-from gateway.avro import encode_receipt, encode_transaction
 from gateway.contracts import tables
 from gateway.contracts.audit import AuditRecord
 from gateway.contracts.settings import Settings, load_settings
 from gateway.contracts.topics import AUDIT, DECISIONS, LABELS, TRANSACTIONS
 from gateway.contracts.transaction import encode_json
 from gateway.contracts.wire import frame
+from gateway.kafka.avro import encode_receipt, encode_transaction
 from tests.factories_history import (
     SCHEMA_ID,
     make_receipt,

@@ -22,13 +22,13 @@ from gateway.contracts.decision import Outcome, Route
 from gateway.contracts.features import FEATURE_INDEX, FEATURES, FINGERPRINT
 from gateway.contracts.settings import Settings, load_settings
 from gateway.contracts.transaction import FIELDS, Transaction
-from gateway.counterfactual import decide_cases
-from gateway.model import Model, load_model
+from gateway.explanations.counterfactual import decide_cases
+from gateway.explanations.what_if import Case
+from gateway.models.model import Model, load_model
 from gateway.policy import Policy, load_policy
-from gateway.what_if import Case
 from tests.factories_model import make_model_dir, risky_row, safe_row
 from tests.unit.gateway.factories import make_transaction
-from tests.unit.gateway.policy_factories import NEVER_BY_SCORE, policy_files
+from tests.unit.gateway.policy.factories import NEVER_BY_SCORE, policy_files
 
 
 @dataclass(frozen=True)

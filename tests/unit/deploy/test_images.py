@@ -12,9 +12,10 @@ import pytest
 
 from deploy.bootstrap import find_uv
 from deploy.cli import GROUPS
+from deploy.ports import free_ports
 from deploy.services import http_ok
 from gateway.supervisor import LEAVE_TIMEOUT_S
-from tests.helpers import HOST, free_ports, wait_until
+from tests.helpers import HOST, wait_until
 from tests.s3 import s3_server
 from tests.unit.deploy.dockerfiles import COMMANDS, Dockerfile, build, complaints, read_dockerfile, words
 

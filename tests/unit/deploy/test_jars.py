@@ -11,10 +11,11 @@ import pytest
 
 from deploy import jars, truststore
 from deploy.jars import JarsError, LockedFile
+from deploy.ports import free_ports
 from deploy.services import REGISTRY_ARCHIVE
 from deploy.toolchain import java_home
 from gateway.contracts.settings import Settings
-from tests.helpers import free_ports, local_settings
+from tests.helpers import local_settings
 
 CONTENT = b"content of a jar"
 LOCKED = [LockedFile(f"{name}.jar", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()) for name in ("kafka/a", "spark/b")]

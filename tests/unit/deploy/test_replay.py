@@ -21,17 +21,17 @@ import pytest
 from deploy.history.replay import replay_decision
 from deploy.history.upkeep import order_receipts, vacuum
 from deploy.history.why import why
-from gateway.avro import encode_receipt, receipt_of
 from gateway.contracts import tables
 from gateway.contracts.audit import POLICY_LOADED
 from gateway.contracts.decision import Outcome, Receipt, Route, risk_score
 from gateway.contracts.features import FEATURE_INDEX, FEATURES
 from gateway.contracts.lists import ListAction, ListChange, book_as_of
 from gateway.contracts.settings import Settings, load_settings
-from gateway.counterfactual import decide_cases
-from gateway.model import Model, load_model
+from gateway.explanations.counterfactual import decide_cases
+from gateway.explanations.what_if import Case
+from gateway.kafka.avro import encode_receipt, receipt_of
+from gateway.models.model import Model, load_model
 from gateway.policy import Policy, load_policy
-from gateway.what_if import Case
 from tests.factories_history import (
     amended,
     make_receipt,

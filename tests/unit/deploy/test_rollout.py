@@ -30,7 +30,7 @@ from deploy.rollout.state import (
 )
 from deploy.toolchain import find_haproxy
 from gateway.contracts.settings import Settings, load_settings
-from gateway.http import SCORE_PATH
+from gateway.http.door import SCORE_PATH
 from tests.tools import needs_haproxy
 
 UP = ServerStat(status="UP", sessions=0, requests=1000, failed=0, repeated=0)

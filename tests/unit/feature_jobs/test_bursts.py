@@ -16,9 +16,9 @@ from feature_jobs.alert_topic import Alert, AlertsUnavailableError, AlertTopic
 from feature_jobs.burst_stream import Bursts
 from feature_jobs.bursts import BEGUN, BIN, DEVICE, ENDED, MERCHANT, Burst, Decline, Windows
 from feature_jobs.metrics import Metrics
-from gateway.avro import encode_alert
 from gateway.contracts import tables
 from gateway.contracts.settings import Settings
+from gateway.kafka.avro import encode_alert
 
 WINDOW_MS = 60_000
 THRESHOLD = 6

@@ -13,8 +13,6 @@ import xgboost
 from onnxmltools import convert_xgboost
 from onnxmltools.convert.common.data_types import FloatTensorType
 
-from gateway.avro import encode_transaction
-from gateway.bodies import read_bodies
 from gateway.contracts.decision import Answer, Door, Outcome
 from gateway.contracts.features import FEATURE_INDEX, FEATURE_NAMES, FINGERPRINT, LABELLED
 from gateway.contracts.layout import POSITION, PROGRESS_KEY, Progress
@@ -30,10 +28,12 @@ from gateway.contracts.model_meta import (
     write_manifest,
 )
 from gateway.contracts.transaction import RefusedError, Transaction
-from gateway.job import Job, Result, Verdict, fingerprint_of, http_job, kafka_position
-from gateway.redis_link import RedisUnavailableError, Sent
-from gateway.requests import Requests, read_requests
-from gateway.store import Observation
+from gateway.http.bodies import read_bodies
+from gateway.kafka.avro import encode_transaction
+from gateway.redis.link import RedisUnavailableError, Sent
+from gateway.redis.store import Observation
+from gateway.scoring.job import Job, Result, Verdict, fingerprint_of, http_job, kafka_position
+from gateway.scoring.requests import Requests, read_requests
 
 NOW_MS = 1_795_500_000_000
 
@@ -116,7 +116,7 @@ def packed_progress(written_at_ms: int = NOW_MS, arrived_through_ms: int = 0, ba
 
 
 class ScriptedLink:
-    """Stands for gateway.redis_link.RedisLink: answers the observe script and its MGET with the given reply."""
+    """Stands for gateway.redis.link.RedisLink: answers the observe script and its MGET with the given reply."""
 
     def __init__(self, reply: tuple[list[Any], list[Any]] | Exception, progress: bytes | None = None) -> None:
         self.greeting: list[tuple[Any, ...]] = []
@@ -152,7 +152,7 @@ class ScriptedLink:
 
 
 class StubStore:
-    """Stands for gateway.store.Store: gives a fixed observation, or none as when Redis misses its budget."""
+    """Stands for gateway.redis.store.Store: gives a fixed observation, or none as when Redis misses its budget."""
 
     def __init__(self, observation: Observation | None, ready: bool = True) -> None:
         self.observation = observation

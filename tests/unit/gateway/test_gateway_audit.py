@@ -16,9 +16,9 @@ import pytest
 from gateway.audit import REASON_CHARS_MAX, AuditForwarder, policy_loaded, policy_refused
 from gateway.contracts.audit import AUDIT_FILE, DETAIL_BYTES_MAX, AuditRecord, append_audit
 from gateway.contracts.topics import AUDIT, TOPICS
+from gateway.kafka.records import Record
 from gateway.policy import Policy
-from gateway.records import Record
-from tests.unit.gateway.policy_factories import make_policy, make_rule
+from tests.unit.gateway.policy.factories import make_policy, make_rule
 
 pytestmark = pytest.mark.anyio
 SCHEMA = fastavro.parse_schema(json.loads(TOPICS[AUDIT].schema_text))
@@ -31,7 +31,7 @@ def told(record: Record) -> AuditRecord:
 
 
 class Sent:
-    """Stands for gateway.publisher.Publisher.send: takes all, or has no room."""
+    """Stands for gateway.kafka.publisher.Publisher.send: takes all, or has no room."""
 
     def __init__(self) -> None:
         self.records: list[AuditRecord] = []

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from deploy.ports import free_ports
 from loadtest.events import Event
 from loadtest.ledger import Ledger
 from loadtest.pace import Pace
 from loadtest.senders.http import HttpSender
 from loadtest.simulator import Simulator, SimulatorConfig
-from tests.helpers import free_ports
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
 BYE = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}"

@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
+from deploy.ports import free_ports
 from loadtest.offered import FAILED, NOT_SENT, Offered, offer, quantile
-from tests.helpers import HOST, free_ports
+from tests.helpers import HOST
 
 
 def run(answer: bytes | None, *, connections: int = 10, held: bool = False) -> Offered:

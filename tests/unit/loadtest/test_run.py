@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from deploy.ports import free_ports
 from gateway.contracts.instants import instant_ms
 from gateway.contracts.label import Label
 from gateway.contracts.settings import ENV_PREFIX
@@ -18,7 +19,6 @@ from loadtest.ledger import Ledger
 from loadtest.pace import Pace, Punctuality
 from loadtest.run import Load, Simulation, door_of, sequenced
 from loadtest.simulator import SimulatorConfig
-from tests.helpers import free_ports
 
 CONFIG = SimulatorConfig(cards=300)
 BOTH = ("http", "kafka")

@@ -221,6 +221,7 @@ def test_who_waits_for_a_connection_goes_before_who_comes_later(monkeypatch: pyt
 
         submit(0, 1, 2)
         turn_until(lambda: len(arrived) == 2)
+        assert caller.peaks() == (2, 1)
         answered[0].set()
         turn_until(lambda: caller.answered == 1)
         # A connection is free now, or may be opened.
@@ -230,6 +231,8 @@ def test_who_waits_for_a_connection_goes_before_who_comes_later(monkeypatch: pyt
         for event in answered:
             event.set()
         turn_until(lambda: caller.under_way == 0)
+        assert caller.peaks() == (2, 1), "since the last time"
+        assert caller.peaks()[1] == 0
         caller.close()
     assert list(log.status) == [200] * 4
 

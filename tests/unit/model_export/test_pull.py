@@ -26,7 +26,7 @@ from gateway.contracts.model_meta import (
     sha256_file,
 )
 from gateway.errors import ModelRefusedError
-from gateway.model import load_model
+from gateway.models.model import load_model
 from model_export.admission import Admission, report_bytes
 from model_export.checks import Check
 from model_export.errors import ModelExportError, PackageRefusedError, RegistryRefusedError, RegistryUnavailableError

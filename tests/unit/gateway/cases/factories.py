@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
-from gateway.avro import encode_receipt, receipt_fields
 from gateway.cases import reviews
 from gateway.cases.app import make_app
 from gateway.cases.errors import KafkaUnavailableError
@@ -21,8 +20,9 @@ from gateway.cases.service import CaseService, now_ms
 from gateway.contracts.decision import Outcome, Receipt
 from gateway.contracts.lists import ListChange
 from gateway.contracts.settings import Settings
+from gateway.kafka.avro import encode_receipt, receipt_fields
+from gateway.kafka.records import Record
 from gateway.policy.document import AlertRoute, ListDeclaration, ListKind
-from gateway.records import Record
 from tests.integration.test_jobs import make_receipt
 from tests.unit.gateway.factories import make_transaction
 

@@ -10,7 +10,7 @@ import fastavro
 
 from gateway.contracts.label import Label
 from gateway.contracts.topics import AUDIT, LABELS, TOPICS
-from gateway.records import Record
+from gateway.kafka.records import Record
 
 
 def fields_of(record: Record) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from gateway.avro import encode, encode_receipt
 from gateway.cases.app import BoundedBodies
 from gateway.cases.errors import OutboxFullError
 from gateway.cases.intake import Intake
@@ -23,7 +22,8 @@ from gateway.contracts.decision import Outcome
 from gateway.contracts.registry import RegistryUnavailableError, SchemaRegistry, UnknownSchemaError
 from gateway.contracts.topics import ALERTS, AUDIT, DECISIONS, LABELS, TOPICS
 from gateway.contracts.wire import frame
-from gateway.records import Record
+from gateway.kafka.avro import encode, encode_receipt
+from gateway.kafka.records import Record
 from tests.helpers import until
 from tests.integration.test_jobs import make_receipt
 from tests.unit.gateway.cases.factories import VIEW, a_service, outbox

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from deploy.ports import free_ports
 from gateway.cases import webhook_queue
 from gateway.cases.database import Database
 from gateway.cases.errors import NotFoundError
@@ -24,7 +25,7 @@ from gateway.cases.service import now_ms
 from gateway.cases.webhook_file import SECRETS_MAX, WEBHOOKS_MAX, WebhookFileError, key_of, load_webhooks, signatures
 from gateway.cases.webhook_queue import Told, WebhookQueue
 from gateway.cases.webhooks import BACKOFF_MAX_S, Deliverer, Delivering, pause_ms
-from tests.helpers import free_ports, until
+from tests.helpers import until
 
 pytestmark = pytest.mark.anyio
 

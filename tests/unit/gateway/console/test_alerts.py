@@ -4,10 +4,11 @@ from typing import Any, cast
 
 from confluent_kafka import Message
 
+from deploy.ports import free_ports
 from gateway.cases.schemas import Schemas, UnreadableError
 from gateway.console.alerts import JOIN_S, KEPT_DECLINES, KEPT_OTHERS, AlertFollower
 from gateway.contracts.registry import SchemaRegistry
-from tests.helpers import free_ports, wait_until
+from tests.helpers import wait_until
 
 
 class Record:

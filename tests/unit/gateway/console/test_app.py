@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from deploy.ports import free_ports
 from gateway.api_keys import KeyBook, create_key
 from gateway.console.access import SECURITY_HEADERS
 from gateway.console.app import TYPES, Console
 from gateway.contracts.settings import Settings
 from gateway.metrics import Metrics
-from tests.helpers import free_ports, until
+from tests.helpers import until
 from tests.unit.gateway.console.factories import ROUTING, STATUS
 
 pytestmark = pytest.mark.anyio

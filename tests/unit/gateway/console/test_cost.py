@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gateway.avro import encode_receipt
 from gateway.console import picture
 from gateway.console.gather import event
 from gateway.console.samples import Reading
 from gateway.console.stories import story_for_page
 from gateway.console.tap import Tap
 from gateway.contracts.decision import Outcome
+from gateway.kafka.avro import encode_receipt
 from gateway.metrics import Metrics
 from tests.factories_history import make_receipt
 from tests.unit.gateway.console.factories import CASES, JOBS, decide, make_state, own_of

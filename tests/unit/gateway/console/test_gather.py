@@ -6,11 +6,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.avro import encode_receipt
 from gateway.console.gather import LINGER_S, STORIES_KEPT, Gatherer, event
 from gateway.console.picture import State
 from gateway.console.viewers import Viewers
 from gateway.contracts.features import FEATURES
+from gateway.kafka.avro import encode_receipt
 from gateway.metrics import Metrics
 from tests.factories_history import make_receipt
 from tests.unit.gateway.console.factories import STATUS, Clock, decide, make_gatherer, make_state

@@ -7,8 +7,8 @@ import pytest
 from gateway.console.tap import APPROVED_PER_S_MAX, NOTABLE_PER_S_MAX, WAITING_MAX, Tap
 from gateway.console.viewers import END, FRAMES_WAITING_MAX, Viewers
 from gateway.contracts.decision import ModelRef, Outcome
-from gateway.job import Result, Verdict
 from gateway.metrics import Metrics
+from gateway.scoring.job import Result, Verdict
 from tests.unit.gateway.console.factories import Clock
 from tests.unit.gateway.factories import make_answer, make_job
 
