@@ -380,11 +380,6 @@ class _Order:
         return out
 
 
-def _life_begins(seq: int, complete: bool) -> int:
-    """The first place of the life of a head whose first receipt has the place `seq`. Unknown where older receipts weren't read."""
-    return seq - seq % BASE_STEP if complete else seq
-
-
 def _with_late_observations(
     code: Int64s, seq: Int64s, received_ms: Int64s, complete: bool, head_events_max: int
 ) -> tuple[Int64s, npt.NDArray[np.bool_]]:
@@ -392,7 +387,8 @@ def _with_late_observations(
 
     Their receipts couldn't say where. What is missing between the places of an id must be theirs. Which place is whose doesn't matter
     to a row before which none of them, or every one received so far, has been observed, and whose head holds all or none of those that
-    stand side by side; the others can't be verified.
+    may have each other's: side by side, or the later had been received when the earlier was observed, for each process observes
+    its own. The others can't be verified.
     """
     unsure = np.zeros(len(code), bool)
     unplaced = np.flatnonzero((code >= 0) & (seq < 0) & (received_ms > 0))
@@ -405,15 +401,18 @@ def _with_late_observations(
     order = np.flatnonzero((code >= 0) & (seq >= 0) & np.isin(code, list(waiting)))
     order = order[np.lexsort((seq[order], code[order]))]
     last, places, arrivals = -1, 0, np.zeros(0, np.int64)
-    # First and last place of those of the id that stand side by side.
+    # First and last place of those of the id that may have each other's, and when the last of them had been observed.
     together: list[tuple[int, int]] = []
+    passed_ms = 0
     for row in order.tolist():
         mine = waiting[int(code[row])]
         same = last >= 0 and code[last] == code[row]
         if not same:
             places, arrivals, together = 0, received_ms[mine], []
         joined = same and seq[row] - seq[last] <= LIFE_GAP
-        begin = int(seq[last]) + 1 if joined else _life_begins(int(seq[row]), complete)
+        # The first place of a life; unknown where older receipts weren't read.
+        born = int(seq[row]) - int(seq[row]) % BASE_STEP if complete else int(seq[row])
+        begin = int(seq[last]) + 1 if joined else born
         if not joined:
             # A head is born here. What waited before was observed last in an older life, or stood in the tiles when it was restored.
             older = int(np.searchsorted(arrivals, begin // 1000 - OVERLAP_MS))
@@ -422,10 +421,15 @@ def _with_late_observations(
                 places += 1
         end = min(int(seq[row]), begin + len(mine) - places)
         for place in range(begin, end):
-            filled[mine[places]] = place
+            payment = mine[places]
+            if together and (place > begin or received_ms[payment] <= passed_ms + OVERLAP_MS):
+                together[-1] = (together[-1][0], place)
+            else:
+                together.append((place, place))
+            filled[payment] = place
             places += 1
-        if end - begin > 1:
-            together.append((begin, end - 1))
+        if end > begin:
+            passed_ms = int(received_ms[row])
         so_far = int(np.searchsorted(arrivals, received_ms[row] + OVERLAP_MS, side="right"))
         oldest = int(seq[row]) - head_events_max
         unsure[row] = places not in (0, so_far) or any(first < oldest <= final for first, final in together)

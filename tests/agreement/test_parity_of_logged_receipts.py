@@ -302,6 +302,29 @@ def test_of_two_observed_afterwards_nobody_can_tell_which_one_the_head_still_cou
     assert report.unverifiable_rows == 1
 
 
+def test_nor_when_others_were_observed_between_the_two(server: redis.Redis, tmp_path: Path) -> None:
+    log = Log(Entities(server))
+    stream = same_shopper(CARD_HEAD + 20, 1_000)
+    for n, t in enumerate(stream):
+        log.arrive(t)
+        # Both were waiting when Redis answered again, each in another worker.
+        log.score(stream[{10: 13, 13: 10}.get(n, n)])
+    for row in log.receipts:
+        came = int(row["transaction_id"].removeprefix("p"))
+        row["received_at_ms"] += 10_000 * (10 if 10 <= came <= 13 else came)
+        if came in (10, 13):
+            row["observed_seq"] = [-1] * len(ENTITIES)
+    report = log.check(tmp_path)
+    assert (report.missing_rows, report.different_values) == (2, 0)
+    # Two between them, and the three whose head reaches back to what lies behind the first and not behind the second.
+    assert report.unverifiable_rows == 5
+    # Received after the first had been observed, the second can't have its place: two between them don't know that yet.
+    for row in log.receipts:
+        if row["transaction_id"] == "p13":
+            row["received_at_ms"] += 35_000
+    assert log.check(tmp_path).unverifiable_rows == 0
+
+
 def test_history_that_nobody_observed_counts_from_tiles_alone(server: redis.Redis, tmp_path: Path) -> None:
     log = Log(Entities(server, hours_a_batch=0))
     stream = make_stream(12, 100, 600_000, 0)
