@@ -1,6 +1,7 @@
 """Watches the event loop: how late it comes to what is due, and what the garbage collector costs it.
 
-Collections of the oldest generation are made in idle moments; what the start of the gateway built is frozen and never looked at again.
+Collections of the oldest generation are made in idle moments. What outlives one is frozen and not looked at again for COLLECT_ALL_S, like
+what the start of the gateway built: what a collection costs depends on what came since the last, not on all there is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ REPORT_TICKS = 100
 # The youngest generation is collected after so many more objects were made than dropped: about a batch's worth is alive at any time.
 GC_THRESHOLDS = (20_000, 20, 100)
 COLLECT_IDLE_S = 30.0
+# What was frozen may have become garbage that only a collection finds: seldom, since most goes when nobody refers to it.
+COLLECT_ALL_S = 1800.0
 LOOP, GC = "loop", "gc"
 
 
@@ -32,7 +35,7 @@ class LoopWatch:
         self._clock_s = clock_s
         self._lags_s: list[float] = []
         self._gc_began_s = 0.0
-        self._collected_s = 0.0
+        self._collected_s = self._all_collected_s = 0.0
         # Mean of the latest ticks, seconds.
         self.lag_s = 0.0
 
@@ -42,7 +45,7 @@ class LoopWatch:
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         gc.callbacks.append(self._note_gc)
-        self._collected_s = self._clock_s()
+        self._collected_s = self._all_collected_s = self._clock_s()
         try:
             while True:
                 due_s = self._clock_s() + TICK_S
@@ -61,8 +64,15 @@ class LoopWatch:
             self._metrics.loop_lag_max_s.set(max(self._lags_s))
             self._lags_s.clear()
         if self._idle() and self._clock_s() - self._collected_s > COLLECT_IDLE_S:
-            self._collected_s = self._clock_s()
-            gc.collect()
+            self._collect()
+
+    def _collect(self) -> None:
+        self._collected_s = self._clock_s()
+        if self._collected_s - self._all_collected_s > COLLECT_ALL_S:
+            self._all_collected_s = self._collected_s
+            gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
     def _note_gc(self, phase: str, _: dict[str, int]) -> None:
         if phase == "start":

@@ -27,11 +27,11 @@ from gateway.contracts.decision import Door
 from gateway.contracts.layout import FINGERPRINT_BYTES
 from gateway.contracts.reasons import Refusal
 from gateway.contracts.registry import RegistryUnavailableError
-from gateway.contracts.topics import QUARANTINE, SCORED_HEADER, TRANSACTIONS
+from gateway.contracts.topics import QUARANTINE, TRANSACTIONS
 from gateway.contracts.transaction import RefusedError
 from gateway.kafka import avro
 from gateway.kafka.avro import SchemaBook
-from gateway.kafka.link import CHUNK_RECORDS_MAX, Link, LinkLostError, Membership, Polled
+from gateway.kafka.link import CHUNK_RECORDS_MAX, Link, LinkLostError, Membership, Polled, is_scored
 from gateway.kafka.poison import PoisonFilter
 from gateway.kafka.records import Record, decision_records
 from gateway.kernels.intake import CLEAN
@@ -66,7 +66,6 @@ class Chunk:
     sources: list[Any] = field(default_factory=list)
     quarantined: list[Record] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
-    skipped: int = 0
     next_offsets: dict[TopicPartition, int] = field(default_factory=dict)
 
 
@@ -192,7 +191,8 @@ class KafkaDoor:
                     await committing
                     committing = None
                 chunk, results, records = await self._decide(messages, membership)
-                self._uncommitted += len(messages)
+                polled = sum(m.records for m in messages)
+                self._uncommitted += polled
                 if membership is not None and self._due(results, records):
                     if committing is not None:
                         await committing
@@ -203,7 +203,7 @@ class KafkaDoor:
                     committed = loop.run_in_executor(commits, link.commit, records, offsets, membership)
                     committing = asyncio.create_task(self._note_commit(committed, link, chunk, results, self._uncommitted))
                     self._uncommitted = 0
-                if messages and len(messages) < CHUNK_RECORDS_MAX:
+                if 0 < polled < CHUNK_RECORDS_MAX:
                     # Also behind what was only skipped: of that the HTTP door publishes something all the time.
                     await asyncio.sleep(max(0.0, began_s + self._chunk_interval_s - time.monotonic()))
             if committing is not None:
@@ -275,9 +275,7 @@ class KafkaDoor:
         wanted: list[Any] = []
         for partition, messages in polled.items():
             chunk.next_offsets[partition] = messages[-1].offset + 1
-            fresh = [m for m in messages if not m.headers or all(name != SCORED_HEADER for name, _ in m.headers)]
-            chunk.skipped += len(messages) - len(fresh)
-            wanted += fresh
+            wanted += [m for m in messages if not is_scored(m.headers)]
         arrived_ms = [m.timestamp if m.timestamp > 0 else now_ms for m in wanted]
         payloads = [self._schemas.payload_of(m.value) for m in wanted]
         requests = read_requests(payloads, np.array(arrived_ms, np.int64))

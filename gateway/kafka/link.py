@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from gateway.contracts.topics import TRANSACTIONS
+from gateway.contracts.topics import SCORED_HEADER, TRANSACTIONS
 from gateway.contracts.wire import frame
 from gateway.kafka.avro import SchemaBook
 from gateway.kafka.records import BATCH_BYTES_MAX, REQUEST_BYTES_MAX, Record, partition_of
@@ -56,7 +56,11 @@ class LinkLostError(Exception):
 
 
 class Polled(msgspec.Struct, gc=False):
-    """One message of the transactions topic. `timestamp` is in milliseconds, 0 or less when it has none."""
+    """One message of the transactions topic. `timestamp` is in milliseconds, 0 or less when it has none.
+
+    The last of `records` that follow each other in a partition and were scored over HTTP stands for all of them, without key and value:
+    nothing of them is looked at, and where only HTTP is used they are all there is.
+    """
 
     topic: str
     partition: int
@@ -65,6 +69,7 @@ class Polled(msgspec.Struct, gc=False):
     key: bytes | None
     value: bytes | None
     headers: Sequence[tuple[str, bytes | None]]
+    records: int = 1
 
 
 class Membership:
@@ -299,7 +304,9 @@ def _ignore(error: KafkaError) -> None:
 
 
 def _messages(raw: Sequence[Message]) -> list[Polled]:
-    found = []
+    found: list[Polled] = []
+    # By partition, what stands for those scored over HTTP until another comes.
+    skipped: dict[int, Polled] = {}
     for m in raw:
         error = m.error()
         if error is not None:
@@ -307,5 +314,20 @@ def _messages(raw: Sequence[Message]) -> list[Polled]:
                 raise LinkLostError(str(error))
             log.debug("kafka: %s", error)
             continue
-        found.append(Polled(m.topic(), m.partition(), m.offset(), m.timestamp()[1], m.key(), m.value(), m.headers() or ()))
+        headers, partition = m.headers() or (), m.partition()
+        if not is_scored(headers):
+            skipped.pop(partition, None)
+            found.append(Polled(m.topic(), partition, m.offset(), m.timestamp()[1], m.key(), m.value(), headers))
+            continue
+        run = skipped.get(partition)
+        if run is None:
+            run = skipped[partition] = Polled(m.topic(), partition, m.offset(), 0, None, None, headers, 0)
+            found.append(run)
+        run.offset = m.offset()
+        run.records += 1
     return found
+
+
+def is_scored(headers: Sequence[tuple[str, bytes | None]]) -> bool:
+    """True for a record of what was scored over HTTP."""
+    return any([name == SCORED_HEADER for name, _ in headers])

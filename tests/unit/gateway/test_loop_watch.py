@@ -1,6 +1,7 @@
 import gc
+import weakref
 
-from gateway.loop_watch import REPORT_TICKS, LoopWatch
+from gateway.loop_watch import COLLECT_ALL_S, REPORT_TICKS, LoopWatch
 from gateway.metrics import Metrics
 
 
@@ -44,3 +45,31 @@ def test_the_oldest_objects_are_collected_when_nothing_is_under_way() -> None:
         assert len(collected) == 1
     finally:
         gc.callbacks.remove(note)
+        gc.unfreeze()
+
+
+class Ring:
+    """Garbage that only a collection finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_outlives_a_collection_is_looked_at_again_only_after_half_an_hour() -> None:
+    now_s = 0.0
+    watch = LoopWatch(Metrics(), idle=lambda: True, clock_s=lambda: now_s)
+    try:
+        gc.collect()
+        kept, gone = Ring(), weakref.WeakSet[Ring]()
+        gone.add(kept)
+        now_s = 100.0
+        watch.note(0)
+        del kept
+        for now_s in (200.0, 300.0):  # noqa: B007
+            watch.note(0)
+        assert len(gone) == 1, "frozen"
+        now_s = COLLECT_ALL_S + 200.0
+        watch.note(0)
+        assert not gone
+    finally:
+        gc.unfreeze()

@@ -16,7 +16,7 @@ from gateway.contracts.topics import SCORED_HEADER
 from gateway.contracts.transaction import encode_json
 from gateway.kafka.avro import SchemaBook
 from gateway.kafka.door import SHARED_ROWS_MAX, KafkaDoor, by_event_time
-from gateway.kafka.link import Membership
+from gateway.kafka.link import Membership, Polled
 from gateway.kafka.records import partition_of
 from gateway.metrics import Metrics
 from gateway.scoring.job import Job, Result, Verdict
@@ -26,10 +26,8 @@ from tests.unit.gateway.factories import NOW_MS, make_transaction
 TRACEPARENT = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
-def record_of(value: bytes, partition: int, offset: int, *, headers: tuple[tuple[str, bytes], ...] = ()) -> Any:
-    return SimpleNamespace(
-        value=value, topic="transactions", partition=partition, offset=offset, timestamp=NOW_MS, key=b"card", headers=headers
-    )
+def record_of(value: bytes, partition: int, offset: int, *, headers: tuple[tuple[str, bytes], ...] = ()) -> Polled:
+    return Polled("transactions", partition, offset, NOW_MS, b"card", value, headers)
 
 
 def test_partitions_are_merged_by_event_time_and_keep_their_own_order() -> None:
@@ -73,7 +71,6 @@ def test_a_chunk_is_sorted_out_message_by_message() -> None:
     assert [(job.partition, job.offset) for job in chunk.jobs] == [(0, 10), (1, 6)]
     assert chunk.refusals == [Refusal.MALFORMED_JSON, Refusal.UNKNOWN_SCHEMA_ID]
     assert [r.headers for r in chunk.quarantined] == [(("reason", b"malformed_json"),), (("reason", b"unknown_schema_id"),)]
-    assert chunk.skipped == 1
     assert set(chunk.next_offsets.values()) == {13, 7}
 
 

@@ -9,8 +9,9 @@ import pytest
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, KafkaError, TopicPartition
 
 from gateway.contracts.registry import SchemaRegistry
+from gateway.contracts.topics import SCORED_BY_HTTP, SCORED_HEADER, TRANSACTIONS
 from gateway.kafka.avro import SchemaBook
-from gateway.kafka.link import Link, LinkLostError, Membership
+from gateway.kafka.link import Link, LinkLostError, Membership, _messages
 from tests.helpers import HOST
 
 
@@ -64,3 +65,50 @@ def test_nor_is_one_that_knows_nothing_of_what_was_committed_here() -> None:
     with pytest.raises(LinkLostError):
         link._rewind()
     assert consumer.sought == []
+
+
+class Came:
+    """Stands for a message of confluent_kafka."""
+
+    def __init__(self, partition: int, offset: int, *, scored: bool) -> None:
+        self._partition, self._offset, self._scored = partition, offset, scored
+
+    def error(self) -> None:
+        return None
+
+    def topic(self) -> str:
+        return TRANSACTIONS
+
+    def partition(self) -> int:
+        return self._partition
+
+    def offset(self) -> int:
+        return self._offset
+
+    def timestamp(self) -> tuple[int, int]:
+        return (1, 1_000 + self._offset)
+
+    def key(self) -> bytes:
+        return b"card"
+
+    def value(self) -> bytes:
+        return b"value"
+
+    def headers(self) -> list[tuple[str, bytes]] | None:
+        return [("traceparent", b"00"), (SCORED_HEADER, SCORED_BY_HTTP)] if self._scored else None
+
+
+def test_of_what_was_scored_over_http_the_last_of_a_run_stands_for_all() -> None:
+    came = [
+        Came(0, 5, scored=True),
+        Came(1, 8, scored=True),
+        Came(0, 6, scored=True),
+        Came(0, 7, scored=False),
+        Came(1, 9, scored=True),
+        Came(0, 8, scored=True),
+        Came(0, 10, scored=True),
+    ]
+    found = [(m.partition, m.offset, m.records, m.value) for m in _messages(came)]
+    assert found == [(0, 6, 2, None), (1, 9, 2, None), (0, 7, 1, b"value"), (0, 10, 2, None)]
+    # Where each partition goes on is behind the last of it, as the door reckons.
+    assert {partition: offset for partition, offset, *_ in found} == {0: 10, 1: 9}
