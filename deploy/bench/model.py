@@ -21,7 +21,7 @@ from model_export.training import train
 
 TREES = 200
 ROWS = 30_000
-FRAUD_SHARE = 0.05
+FRAUD_SHARE = 0.015
 SEED = 11
 # Of what makes a payment fraud: it is the same for every model, as a retrained one learns the same world from other payments.
 WORLD_SEED = 12
