@@ -8,7 +8,6 @@ documented refusal.
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import time
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import msgspec
 
 from gateway.contracts.transaction import Transaction
-from loadtest.openloop.payments import COUNTRIES, MCCS, People, id_of
+from loadtest.openloop.payments import COUNTRIES, MCCS, People, id_of, run_name
 
 LARGE_MINOR = 5_000_000
 P99_MS_MAX = 100.0
@@ -30,7 +29,7 @@ REFUSED: tuple[tuple[dict[str, Any], int, str], ...] = (
     ({"card_id": "4111111111111111"}, 422, "card_number"),
 )
 PEOPLE = People()
-RUN = f"locust-{os.getpid():x}-{time.time_ns() // 1_000_000:x}"
+RUN = run_name("locust-")
 NUMBERS = itertools.count()
 
 

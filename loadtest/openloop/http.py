@@ -28,7 +28,7 @@ import numpy as np
 
 from gateway.contracts.transaction import encode_json
 from loadtest.latency import latency_of
-from loadtest.openloop.payments import People, payments
+from loadtest.openloop.payments import People, payments, run_name
 from loadtest.openloop.report import cpu_s, tell
 from loadtest.openloop.schedule import Record, Schedule, Windows
 
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warm-up", type=float, default=3.0, metavar="S", help="seconds that don't count (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="of a window (default %(default)s)")
     parser.add_argument("--windows", type=int, default=3, metavar="N", help="default %(default)s")
-    parser.add_argument("--run", default=f"r{time.time_ns() // 1_000_000:x}", help="beginning of the transaction ids")
+    parser.add_argument("--run", default=run_name("r"), help="beginning of the transaction ids")
     parser.add_argument("--cards", type=int, default=People.cards, metavar="N", help="default %(default)s")
     parser.add_argument("--merchants", type=int, default=People.merchants, metavar="N", help="default %(default)s")
     parser.add_argument("--seed", type=int, default=7, help="of the payments (default %(default)s)")
