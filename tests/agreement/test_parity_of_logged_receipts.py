@@ -283,45 +283,49 @@ def test_a_busy_card_in_order_needs_no_recount(server: redis.Redis, tmp_path: Pa
     assert (report.stale_rows, report.different_values, report.recounted) == (0, 0, 0)
 
 
-def test_of_two_observed_afterwards_nobody_can_tell_which_one_the_head_still_counts(server: redis.Redis, tmp_path: Path) -> None:
+def observed_crosswise(server: redis.Redis, count: int, first: int, second: int) -> Log:
+    """A card's payments p0, p1 ... of which two were decided without Redis and observed each in the other's place, by two workers.
+
+    So close that only the head counts them; each is received 10 s after the one before.
+    """
     log = Log(Entities(server))
-    # So close that only the head counts them.
-    stream = same_shopper(CARD_HEAD + 14, 1_000)
+    stream = same_shopper(count, 1_000)
     for n, t in enumerate(stream):
         log.arrive(t)
-        # Of these two the one that came later was observed first: by another worker.
-        log.score(stream[{10: 11, 11: 10}.get(n, n)])
+        log.score(stream[{first: second, second: first}.get(n, n)])
     for row in log.receipts:
-        came = int(row["transaction_id"].removeprefix("p"))
+        came = number_of(row)
         row["received_at_ms"] += 10_000 * came
-        if came in (10, 11):
+        if came in (first, second):
             row["observed_seq"] = [-1] * len(ENTITIES)
-    report = log.check(tmp_path)
+    return log
+
+
+def number_of(receipt: dict[str, Any]) -> int:
+    return int(receipt["transaction_id"].removeprefix("p"))
+
+
+def test_of_two_observed_afterwards_nobody_can_tell_which_one_the_head_still_counts(server: redis.Redis, tmp_path: Path) -> None:
+    report = observed_crosswise(server, CARD_HEAD + 14, 10, 11).check(tmp_path)
     assert (report.missing_rows, report.different_values) == (2, 0)
     # The one whose head reaches back to the second of the two.
     assert report.unverifiable_rows == 1
 
 
 def test_nor_when_others_were_observed_between_the_two(server: redis.Redis, tmp_path: Path) -> None:
-    log = Log(Entities(server))
-    stream = same_shopper(CARD_HEAD + 20, 1_000)
-    for n, t in enumerate(stream):
-        log.arrive(t)
-        # Both were waiting when Redis answered again, each in another worker.
-        log.score(stream[{10: 13, 13: 10}.get(n, n)])
+    log = observed_crosswise(server, CARD_HEAD + 20, 10, 13)
+    [second] = [row for row in log.receipts if number_of(row) == 13]
+    received_ms = second["received_at_ms"]
+    # Both were waiting when Redis answered again.
     for row in log.receipts:
-        came = int(row["transaction_id"].removeprefix("p"))
-        row["received_at_ms"] += 10_000 * (10 if 10 <= came <= 13 else came)
-        if came in (10, 13):
-            row["observed_seq"] = [-1] * len(ENTITIES)
+        if number_of(row) in (11, 12, 13):
+            row["received_at_ms"] = received_ms - 30_000
     report = log.check(tmp_path)
     assert (report.missing_rows, report.different_values) == (2, 0)
     # Two between them, and the three whose head reaches back to what lies behind the first and not behind the second.
     assert report.unverifiable_rows == 5
-    # Received after the first had been observed, the second can't have its place: two between them don't know that yet.
-    for row in log.receipts:
-        if row["transaction_id"] == "p13":
-            row["received_at_ms"] += 35_000
+    # Received only after the first had been observed, the second can't have its place.
+    second["received_at_ms"] = received_ms
     assert log.check(tmp_path).unverifiable_rows == 0
 
 

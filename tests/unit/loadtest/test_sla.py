@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from gateway.contracts.transaction import RefusedError, check, decode_json
+from loadtest import sla
 from loadtest.sla import REFUSED, complaint, payment, verdict
 
 
@@ -45,3 +46,8 @@ def test_the_promise_is_broken_by_a_slow_p99_by_errors_over_the_budget_and_by_no
     assert len(verdict(101.0, 1, 1000, 100.0, 0.001)) == 1
     assert len(verdict(101.0, 2, 1000, 100.0, 0.001)) == 2
     assert len(verdict(0.0, 0, 0, 100.0, 0.001)) == 1
+
+
+def test_the_name_of_a_run_lends_its_payments_no_digits() -> None:
+    assert sla.RUN.startswith("locust-")
+    assert not any(c.isdigit() for c in sla.RUN)
