@@ -12,7 +12,7 @@ from gateway.contracts.layout import CLAIM_BYTES, PREFIX
 from gateway.kernels.asking import put_bulk, put_end
 from gateway.kernels.compiled import compiled
 from gateway.kernels.intake import TRANSACTION_ID, Floats, Int64s
-from gateway.kernels.raw import Bytes, put_bytes
+from gateway.kernels.raw import Bytes, bits_of, put_bytes
 
 # A map of nine fields, the first of them the id.
 _BEGIN = np.frombuffer(b"\x89\xaetransaction_id", np.uint8)
@@ -33,12 +33,12 @@ assert (
 
 
 @compiled
-def _put_double(out: Bytes, at: int, value: float, scratch: Bytes) -> int:
+def _put_double(out: Bytes, at: int, value: float) -> int:
     """MessagePack's float 64, the highest byte first."""
     out[at] = _DOUBLE
-    scratch.view(np.float64)[0] = value
+    bits = bits_of(value)
     for i in range(8):
-        out[at + 1 + i] = scratch[7 - i]
+        out[at + 1 + i] = np.uint8(bits >> np.uint64(56 - 8 * i))
     return at + _DOUBLE_BYTES
 
 
@@ -95,7 +95,6 @@ def write_answers(
     where each record begins and ends in `out`.
     """
     at = 0
-    scratch = np.zeros(8, np.uint8)
     for k in range(len(rows)):
         start, own = starts[rows[k], TRANSACTION_ID], lengths[rows[k], TRANSACTION_ID]
         d, w, m = decision[k], note[k], model[k]
@@ -134,12 +133,12 @@ def write_answers(
             out[at] = _NIL
             at += 1
         else:
-            at = _put_double(out, at, probability[k], scratch)
+            at = _put_double(out, at, probability[k])
         at = put_bytes(out, at, whys, why_edges[w], why_bytes)
         at = put_bytes(out, at, models, model_edges[m], model_bytes)
         at = put_bytes(out, at, withouts, without_edges[w], without_bytes)
         at = put_bytes(out, at, _LATENCY, 0, len(_LATENCY))
-        at = _put_double(out, at, latency_ms[k], scratch)
+        at = _put_double(out, at, latency_ms[k])
         places[k, 1] = at
         at = put_bytes(out, put_end(out, at), expiry, 0, len(expiry))
     return at

@@ -45,10 +45,23 @@ CACHE_DIR = cache_root() / f"kernels-{_sources_digest()}"
 
 
 def compiled(function: F) -> F:
-    """`function` as machine code. Indices are not checked: a kernel checks what comes from outside itself."""
+    """`function` as machine code that makes no arrays. Indices are not checked: a kernel checks what comes from outside itself.
+
+    References to arrays are not counted in it, which numba would do at each use of one in a loop, with the processor's atomic operations:
+    half of what a kernel over bytes costs. Whoever calls it holds them. One that makes arrays does not compile: see `allocating`.
+    """
+    return _compiled(function, counts_references=False)
+
+
+def allocating(function: F) -> F:
+    """The same of one that makes arrays, of working space for instance: it should leave its loops to others."""
+    return _compiled(function, counts_references=True)
+
+
+def _compiled(function: F, *, counts_references: bool) -> F:
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE_DIR)
     try:
-        kernel: F = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+        kernel: F = numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=counts_references)(function)
     finally:
         numba.config.CACHE_DIR = before
     return kernel

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from gateway.kernels.compiled import compiled
+from gateway.kernels.compiled import allocating, compiled
 from gateway.kernels.intake import Int64s
 from gateway.kernels.raw import Bytes
 
@@ -62,7 +62,7 @@ def _mix(state: npt.NDArray[np.uint32], w: npt.NDArray[np.uint32]) -> None:
     state[3] += d
 
 
-@compiled
+@allocating
 def md5(buf: Bytes, starts: Int64s, lengths: Int64s, out: Digests) -> None:
     """`out` (n, DIGEST_BYTES) gets the digest of `lengths[i]` bytes of `buf` from `starts[i]`; a length below 0 counts as 0."""
     block = np.empty(_BLOCK_BYTES, np.uint8)

@@ -1,4 +1,4 @@
-"""From what Redis held to the model's input, for a whole batch. Called by gateway/redis/store.py; 2 to 4 us a transaction.
+"""From what Redis held to the model's input, for a whole batch. Called by gateway/redis/store.py; about 2 us a transaction.
 
 Says in loops what contracts.windows.aggregate and contracts.feature_matrix say with numpy, on the same list of features:
 those two are its slow twins, equal to the bit (tests/agreement). The one exception is `speed`, whose sines and cosines numpy computes.
@@ -6,6 +6,7 @@ those two are its slow twins, equal to the bit (tests/agreement). The one except
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,11 +46,11 @@ from gateway.contracts.windows import (
     WINDOWS,
 )
 from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT
-from gateway.kernels.compiled import compiled
+from gateway.kernels.compiled import allocating, compiled
 from gateway.kernels.intake import Floats, Int64s
 from gateway.kernels.packed import events_from, place_in, sound, sound_head
-from gateway.kernels.raw import Bytes, i64, u16, u32, u64
-from gateway.kernels.values import COMPARED_CODES, compared, divided, f32, fraud_run, ones
+from gateway.kernels.raw import Bytes, f32, i64, u16, u32, u64
+from gateway.kernels.values import COMPARED_CODES, compared, divided, fraud_run, ones
 
 _EVENT, _TILES = HEAD_EVENT_BYTES, TILES_HEADER.size
 _FINE, _DAY, _SEEN, _LABELS, _FRAUDS = FINE_TILE_BYTES, DAY_TILE_BYTES, SEEN_BYTES, LABELS_HEADER.size, FRAUD_HOUR.itemsize
@@ -65,6 +66,10 @@ _FINE_COUNT, _FINE_LARGEST, _FINE_TOTAL, _FINE_SQUARES, _FINE_A, _FINE_B, _FINE_
 _DAY_COUNT, _DAY_LARGEST, _DAY_TOTAL, _DAY_SQUARES = 2, 6, 10, 18
 
 _W = len(WINDOWS)
+# Windows whose tail is exact come first, and none of the others begins after a shorter one: what lies in one lies in all behind it.
+_EXACT = sum(w.tail_ms == 0 for w in WINDOWS)
+assert [w.tail_ms for w in WINDOWS] == sorted(w.tail_ms for w in WINDOWS)
+assert all(b.length_ms - a.length_ms >= a.tail_ms for a, b in pairwise(WINDOWS))
 _LW = len(LABEL_WINDOWS)
 _LENGTH = np.array([w.length_ms for w in WINDOWS])
 _TAIL = np.array([w.tail_ms for w in WINDOWS])
@@ -145,6 +150,31 @@ def _begin(t_ms: int, froms: Int64s, label_froms: Int64s) -> None:
 
 
 @compiled
+def _add(
+    counts: Int64s, bits: npt.NDArray[np.uint64], w: int, amount: int, dim_a: np.uint64, dim_b: np.uint64, dim_c: np.uint64
+) -> None:
+    """An event to one window."""
+    capped = min(amount, SQUARED_AMOUNT_MINOR_MAX)
+    counts[w, 0] += 1
+    counts[w, 1] += amount
+    counts[w, 2] += capped * capped
+    counts[w, 3] = max(counts[w, 3], amount)
+    bits[w, 0] |= dim_a
+    bits[w, 1] |= dim_b
+    bits[w, 2] |= dim_c
+
+
+@compiled
+def _spread(counts: Int64s, bits: npt.NDArray[np.uint64], first: int, end: int) -> None:
+    """What was added to the shortest window that it lies in, to those behind it too."""
+    for w in range(first + 1, end):
+        for i in range(3):
+            counts[w, i] += counts[w - 1, i]
+            bits[w, i] |= bits[w - 1, i]
+        counts[w, 3] = max(counts[w, 3], counts[w - 1, 3])
+
+
+@compiled
 def _entity(
     buf: Bytes,
     entity: int,
@@ -168,18 +198,20 @@ def _entity(
     by_day: Int64s,
     froms: Int64s,
     label_froms: Int64s,
-    scratch: Bytes,
 ) -> None:
     """The features of one entity of one transaction into `out` (features,); `last` gets time, latitude, longitude of its last event.
 
-    `counts` (4, windows): count, total, squares, largest; `bits` (3, windows); `labels` (2, label windows): payments, frauds; `by_day`
+    `counts` (windows, 4): count, total, squares, largest; `bits` (windows, 3); `labels` (2, label windows): payments, frauds; `by_day`
     (2, LABEL_DAYS) the same of each day, filled in where there is a fraud.
     `froms` (windows,) and `label_froms` (label windows,) are the times from which each window counts, its tail rounded down.
     """
-    counts[:3] = 0
-    counts[3] = -1
-    bits[:] = 0
-    labels[:] = 0
+    for w in range(_W):
+        for i in range(3):
+            counts[w, i] = 0
+            bits[w, i] = 0
+        counts[w, 3] = -1
+    for w in range(_LW):
+        labels[0, w] = labels[1, w] = 0
     settled = t_ms - SETTLE_MS
     edge = settled - settled % BOUNDARY_MS
     hour_edge, day_edge = edge - edge % HOUR_MS, edge - edge % DAY_MS
@@ -194,7 +226,8 @@ def _entity(
     first_fraud, last_fraud, since_day, payments_since = NEVER, NEVER, t_ms, 0
     label_from = label_froms[_LONGEST]
     if frauded > 0:
-        by_day[:] = 0
+        for day in range(LABEL_DAYS):
+            by_day[0, day] = by_day[1, day] = 0
     for at in range(frauds + _LABELS, frauds + frauded, _FRAUDS):
         start = u32(buf, at) * HOUR_MS
         count = u16(buf, at + 4)
@@ -233,21 +266,25 @@ def _entity(
         if not recent and not loose:
             continue
         amount = u32(buf, at + _AMOUNT)
-        capped = min(amount, SQUARED_AMOUNT_MINOR_MAX)
         dim_a, dim_b, dim_c = u16(buf, at + _DIM_A), u16(buf, at + _DIM_B), u16(buf, at + _DIM_C)
-        for w in range(_W):
-            if when < froms[w] or not (recent if _TAIL[w] == 0 else loose):
-                continue
-            counts[0, w] += 1
-            counts[1, w] += amount
-            counts[2, w] += capped * capped
-            counts[3, w] = max(counts[3, w], amount)
-            bits[0, w] |= np.uint64(1) << np.uint64(dim_a & 63)
-            bits[1, w] |= np.uint64(1) << np.uint64(dim_b & 63)
-            bits[2, w] |= np.uint64(1) << np.uint64(dim_c & 63)
-        if pairs and loose and when >= pair_from:
-            new_a &= (dim_a ^ own_a) & SEEN_HASH_MASK != 0
-            new_c &= (dim_c ^ own_c) & SEEN_HASH_MASK != 0
+        bit_a = np.uint64(1) << np.uint64(dim_a & 63)
+        bit_b = np.uint64(1) << np.uint64(dim_b & 63)
+        bit_c = np.uint64(1) << np.uint64(dim_c & 63)
+        if recent:
+            for w in range(_EXACT):
+                if when >= froms[w]:
+                    _add(counts, bits, w, amount, bit_a, bit_b, bit_c)
+                    break
+        if loose:
+            for w in range(_EXACT, _W):
+                if when >= froms[w]:
+                    _add(counts, bits, w, amount, bit_a, bit_b, bit_c)
+                    break
+            if pairs and when >= pair_from:
+                new_a &= (dim_a ^ own_a) & SEEN_HASH_MASK != 0
+                new_c &= (dim_c ^ own_c) & SEEN_HASH_MASK != 0
+    _spread(counts, bits, 0, _EXACT)
+    _spread(counts, bits, _EXACT, _W)
 
     if tiled > 0:
         fives, hours = u16(buf, tiles + _COUNTS), u16(buf, tiles + _COUNTS + 2)
@@ -266,13 +303,13 @@ def _entity(
                         fits = tail == BOUNDARY_MS or (tail > BOUNDARY_MS and start >= hour_edge)
                     if not fits or start < froms[w]:
                         continue
-                    counts[0, w] += u32(buf, at + _FINE_COUNT)
-                    counts[1, w] += i64(buf, at + _FINE_TOTAL)
-                    counts[2, w] += i64(buf, at + _FINE_SQUARES)
-                    counts[3, w] = max(counts[3, w], u32(buf, at + _FINE_LARGEST))
-                    bits[0, w] |= u64(buf, at + _FINE_A)
-                    bits[1, w] |= u64(buf, at + _FINE_B)
-                    bits[2, w] |= u64(buf, at + _FINE_C)
+                    counts[w, 0] += u32(buf, at + _FINE_COUNT)
+                    counts[w, 1] += i64(buf, at + _FINE_TOTAL)
+                    counts[w, 2] += i64(buf, at + _FINE_SQUARES)
+                    counts[w, 3] = max(counts[w, 3], u32(buf, at + _FINE_LARGEST))
+                    bits[w, 0] |= u64(buf, at + _FINE_A)
+                    bits[w, 1] |= u64(buf, at + _FINE_B)
+                    bits[w, 2] |= u64(buf, at + _FINE_C)
             at += _FINE
         for _ in range(days):
             start = u16(buf, at) * DAY_MS
@@ -281,10 +318,10 @@ def _entity(
                 for w in range(_W):
                     if _TAIL[w] != DAY_MS or start < froms[w]:
                         continue
-                    counts[0, w] += count
-                    counts[1, w] += i64(buf, at + _DAY_TOTAL)
-                    counts[2, w] += i64(buf, at + _DAY_SQUARES)
-                    counts[3, w] = max(counts[3, w], u32(buf, at + _DAY_LARGEST))
+                    counts[w, 0] += count
+                    counts[w, 1] += i64(buf, at + _DAY_TOTAL)
+                    counts[w, 2] += i64(buf, at + _DAY_SQUARES)
+                    counts[w, 3] = max(counts[w, 3], u32(buf, at + _DAY_LARGEST))
             if labelled and start < label_end:
                 for w in range(_LW):
                     if start >= label_froms[w]:
@@ -316,8 +353,8 @@ def _entity(
     if last_ms != NEVER:
         changed = 1.0 if u16(buf, last_at + _DIM_B) != country else 0.0
         last[0] = last_ms
-        last[1] = f32(buf, last_at + _LATITUDE, scratch)
-        last[2] = f32(buf, last_at + _LONGITUDE, scratch)
+        last[1] = f32(buf, last_at + _LATITUDE)
+        last[2] = f32(buf, last_at + _LONGITUDE)
 
     run, run_from, genuine_from, after = 0, NEVER, NEVER, 0
     if first_fraud != NEVER:
@@ -359,17 +396,17 @@ def _entity(
             else:
                 value = np.nan
         elif code >= _C_A:
-            value = SKETCH_ESTIMATE[ones(bits[code - _C_A, w])]
+            value = SKETCH_ESTIMATE[ones(bits[w, code - _C_A])]
         elif code == _C_MAX:
-            value = np.nan if counts[3, w] < 0 else np.float64(counts[3, w])
+            value = np.nan if counts[w, 3] < 0 else np.float64(counts[w, 3])
         elif code == _C_SUM:
-            value = np.float64(counts[1, w])
+            value = np.float64(counts[w, 1])
         else:
-            n = np.float64(counts[0, w])
+            n = np.float64(counts[w, 0])
             if code == _C_COUNT:
                 value = n
             else:
-                mean = divided(np.float64(counts[1, w]), n)
+                mean = divided(np.float64(counts[w, 1]), n)
                 if code == _C_MEAN:
                     value = mean
                 elif code == _C_RATIO:
@@ -377,13 +414,13 @@ def _entity(
                 else:
                     spread = np.nan
                     if n >= 2:
-                        spread = np.sqrt(max(np.float64(counts[2, w]) / n - mean * mean, 0.0))
+                        spread = np.sqrt(max(np.float64(counts[w, 2]) / n - mean * mean, 0.0))
                     value = spread if code == _C_STD else divided(amount_float - mean, spread)
         out[column] = value
 
 
 @compiled
-def decode(
+def _decode(
     buf: Bytes,
     sizes: Int64s,
     transactions: npt.NDArray[np.uint64],
@@ -400,18 +437,14 @@ def decode(
     label_changes: Int64s,
     stale: npt.NDArray[np.bool_],
     refused: npt.NDArray[np.bool_],
+    counts: Int64s,
+    bits: npt.NDArray[np.uint64],
+    labels: Int64s,
+    by_day: Int64s,
+    froms: Int64s,
+    label_froms: Int64s,
 ) -> None:
-    """Decodes what Redis held of a batch.
-
-    `buf` holds, end to end, the tiles of all entities of all rows, then the frauds of those that count labels, then the heads; `sizes`
-    has the length of each, 0 where there is none.
-
-    Asked: `transactions` (rows * ENTITY_COUNT,), the hash of each row's own, whose place in a head tells what came before it;
-    `lengths` and `numbers` of the intake, `checks` (rows * ENTITY_COUNT,), `dims` and `country` of `entity_records`, and the `base_us` of
-    heads that are born now. Filled in for rows that aren't `settled`: `matrix` (rows, features), which holds NaN where nothing is
-    filled in; `last` (rows * ENTITY_COUNT, 3); `seq` (rows, ENTITY_COUNT), absolute; `label_changes` (rows, labelled entities);
-    `stale` (rows,); `refused` (rows * ENTITY_COUNT,), where a value of the entity is none of this layout and key.
-    """
+    """`decode` with its working space, which is that of `_entity`."""
     rows = len(numbers)
     # Where each of the three kinds begins: its first value in `sizes`, its first byte in `buf`.
     tiles_value, frauds_value, head_value = 0, 0, 0
@@ -425,12 +458,6 @@ def decode(
     for i in range(head_value):
         frauds += sizes[i] if i < frauds_value else 0
         head += sizes[i]
-    counts = np.zeros((4, _W), np.int64)
-    bits = np.zeros((3, _W), np.uint64)
-    labels = np.zeros((2, _LW), np.int64)
-    by_day = np.zeros((2, LABEL_DAYS), np.int64)
-    froms, label_froms = np.zeros(_W, np.int64), np.zeros(_LW, np.int64)
-    scratch = np.zeros(8, np.uint8)
     for row in range(rows):
         _begin(numbers[row, 0], froms, label_froms)
         for e in range(ENTITY_COUNT):
@@ -489,8 +516,46 @@ def decode(
                         by_day,
                         froms,
                         label_froms,
-                        scratch,
                     )
             tiles += tiled
             frauds += frauded
             head += heads
+
+
+@allocating
+def decode(
+    buf: Bytes,
+    sizes: Int64s,
+    transactions: npt.NDArray[np.uint64],
+    settled: npt.NDArray[np.bool_],
+    lengths: Int64s,
+    numbers: Int64s,
+    checks: npt.NDArray[np.uint32],
+    dims: npt.NDArray[np.uint16],
+    country: Int64s,
+    base_us: int,
+    matrix: npt.NDArray[np.float32],
+    last: Floats,
+    seq: Int64s,
+    label_changes: Int64s,
+    stale: npt.NDArray[np.bool_],
+    refused: npt.NDArray[np.bool_],
+) -> None:
+    """Decodes what Redis held of a batch.
+
+    `buf` holds, end to end, the tiles of all entities of all rows, then the frauds of those that count labels, then the heads; `sizes`
+    has the length of each, 0 where there is none.
+
+    Asked: `transactions` (rows * ENTITY_COUNT,), the hash of each row's own, whose place in a head tells what came before it;
+    `lengths` and `numbers` of the intake, `checks` (rows * ENTITY_COUNT,), `dims` and `country` of `entity_records`, and the `base_us` of
+    heads that are born now. Filled in for rows that aren't `settled`: `matrix` (rows, features), which holds NaN where nothing is
+    filled in; `last` (rows * ENTITY_COUNT, 3); `seq` (rows, ENTITY_COUNT), absolute; `label_changes` (rows, labelled entities);
+    `stale` (rows,); `refused` (rows * ENTITY_COUNT,), where a value of the entity is none of this layout and key.
+    """
+    counts, bits = np.zeros((_W, 4), np.int64), np.zeros((_W, 3), np.uint64)
+    labels, by_day = np.zeros((2, _LW), np.int64), np.zeros((2, LABEL_DAYS), np.int64)
+    froms, label_froms = np.zeros(_W, np.int64), np.zeros(_LW, np.int64)
+    _decode(
+        *(buf, sizes, transactions, settled, lengths, numbers, checks, dims, country, base_us),
+        *(matrix, last, seq, label_changes, stale, refused, counts, bits, labels, by_day, froms, label_froms),
+    )

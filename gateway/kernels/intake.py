@@ -18,7 +18,7 @@ from gateway.contracts.transaction import (
     EVENT_TIME_PAST_MS_MAX,
 )
 from gateway.kernels.compiled import compiled
-from gateway.kernels.raw import Bytes
+from gateway.kernels.raw import Bytes, f64
 
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -141,9 +141,7 @@ def _channel_of(buf: Bytes, at: int, length: int) -> int:
 
 
 @compiled
-def _row(
-    buf: Bytes, at: int, end: int, now_ms: int, starts: Int64s, lengths: Int64s, numbers: Int64s, places: Floats, scratch: Bytes
-) -> int:
+def _row(buf: Bytes, at: int, end: int, now_ms: int, starts: Int64s, lengths: Int64s, numbers: Int64s, places: Floats) -> int:
     """One record: UNREAD, READ or CLEAN. Fills in the row of each column."""
     for text in range(_TEXT_COUNT):
         if text >= _REQUIRED_TEXTS:
@@ -176,8 +174,7 @@ def _row(
             continue
         if end - at < 8:
             return UNREAD
-        scratch[:8] = buf[at : at + 8]
-        places[place] = scratch.view(np.float64)[0]
+        places[place] = f64(buf, at)
         at += 8
         # NaN fails too.
         if not abs(places[place]) <= 90.0 + 90.0 * place:
@@ -234,8 +231,5 @@ def read_records(
     where unknown. `now_ms` (rows,) is the time of arrival, -1 where event times have been checked. Where `state` (rows,) is UNREAD the
     rest is undefined.
     """
-    scratch = np.zeros(8, np.uint8)
     for row in range(len(edges) - 1):
-        state[row] = _row(
-            *(buf, edges[row], edges[row + 1], now_ms[row], starts[row], lengths[row], numbers[row], places[row], scratch)
-        )
+        state[row] = _row(*(buf, edges[row], edges[row + 1], now_ms[row], starts[row], lengths[row], numbers[row], places[row]))

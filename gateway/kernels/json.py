@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.transaction import FIELDS, REQUIRED_FIELDS
-from gateway.kernels.compiled import compiled
+from gateway.kernels.compiled import allocating, compiled
 from gateway.kernels.intake import TEXTS, Floats, Int64s
-from gateway.kernels.raw import Bytes, put_bytes, put_long
+from gateway.kernels.raw import Bytes, put_bytes, put_f64, put_long
 
 # Where a field's value goes: a text's place in the record, behind them event_time_ms, amount_minor, latitude, longitude.
 _TEXT_COUNT = len(TEXTS)
@@ -204,15 +204,17 @@ def _parse(buf: Bytes, at: int, end: int, starts: Int64s, lengths: Int64s, numbe
 
 
 @compiled
-def write_transactions(buf: Bytes, edges: Int64s, out: Bytes, out_edges: Int64s, read: npt.NDArray[np.bool_]) -> None:
-    """The records of schemas/transaction.avsc of the bodies that lie in `buf` from edges[i] to edges[i + 1] - 1.
-
-    Row i of `out` goes from out_edges[i] to out_edges[i + 1] - 1, and is empty where `read` (rows,) is False. A record is shorter than its
-    body, so `out` is as long as `buf`.
-    """
-    starts, lengths = np.empty(_TEXT_COUNT, np.int64), np.empty(_TEXT_COUNT, np.int64)
-    numbers, places = np.empty(2, np.int64), np.empty(2, np.float64)
-    place_bytes = places.view(np.uint8)
+def _write(
+    buf: Bytes,
+    edges: Int64s,
+    out: Bytes,
+    out_edges: Int64s,
+    read: npt.NDArray[np.bool_],
+    starts: Int64s,
+    lengths: Int64s,
+    numbers: Int64s,
+    places: Floats,
+) -> None:
     at = 0
     out_edges[0] = 0
     for row in range(len(edges) - 1):
@@ -234,5 +236,17 @@ def write_transactions(buf: Bytes, edges: Int64s, out: Bytes, out_edges: Int64s,
                 out[at] = 0 if np.isnan(places[place]) else 2
                 at += 1
                 if out[at - 1] == 2:
-                    at = put_bytes(out, at, place_bytes, 8 * place, 8)
+                    at = put_f64(out, at, places[place])
         out_edges[row + 1] = at
+
+
+@allocating
+def write_transactions(buf: Bytes, edges: Int64s, out: Bytes, out_edges: Int64s, read: npt.NDArray[np.bool_]) -> None:
+    """The records of schemas/transaction.avsc of the bodies that lie in `buf` from edges[i] to edges[i + 1] - 1.
+
+    Row i of `out` goes from out_edges[i] to out_edges[i + 1] - 1, and is empty where `read` (rows,) is False. A record is shorter than its
+    body, so `out` is as long as `buf`.
+    """
+    starts, lengths = np.empty(_TEXT_COUNT, np.int64), np.empty(_TEXT_COUNT, np.int64)
+    numbers, places = np.empty(2, np.int64), np.empty(2, np.float64)
+    _write(buf, edges, out, out_edges, read, starts, lengths, numbers, places)

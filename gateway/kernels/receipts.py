@@ -9,7 +9,7 @@ import numpy as np
 
 from gateway.kernels.compiled import compiled
 from gateway.kernels.intake import TRANSACTION_ID, Floats, Int64s
-from gateway.kernels.raw import Bytes, put_bytes, put_long
+from gateway.kernels.raw import Bytes, put_bytes, put_f64, put_long
 
 LONG_BYTES_MAX = 10
 # partition, offset, received, decided, score, tiles' age, admit, features, model, policy: and a byte each for what may be null; then
@@ -28,15 +28,13 @@ def _put_nullable(out: Bytes, at: int, value: int) -> int:
 
 
 @compiled
-def _put_double(out: Bytes, at: int, value: float, scratch: Bytes) -> int:
+def _put_double(out: Bytes, at: int, value: float) -> int:
     """A union of null and double; NaN stands for null."""
     if np.isnan(value):
         out[at] = 0
         return at + 1
     out[at] = 2
-    scratch.view(np.float64)[0] = value
-    out[at + 1 : at + 9] = scratch[:8]
-    return at + 9
+    return put_f64(out, at + 1, value)
 
 
 @compiled
@@ -98,7 +96,6 @@ def write_receipts(
     `ends` (n,) gets the end of each receipt in `out`.
     """
     at = 0
-    scratch = np.zeros(8, np.uint8)
     count = len(rows)
     row_bytes = len(features) // count
     for k in range(count):
@@ -116,7 +113,7 @@ def write_receipts(
         d = decision[k]
         at = put_bytes(out, at, decisions, decision_edges[d], decision_edges[d + 1] - decision_edges[d])
         at = put_long(out, at, score[k])
-        at = _put_double(out, at, probability[k], scratch)
+        at = _put_double(out, at, probability[k])
         d = note[k]
         at = put_bytes(out, at, notes, note_edges[d], note_edges[d + 1] - note_edges[d])
         d = model[k]
@@ -134,9 +131,7 @@ def write_receipts(
         at = put_bytes(out, at, routed_by, 0, len(routed_by))
         d = policy_decision[k]
         at = put_bytes(out, at, decisions, decision_edges[d], decision_edges[d + 1] - decision_edges[d])
-        scratch.view(np.float64)[0] = propensity[k]
-        out[at : at + 8] = scratch[:8]
-        at += 8
+        at = put_f64(out, at, propensity[k])
         d = tail[k]
         at = put_bytes(out, at, tails, tail_edges[d], tail_edges[d + 1] - tail_edges[d])
         ends[k] = at

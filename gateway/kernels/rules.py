@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.contracts.decision import SEVERITY, Outcome
-from gateway.kernels.compiled import compiled
+from gateway.kernels.compiled import allocating, compiled
 from gateway.kernels.intake import Floats, Int64s
 from gateway.kernels.raw import Bytes
 
@@ -151,12 +151,12 @@ def _rules(
     ruled: Int64s,
     hits: Int64s,
     count: int,
+    stack: Floats,
 ) -> int:
     """Every rule of every row that is open to it. Rule by rule, so that the processor guesses well what comes next. Returns the hits.
 
     One function with all of it: handing the arrays on costs more than most rules do.
     """
-    stack = np.empty(STACK_MAX)
     for r in range(len(entries)):
         first, flags = entries[r], rule_flags[r]
         for k in range(len(rows)):
@@ -257,7 +257,7 @@ def _lists(
     return count
 
 
-@compiled
+@allocating
 def decide_rows(
     code: Int32s,
     entries: Int64s,
@@ -302,7 +302,7 @@ def decide_rows(
     count = _lists(list_bits, list_columns, list_kinds, list_severity, masks, open_to, ruled, hits)
     count = _rules(
         *(code, entries, rule_severity, rule_flags, constants, texts, text_edges, sets, list_bits, list_columns),
-        *(buf, starts, lengths, numbers, places, rows, matrix, score, masks, open_to, ruled, hits, count),
+        *(buf, starts, lengths, numbers, places, rows, matrix, score, masks, open_to, ruled, hits, count, np.empty(STACK_MAX)),
     )
     for k in range(len(rows)):
         band = 0

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from gateway.kernels.compiled import compiled
+from gateway.kernels.compiled import allocating, compiled
 from gateway.kernels.intake import Floats
 
 Int32s = npt.NDArray[np.int32]
@@ -29,7 +29,7 @@ MET, FAILED, FAILED_ABOVE = range(3)
 STATES = 3
 
 
-@compiled
+@allocating
 def edges(
     feature: Int32s, left: Int32s, right: Int32s, cover: Float32s, earlier: Int32s, share: Floats, weight: Floats, sizes: Int32s
 ) -> int:
@@ -88,7 +88,7 @@ def factors(
                 up[n, state, q] = weights[q] * ((met - here) / factor - (met_above - above) / factor_above)
 
 
-@compiled
+@allocating
 def contributions(
     rows: Float32s,
     tree_starts: Int32s,

@@ -8,19 +8,12 @@ from gateway.contracts.features import COMPARED_AGGREGATES
 from gateway.contracts.windows import DAY_MS, LABEL_DAYS, NEVER, WINDOWS
 from gateway.kernels.compiled import compiled
 from gateway.kernels.intake import Int64s
-from gateway.kernels.raw import Bytes
 
 _LAST = len(WINDOWS) - 1
 # Aggregates that set an amount, or a window, beside what was usual; `compared` knows them by their place here.
 COMPARED_CODES = ("ratio_before", "peak", "surge")
 assert COMPARED_AGGREGATES == set(COMPARED_CODES)
 _C_BEFORE, _C_PEAK = range(2)
-
-
-@compiled
-def f32(buf: Bytes, at: int, scratch: Bytes) -> float:
-    scratch[:4] = buf[at : at + 4]
-    return np.float64(scratch.view(np.float32)[0])
 
 
 @compiled
@@ -31,13 +24,13 @@ def divided(a: float, b: float) -> float:
 @compiled
 def compared(code: int, w: int, amount: float, counts: Int64s) -> float:
     """An amount, or what a window says, beside what was usual."""
-    total, n = counts[1, _LAST], counts[0, _LAST]
+    total, n = counts[_LAST, 1], counts[_LAST, 0]
     if code == _C_BEFORE:
-        return divided(amount, divided(np.float64(total - counts[1, w]), np.float64(n - counts[0, w])))
+        return divided(amount, divided(np.float64(total - counts[w, 1]), np.float64(n - counts[w, 0])))
     usual = divided(np.float64(total), np.float64(n))
     if code == _C_PEAK:
-        return divided(np.nan if counts[3, w] < 0 else np.float64(counts[3, w]), usual)
-    return divided(divided(np.float64(counts[1, w]), np.float64(counts[0, w])), usual)
+        return divided(np.nan if counts[w, 3] < 0 else np.float64(counts[w, 3]), usual)
+    return divided(divided(np.float64(counts[w, 1]), np.float64(counts[w, 0])), usual)
 
 
 @compiled

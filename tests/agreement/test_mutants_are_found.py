@@ -54,9 +54,22 @@ MUTANTS = (
     Mutant(
         "a head's event on the tail is dropped",
         "features",
-        "if when < froms[w] or not (recent if _TAIL[w] == 0 else loose):",
-        "if when <= froms[w] or not (recent if _TAIL[w] == 0 else loose):",
+        "if when >= froms[w]:",
+        "if when > froms[w]:",
     ),
+    Mutant(
+        "what lies in a short window isn't counted in the longer ones",
+        "features",
+        "counts[w, i] += counts[w - 1, i]",
+        "counts[w, i] += 0",
+    ),
+    Mutant(
+        "the largest of a short window isn't that of the longer ones",
+        "features",
+        "counts[w, 3] = max(counts[w, 3], counts[w - 1, 3])",
+        "counts[w, 3] = counts[w, 3]",
+    ),
+    Mutant("a sketch of a short window isn't part of the longer ones", "features", "bits[w, i] |= bits[w - 1, i]", "pass"),
     Mutant(
         "a fine tile on the tail is dropped", "features", "if not fits or start < froms[w]:", "if not fits or start <= froms[w]:"
     ),
@@ -229,7 +242,7 @@ def install(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
         patch.setitem(sys.modules, module.__name__, module)
         if mutant.source == "features":
             # Compiling twenty kernels would take minutes: a mutant runs as the Python that it is written in.
-            text = text.replace("@compiled\n", "")
+            text = text.replace("@compiled\n", "").replace("@allocating\n", "")
         exec(compile(text, mutant.what, "exec"), module.__dict__)  # noqa: S102
         if mutant.source == "features":
             patch.setattr(gateway.redis.store, "decode", module.__dict__["decode"])
