@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import subprocess
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -25,7 +27,8 @@ from gateway.contracts.decision import Door
 from gateway.contracts.features import ENTITIES, LABELLED
 from gateway.contracts.transaction import Transaction
 from gateway.kafka.avro import encode_transaction
-from gateway.redis.link import RedisReplyError, Sent
+from gateway.kernels.resp import replies_end
+from gateway.redis.link import Sent, parsed
 from gateway.redis.store import Observation, Store
 from gateway.scoring.job import Job, fingerprint_of, kafka_position, requests_of
 from tests.helpers import wait_until
@@ -43,35 +46,26 @@ class DirectLink:
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
+        at = client.connection_pool.connection_kwargs
+        self._socket = socket.create_connection((at["host"], at["port"]), timeout=5)
+        # Nobody closes a store.
+        weakref.finalize(self, self._socket.close)
         self.greeting: list[tuple[Any, ...]] = []
 
     async def call(self, command: Sequence[Any], _timeout_s: float) -> Any:
         return self._client.execute_command(*command)  # type: ignore[no-untyped-call]
 
-    def send(self, commands: Sequence[Any], replies: int | None = None) -> Sent:
-        connection = self._client.connection_pool.get_connection()
-        try:
-            packed = [c if isinstance(c, bytes) else hiredis.pack_command(c) for c in commands]
-            connection.send_packed_command(packed)  # type: ignore[no-untyped-call]
-            found = [_reply_on(connection) for _ in range(len(commands) if replies is None else replies)]
-        finally:
-            self._client.connection_pool.release(connection)
-        if replies == 4 and isinstance(found[-1][0], redis.exceptions.NoScriptError):
-            # redis-py leaves the error's name out.
-            found[-1][0] = RedisReplyError(f"NOSCRIPT {found[-1][0]}")
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        future.set_result(found)
+    def send(self, commands: Sequence[Any], replies: int | None = None, *, raw: bool = False) -> Sent:
+        self._socket.sendall(b"".join(c if isinstance(c, bytes) else hiredis.pack_command(c) for c in commands))
+        came, left = b"", len(commands) if replies is None else replies
+        while replies_end(np.frombuffer(came, np.uint8), 0, left) != (len(came), 0):
+            came += self._socket.recv(1_048_576)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        future.set_result(came if raw else parsed(came))
         return Sent(self, None, future)  # type: ignore[arg-type]
 
     def in_time(self) -> None:
         """What `replies_of` tells a link."""
-
-
-def _reply_on(connection: Any) -> Any:
-    try:
-        return connection.read_response(disable_decoding=True)
-    except redis.exceptions.NoScriptError as exc:
-        return RedisReplyError(f"NOSCRIPT {exc}")
 
 
 class Entities:

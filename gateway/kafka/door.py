@@ -276,6 +276,8 @@ class KafkaDoor:
         for partition, messages in polled.items():
             chunk.next_offsets[partition] = messages[-1].offset + 1
             wanted += [m for m in messages if not is_scored(m.headers)]
+        if not wanted:
+            return chunk
         arrived_ms = [m.timestamp if m.timestamp > 0 else now_ms for m in wanted]
         payloads = [self._schemas.payload_of(m.value) for m in wanted]
         requests = read_requests(payloads, np.array(arrived_ms, np.int64))

@@ -46,7 +46,7 @@ from gateway.contracts.windows import (
     WINDOWS,
 )
 from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT
-from gateway.kernels.compiled import allocating, compiled
+from gateway.kernels.compiled import compiled
 from gateway.kernels.intake import Floats, Int64s
 from gateway.kernels.packed import events_from, place_in, sound, sound_head
 from gateway.kernels.raw import Bytes, f32, i64, u16, u32, u64
@@ -64,6 +64,8 @@ _BASE, _LOST, _EARLY, _COUNTS = 8, 20, 20, TILES_HEADER.size - 8
 # An unaligned load is what these offsets of the packed tiles ask for: start or day, count, largest, total, squares, bitmaps.
 _FINE_COUNT, _FINE_LARGEST, _FINE_TOTAL, _FINE_SQUARES, _FINE_A, _FINE_B, _FINE_C = 4, 8, 12, 20, 28, 36, 44
 _DAY_COUNT, _DAY_LARGEST, _DAY_TOTAL, _DAY_SQUARES = 2, 6, 10, 18
+
+WorkingSpace = tuple[Int64s, npt.NDArray[np.uint64], Int64s, Int64s, Int64s, Int64s]
 
 _W = len(WINDOWS)
 # Windows whose tail is exact come first, and none of the others begins after a shorter one: what lies in one lies in all behind it.
@@ -88,7 +90,6 @@ AGGREGATE_CODES = (
     *("fraud_run", "since_fraud_run", "since_genuine", "payments_after_fraud"),
     *COMPARED_CODES,
 )
-REQUEST_CODES = ("amount_minor", "hour", "weekday", "is_night", "is_weekend", "channel", "mcc", "cross_border")
 (_C_COUNT, _C_SUM, _C_MEAN, _C_MAX, _C_STD, _C_RATIO, _C_ZSCORE, _C_A, _C_B, _C_C) = range(10)
 (_C_RATE, _C_LABELS, _C_FRAUDS, _C_NEW_A, _C_NEW_C, _C_CHANGED, _C_SINCE, _C_SPEED) = range(10, 18)
 (_C_FIRST_FRAUD, _C_LAST_FRAUD, _C_RATE_SINCE) = range(18, 21)
@@ -106,36 +107,6 @@ _BY_ENTITY = [
 ]
 _FEATURE_FROM = np.cumsum([0, *(len(of) for of in _BY_ENTITY)])
 _OF_ENTITY = np.array([f for of in _BY_ENTITY for f in of], np.int64)
-_OF_REQUEST = np.array([(REQUEST_CODES.index(f.aggregate), i) for i, f in enumerate(FEATURES) if f.entity is None], np.int64)
-_REQUEST_FEATURES = len(_OF_REQUEST)
-
-
-@compiled
-def request_features(numbers: Int64s, places: Floats, out: npt.NDArray[np.float32]) -> None:
-    """Fills in the columns of `out` (rows, features) that the request alone says."""
-    for row in range(len(out)):
-        t_ms = numbers[row, 0]
-        weekday = (t_ms // DAY_MS + 3) % 7
-        for i in range(_REQUEST_FEATURES):
-            code, column = _OF_REQUEST[i]
-            value = 0.0
-            if code == 0:
-                value = np.float64(numbers[row, 1])
-            elif code == 1:
-                value = np.float64(t_ms % DAY_MS // HOUR_MS)
-            elif code == 2:
-                value = np.float64(weekday)
-            elif code == 3:
-                value = 1.0 if t_ms % DAY_MS < 7 * HOUR_MS else 0.0
-            elif code == 4:
-                value = 1.0 if weekday >= 5 else 0.0
-            elif code == 5:
-                value = np.float64(numbers[row, 2])
-            elif code == 6:
-                value = np.float64(numbers[row, 3])
-            else:
-                value = places[row, 2]
-            out[row, column] = value
 
 
 @compiled
@@ -419,9 +390,19 @@ def _entity(
         out[column] = value
 
 
+def working_space() -> WorkingSpace:
+    """Arrays for `decode`, of which one call at a time may have them."""
+    return (
+        *(np.zeros((_W, 4), np.int64), np.zeros((_W, 3), np.uint64)),
+        *(np.zeros((2, _LW), np.int64), np.zeros((2, LABEL_DAYS), np.int64)),
+        *(np.zeros(_W, np.int64), np.zeros(_LW, np.int64)),
+    )
+
+
 @compiled
-def _decode(
+def decode(
     buf: Bytes,
+    starts: Int64s,
     sizes: Int64s,
     transactions: npt.NDArray[np.uint64],
     settled: npt.NDArray[np.bool_],
@@ -444,9 +425,20 @@ def _decode(
     froms: Int64s,
     label_froms: Int64s,
 ) -> None:
-    """`decode` with its working space, which is that of `_entity`."""
+    """Decodes what Redis held of a batch.
+
+    `starts` and `sizes` say where in `buf` the tiles of all entities of all rows lie, then the frauds of those that count labels, then the
+    heads; a size below 1: there is none.
+
+    Asked: `transactions` (rows * ENTITY_COUNT,), the hash of each row's own, whose place in a head tells what came before it;
+    `lengths` and `numbers` of the intake, `checks` (rows * ENTITY_COUNT,), `dims` and `country` of `entity_records`, and the `base_us` of
+    heads that are born now. Filled in for rows that aren't `settled`: `matrix` (rows, features), which holds NaN where nothing is
+    filled in; `last` (rows * ENTITY_COUNT, 3); `seq` (rows, ENTITY_COUNT), absolute; `label_changes` (rows, labelled entities);
+    `stale` (rows,); `refused` (rows * ENTITY_COUNT,), where a value of the entity is none of this layout and key. The arrays from
+    `counts` on are those of `working_space`.
+    """
     rows = len(numbers)
-    # Where each of the three kinds begins: its first value in `sizes`, its first byte in `buf`.
+    # Where each of the three kinds begins.
     tiles_value, frauds_value, head_value = 0, 0, 0
     for row in range(rows):
         for e in range(ENTITY_COUNT):
@@ -454,23 +446,19 @@ def _decode(
                 frauds_value += 1
                 head_value += _IS_LABELLED[e]
     head_value += frauds_value
-    tiles, frauds, head = 0, 0, 0
-    for i in range(head_value):
-        frauds += sizes[i] if i < frauds_value else 0
-        head += sizes[i]
     for row in range(rows):
         _begin(numbers[row, 0], froms, label_froms)
         for e in range(ENTITY_COUNT):
             if lengths[row, ENTITY_TEXT[e]] < 0:
                 continue
             owner = row * ENTITY_COUNT + e
-            tiled = sizes[tiles_value]
+            tiles, tiled = starts[tiles_value], max(0, sizes[tiles_value])
             tiles_value += 1
-            frauded = 0
+            frauds, frauded = 0, 0
             if _IS_LABELLED[e]:
-                frauded = sizes[frauds_value]
+                frauds, frauded = starts[frauds_value], max(0, sizes[frauds_value])
                 frauds_value += 1
-            heads = sizes[head_value]
+            head, heads = starts[head_value], max(0, sizes[head_value])
             head_value += 1
             if not settled[row]:
                 check = np.int64(checks[owner])
@@ -493,69 +481,9 @@ def _decode(
                         stale[row] = True
                     if _LABELLED_PLACE[e] >= 0:
                         label_changes[row, _LABELLED_PLACE[e]] = u32(buf, frauds + 20) if frauded > 0 else 0
+                    t_ms, amount_minor = numbers[row, 0], numbers[row, 1]
+                    own_a, own_c = np.int64(dims[owner, 0]), np.int64(dims[owner, 2])
                     _entity(
-                        buf,
-                        e,
-                        events,
-                        events_end,
-                        tiles,
-                        tiled,
-                        frauds,
-                        frauded,
-                        numbers[row, 0],
-                        numbers[row, 1],
-                        place,
-                        np.int64(dims[owner, 0]),
-                        np.int64(dims[owner, 2]),
-                        country[row],
-                        matrix[row],
-                        last[owner],
-                        counts,
-                        bits,
-                        labels,
-                        by_day,
-                        froms,
-                        label_froms,
+                        *(buf, e, events, events_end, tiles, tiled, frauds, frauded, t_ms, amount_minor, place, own_a, own_c),
+                        *(country[row], matrix[row], last[owner], counts, bits, labels, by_day, froms, label_froms),
                     )
-            tiles += tiled
-            frauds += frauded
-            head += heads
-
-
-@allocating
-def decode(
-    buf: Bytes,
-    sizes: Int64s,
-    transactions: npt.NDArray[np.uint64],
-    settled: npt.NDArray[np.bool_],
-    lengths: Int64s,
-    numbers: Int64s,
-    checks: npt.NDArray[np.uint32],
-    dims: npt.NDArray[np.uint16],
-    country: Int64s,
-    base_us: int,
-    matrix: npt.NDArray[np.float32],
-    last: Floats,
-    seq: Int64s,
-    label_changes: Int64s,
-    stale: npt.NDArray[np.bool_],
-    refused: npt.NDArray[np.bool_],
-) -> None:
-    """Decodes what Redis held of a batch.
-
-    `buf` holds, end to end, the tiles of all entities of all rows, then the frauds of those that count labels, then the heads; `sizes`
-    has the length of each, 0 where there is none.
-
-    Asked: `transactions` (rows * ENTITY_COUNT,), the hash of each row's own, whose place in a head tells what came before it;
-    `lengths` and `numbers` of the intake, `checks` (rows * ENTITY_COUNT,), `dims` and `country` of `entity_records`, and the `base_us` of
-    heads that are born now. Filled in for rows that aren't `settled`: `matrix` (rows, features), which holds NaN where nothing is
-    filled in; `last` (rows * ENTITY_COUNT, 3); `seq` (rows, ENTITY_COUNT), absolute; `label_changes` (rows, labelled entities);
-    `stale` (rows,); `refused` (rows * ENTITY_COUNT,), where a value of the entity is none of this layout and key.
-    """
-    counts, bits = np.zeros((_W, 4), np.int64), np.zeros((_W, 3), np.uint64)
-    labels, by_day = np.zeros((2, _LW), np.int64), np.zeros((2, LABEL_DAYS), np.int64)
-    froms, label_froms = np.zeros(_W, np.int64), np.zeros(_LW, np.int64)
-    _decode(
-        *(buf, sizes, transactions, settled, lengths, numbers, checks, dims, country, base_us),
-        *(matrix, last, seq, label_changes, stale, refused, counts, bits, labels, by_day, froms, label_froms),
-    )

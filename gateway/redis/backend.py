@@ -33,14 +33,19 @@ from gateway.contracts.layout import (
 )
 from gateway.contracts.redis_address import hash_slot
 from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, ROW_BYTES_MAX, script_call, values_call
+from gateway.kernels.intake import Int64s
+from gateway.kernels.raw import Bytes
+from gateway.kernels.resp import NO_REPLY, bulks_in
 from gateway.redis.cluster import ClusterLink, Keyed
-from gateway.redis.link import Argument, RedisLink, RedisReplyError, RedisUnavailableError, replies_of
+from gateway.redis.link import Argument, RedisLink, RedisReplyError, RedisUnavailableError, parsed, replies_of
 from gateway.scoring.job import Job
-from gateway.scoring.requests import Requests
+from gateway.scoring.requests import Requests, edges_of
 
 PROGRESS_SLOT = hash_slot(PROGRESS_KEY)
 _CAPACITIES = np.array([e.head_events_max for e in ENTITIES], "<u2").tobytes()
 _MULTI, _EXEC = b"*1\r\n$5\r\nMULTI\r\n", b"*1\r\n$4\r\nEXEC\r\n"
+# What stands before the replies of two commands between them.
+_QUEUED = b"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n"
 _LABELLED_TEXT = [ENTITY_TEXT[i] for i in LABELLED]
 
 
@@ -61,15 +66,29 @@ class Call:
 
 
 @dataclass(slots=True)
+class Values:
+    """Where values lie in `buf`: `sizes` (n,) is below 1 for one that isn't there."""
+
+    buf: Bytes
+    starts: Int64s
+    sizes: Int64s
+
+    @classmethod
+    def of(cls, values: Sequence[bytes]) -> Values:
+        edges = edges_of(values)
+        return cls(np.frombuffer(b"".join(values), np.uint8), edges[:-1], np.diff(edges))
+
+
+@dataclass(slots=True)
 class Found:
     """What was found: the progress record, each transaction's idempotency record, which of them settle theirs, and the values as
-    `gateway.kernels.features.decode` wants them: tiles, frauds, heads with the batch in them. An empty value stands for none.
+    `gateway.kernels.features.decode` wants them: tiles, frauds, heads with the batch in them.
     """
 
     progress: bytes | None
     before: list[bytes | None]
     settled: npt.NDArray[np.bool_]
-    values: list[bytes]
+    values: Values
     # From writing the commands until all replies were there.
     round_trip_s: float = 0.0
 
@@ -134,40 +153,35 @@ class SingleRedis:
     async def observe(self, call: Call, deadline_s: float) -> Found:
         packed = self.pack(call)
         sent_s = time.monotonic()
-        before, values = await self._both(call, packed, deadline_s)
-        if isinstance(before, Exception) and str(before).startswith("NOSCRIPT"):
+        raw = await self._both(call, packed, deadline_s)
+        found = _read(call, raw)
+        if found is None and _refusal(raw).startswith("NOSCRIPT"):
             await self._link.call(("SCRIPT", "LOAD", OBSERVE_LUA), deadline_s - time.monotonic())
-            before, values = await self._both(call, packed, deadline_s)
-        round_trip_s = time.monotonic() - sent_s
-        for reply in (before, values):
-            if isinstance(reply, Exception):
-                raise RedisReplyError(str(reply))
-        settled = np.zeros(len(call.batch), bool)
-        for row, job in enumerate(call.batch):
-            if before[row] is not None and settles(before[row], job.held_claim, call.answered):
-                settled[row] = True
-        return Found(values[0], before, settled, [value or b"" for value in values[1:]], round_trip_s)
+            raw = await self._both(call, packed, deadline_s)
+            found = _read(call, raw)
+        if found is None:
+            raise RedisReplyError(_refusal(raw))
+        found.round_trip_s = time.monotonic() - sent_s
+        for row in np.flatnonzero([record is not None for record in found.before]).tolist():
+            record = found.before[row]
+            assert record is not None
+            found.settled[row] = settles(record, call.batch[row].held_claim, call.answered)
+        return found
 
-    async def _both(self, call: Call, packed: bytes, deadline_s: float) -> tuple[Any, Any]:
+    async def _both(self, call: Call, packed: bytes, deadline_s: float) -> bytes:
         """The replies of the script and of MGET: one transaction, so that the Spark job moves nothing between heads and tiles.
 
         A read that changes nothing is the MGET alone, which Redis answers at its memory limit too.
         """
-        [replies] = await replies_of([self._link.send([packed], replies=4 if call.update else 1)], deadline_s - time.monotonic())
-        if not call.update:
-            return [None] * len(call.batch), replies[0]
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-        before, values = replies[-1]
-        return before, values
+        sent = self._link.send([packed], replies=4 if call.update else 1, raw=True)
+        [raw] = await replies_of([sent], deadline_s - time.monotonic())
+        found: bytes = raw
+        return found
 
     def pack(self, call: Call) -> bytes:
         """The commands as they go over the wire: written by kernels, for they have thousands of arguments."""
         requests = call.requests
-        named = requests.lengths >= 0
-        owners = int(named[:, ENTITY_TEXT].sum())
-        asked = 1 + 2 * owners + int(named[:, _LABELLED_TEXT].sum())
+        owners, asked = _asked(requests)
         mget = b"*%d\r\n$4\r\nMGET\r\n" % (1 + asked) + _bulk(PROGRESS_KEY.encode())
         out = np.empty(len(mget) + len(requests) * ROW_BYTES_MAX, np.uint8)
         size = values_call(requests.buf, requests.starts, requests.lengths, np.frombuffer(mget, np.uint8), out)
@@ -329,6 +343,41 @@ class ClusterRedis:
         self._link.send_all(commands).add_done_callback(lambda task: task.cancelled() or task.exception())
 
 
+def _asked(requests: Requests) -> tuple[int, int]:
+    """How many entities a batch names, and how many values are asked for: theirs and the progress."""
+    named = requests.lengths >= 0
+    owners = int(named[:, ENTITY_TEXT].sum())
+    return owners, 1 + 2 * owners + int(named[:, _LABELLED_TEXT].sum())
+
+
+def _read(call: Call, raw: bytes) -> Found | None:
+    """What one Redis replied; nothing is settled yet. None when it is an error, or has one in it."""
+    rows, (_, asked) = len(call.batch), _asked(call.requests)
+    buf = np.frombuffer(raw, np.uint8)
+    starts, sizes = np.empty(rows + asked, np.int64), np.empty(rows + asked, np.int64)
+    at = 0
+    before: list[bytes | None] = [None] * rows
+    if call.update:
+        at = bulks_in(buf, len(_QUEUED), starts[:rows], sizes[:rows]) if raw.startswith(_QUEUED) else NO_REPLY
+        if at == NO_REPLY:
+            return None
+        for row in np.flatnonzero(sizes[:rows] >= 0).tolist():
+            before[row] = raw[starts[row] : starts[row] + sizes[row]]
+    if bulks_in(buf, at, starts[rows:], sizes[rows:]) != len(raw):
+        return None
+    progress = raw[starts[rows] : starts[rows] + sizes[rows]] if sizes[rows] >= 0 else None
+    return Found(progress, before, np.zeros(rows, bool), Values(buf, starts[rows + 1 :], sizes[rows + 1 :]))
+
+
+def _refusal(raw: bytes) -> str:
+    """What Redis says in a reply that can't be read: its first error."""
+    replies = parsed(raw)
+    for reply in replies + (replies[-1] if replies and isinstance(replies[-1], list) else []):
+        if isinstance(reply, Exception):
+            return str(reply)
+    return f"a reply of another shape, of {len(raw)} bytes"
+
+
 def _found(call: Call, progress: bytes | None, before: list[bytes | None], observed: list[Any], round_trip_s: float) -> Found:
     """The replies of single calls, one for each entity of each transaction that nothing settles."""
     settled = np.array(
@@ -347,7 +396,7 @@ def _found(call: Call, progress: bytes | None, before: list[bytes | None], obser
             tiles.append(of_tiles)
             if ENTITIES[e].labelled:
                 frauds.append(of_frauds)
-    return Found(progress, before, settled, tiles + frauds + heads, round_trip_s)
+    return Found(progress, before, settled, Values.of(tiles + frauds + heads), round_trip_s)
 
 
 def settles(before: bytes, claim: bytes, answered: bool = False) -> bool:

@@ -18,8 +18,10 @@ from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import hiredis
+import numpy as np
 
 from gateway.contracts.redis_address import REDIS_PORT
+from gateway.kernels.resp import NO_REPLY, replies_end
 
 log = logging.getLogger(__name__)
 
@@ -52,21 +54,29 @@ def _pack(command: Command) -> bytes:
 
 
 @dataclass(slots=True)
-class _Bundle:
-    """The replies to `count` commands that were written together. An error of Redis' stands among them as a `RedisReplyError`."""
+class _Due:
+    """Replies that are due to commands which were written together: `left` of them, and parts of those that have begun.
 
-    future: asyncio.Future[list[Any]]
-    count: int
-    replies: list[Any]
+    The future is that of one reply, or of a list of them in which an error of Redis' stands as a `RedisReplyError`, or of `raw` bytes.
+    """
+
+    future: asyncio.Future[Any]
+    left: int
+    one: bool = False
+    raw: bool = False
 
 
 class _Connection(asyncio.Protocol):
-    """`pending` holds a future for each reply that is due, in order, or a bundle for several."""
+    """`pending` says, in order, which replies are due."""
 
     def __init__(self, lost: Callable[[], None]) -> None:
         self.transport: asyncio.Transport | None = None
-        self.pending: deque[asyncio.Future[Any] | _Bundle] = deque()
+        self.pending: deque[_Due] = deque()
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE)
+        # What has come of the first that is due; the end of it, where a line has begun; how much of what comes belongs to a value.
+        self._parts: list[bytes] = []
+        self._begun = b""
+        self._skip = 0
         self._lost = lost
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -74,47 +84,56 @@ class _Connection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        self._reader.feed(data)
-        try:
-            while (reply := self._reader.gets()) is not _INCOMPLETE:
-                self._resolve(reply)
-        except hiredis.ProtocolError:
-            self.abandon()
-
-    def _resolve(self, reply: Any) -> None:
-        if not self.pending:
-            self.abandon()
-            return
-        future = self.pending[0]
-        if isinstance(future, _Bundle):
-            self._add(future, reply)
-            return
-        self.pending.popleft()
-        if future.done():
-            return
-        if isinstance(reply, hiredis.ReplyError):
-            future.set_exception(RedisReplyError(str(reply)))
-            # As in `connection_lost`.
-            future.exception()
-        else:
-            future.set_result(reply)
-
-    def _add(self, bundle: _Bundle, reply: Any) -> None:
-        replies = bundle.replies
-        replies.append(RedisReplyError(str(reply)) if isinstance(reply, hiredis.ReplyError) else reply)
-        if len(replies) == bundle.count:
+        while data:
+            if not self.pending:
+                self.abandon()
+                return
+            due = self.pending[0]
+            looked_at = self._begun + data if self._begun else data
+            at, due.left = replies_end(np.frombuffer(looked_at, np.uint8), self._skip, due.left)
+            if at == NO_REPLY:
+                self.abandon()
+                return
+            beyond = len(looked_at) - at
+            if due.left or beyond < 0:
+                self._parts.append(data)
+                self._skip = max(0, -beyond)
+                self._begun = looked_at[at:]
+                return
+            self._parts.append(data[: len(data) - beyond] if beyond else data)
+            whole = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+            self._parts.clear()
+            self._begun, self._skip = b"", 0
             self.pending.popleft()
-            if not bundle.future.done():
-                bundle.future.set_result(replies)
+            self._resolve(due, whole)
+            data = data[len(data) - beyond :] if beyond else b""
+
+    def _resolve(self, due: _Due, whole: bytes) -> None:
+        if due.future.done():
+            return
+        if due.raw:
+            due.future.set_result(whole)
+            return
+        self._reader.feed(whole)
+        replies: list[Any] = []
+        while (reply := self._reader.gets()) is not _INCOMPLETE:
+            replies.append(RedisReplyError(str(reply)) if isinstance(reply, hiredis.ReplyError) else reply)
+        if not due.one:
+            due.future.set_result(replies)
+        elif isinstance(replies[0], RedisReplyError):
+            due.future.set_exception(replies[0])
+            # As in `connection_lost`.
+            due.future.exception()
+        else:
+            due.future.set_result(replies[0])
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        for pending in self.pending:
-            future = pending.future if isinstance(pending, _Bundle) else pending
-            if not future.done():
-                future.set_exception(RedisUnavailableError("connection lost"))
+        for due in self.pending:
+            if not due.future.done():
+                due.future.set_exception(RedisUnavailableError("connection lost"))
                 # A future that nobody waits for any more is no error of the loop's.
-                future.exception()
+                due.future.exception()
         self.pending.clear()
         self._lost()
 
@@ -127,7 +146,7 @@ class _Connection(asyncio.Protocol):
         if self.transport is None or self.transport.is_closing():
             future.set_exception(RedisUnavailableError("connection lost"))
             return future
-        self.pending.append(future)
+        self.pending.append(_Due(future, 1, one=True))
         self.transport.write(_pack(command))
         return future
 
@@ -136,26 +155,28 @@ class _Connection(asyncio.Protocol):
         assert self.transport is not None
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Any]] = [loop.create_future() for _ in commands]
-        self.pending += futures
+        self.pending += [_Due(future, 1, one=True) for future in futures]
         self.transport.write(b"".join([_pack(command) for command in commands]))
         return futures
 
-    def send_bundle(self, commands: Sequence[Command], replies: int) -> asyncio.Future[list[Any]]:
-        """Like `send_all`, with one future for all of the `replies`, at least one."""
+    def send_bundle(self, commands: Sequence[Command], replies: int, raw: bool) -> asyncio.Future[Any]:
+        """Like `send_all`, with one future for all of the `replies`, at least one: as a list, or as `raw` bytes."""
         assert self.transport is not None
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self.pending.append(_Bundle(future, replies, []))
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.pending.append(_Due(future, replies, raw=raw))
         self.transport.write(b"".join([_pack(command) for command in commands]))
         return future
 
 
 @dataclass(slots=True)
 class Sent:
-    """Commands that were written to a link, and the future of their replies: an error of Redis' among them is a `RedisReplyError`."""
+    """Commands that were written to a link, and the future of their replies: a list, in which an error of Redis' is a `RedisReplyError`,
+    or raw bytes.
+    """
 
     link: RedisLink
     connection: _Connection
-    replies: asyncio.Future[list[Any]]
+    replies: asyncio.Future[Any]
 
 
 class RedisLink:
@@ -205,10 +226,13 @@ class RedisLink:
         """The futures of some commands' replies, which nobody has to wait for. Raises `RedisUnavailableError`."""
         return self._standing().send_all(commands)
 
-    def send(self, commands: Sequence[Command], replies: int | None = None) -> Sent:
-        """Write some commands at once, for `replies_of` to wait for: one reply each unless told. Raises `RedisUnavailableError`."""
+    def send(self, commands: Sequence[Command], replies: int | None = None, *, raw: bool = False) -> Sent:
+        """Write some commands at once, for `replies_of` to wait for: one reply each unless told. Raises `RedisUnavailableError`.
+
+        With `raw` the replies are left as they came over the wire, for `parsed` or a kernel.
+        """
         connection = self._standing()
-        return Sent(self, connection, connection.send_bundle(commands, len(commands) if replies is None else replies))
+        return Sent(self, connection, connection.send_bundle(commands, len(commands) if replies is None else replies, raw))
 
     def _standing(self) -> _Connection:
         connection = self._connection
@@ -308,8 +332,15 @@ class RedisLink:
         self._wanted.clear()
 
 
-async def replies_of(sent: Sequence[Sent], timeout_s: float) -> list[list[Any]]:
-    """The replies to all that was sent, to several links at once.
+def parsed(raw: bytes) -> list[Any]:
+    """Replies that are all in `raw`; an error of Redis' is a `hiredis.ReplyError`."""
+    reader = hiredis.Reader(notEnoughData=_INCOMPLETE)
+    reader.feed(raw)
+    return list(iter(reader.gets, _INCOMPLETE))
+
+
+async def replies_of(sent: Sequence[Sent], timeout_s: float) -> list[Any]:
+    """The replies to all that was sent, to several links at once: what each future of theirs is of.
 
     Raises `RedisUnavailableError` when a link hasn't answered all within `timeout_s`: its connection is abandoned.
     """

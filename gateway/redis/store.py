@@ -20,8 +20,9 @@ from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, LABELL
 from gateway.contracts.layout import BASE_STEP, ENTITY_RECORD, PROGRESS_KEY, Progress, head_key, idempotency_key
 from gateway.contracts.windows import NEVER, SETTLE_MS
 from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, entity_records
-from gateway.kernels.features import decode, request_features
-from gateway.redis.backend import Call, Found, Kept, backend_of
+from gateway.kernels.features import decode, working_space
+from gateway.kernels.request import request_features
+from gateway.redis.backend import Call, Found, Kept, Values, backend_of
 from gateway.redis.cluster import ClusterLink
 from gateway.redis.link import RedisLink, RedisReplyError, RedisUnavailableError
 from gateway.scoring.job import Job
@@ -85,6 +86,7 @@ class Store:
         self._redis = backend_of(link)
         self.claim_ttl_ms = claim_ttl_ms
         self._now_ms = now_ms
+        self._space = working_space()
         self._progress: Progress | None = None
         # Once asked, each reply brings it along.
         self._knows_progress = False
@@ -255,7 +257,7 @@ class Store:
             progress=None,
             before=[None] * len(batch),
             settled=np.zeros(len(batch), bool),
-            values=[b""] * (2 * int(named.sum()) + int(named[:, LABELLED].sum())),
+            values=Values.of([b""] * (2 * int(named.sum()) + int(named[:, LABELLED].sum()))),
         )
         return self._decode(plan, nothing, update=False)
 
@@ -270,8 +272,9 @@ class Store:
         stale = np.zeros(rows, bool)
         refused = np.zeros(rows * ENTITY_COUNT, bool)
         decode(
-            np.frombuffer(b"".join(found.values), np.uint8),
-            np.fromiter(map(len, found.values), np.int64, len(found.values)),
+            found.values.buf,
+            found.values.starts,
+            found.values.sizes,
             np.ascontiguousarray(call.records["transaction"]),
             found.settled,
             requests.lengths,
@@ -286,6 +289,7 @@ class Store:
             label_changes,
             stale,
             refused,
+            *self._space,
         )
         looked = np.repeat(~found.settled, ENTITY_COUNT) if update else np.zeros(rows * ENTITY_COUNT, bool)
         self._suspect(call.records["check"], refused, looked)

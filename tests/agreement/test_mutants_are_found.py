@@ -242,7 +242,7 @@ def install(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
         patch.setitem(sys.modules, module.__name__, module)
         if mutant.source == "features":
             # Compiling twenty kernels would take minutes: a mutant runs as the Python that it is written in.
-            text = text.replace("@compiled\n", "").replace("@allocating\n", "")
+            text = text.replace("@compiled\n", "")
         exec(compile(text, mutant.what, "exec"), module.__dict__)  # noqa: S102
         if mutant.source == "features":
             patch.setattr(gateway.redis.store, "decode", module.__dict__["decode"])

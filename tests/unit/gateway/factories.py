@@ -34,6 +34,7 @@ from gateway.redis.link import RedisUnavailableError, Sent
 from gateway.redis.store import Observation
 from gateway.scoring.job import Job, Result, Verdict, fingerprint_of, http_job, kafka_position
 from gateway.scoring.requests import Requests, read_requests
+from tests.resp import Status, encoded
 
 NOW_MS = 1_795_500_000_000
 
@@ -118,11 +119,11 @@ def packed_progress(written_at_ms: int = NOW_MS, arrived_through_ms: int = 0, ba
 class ScriptedLink:
     """Stands for gateway.redis.link.RedisLink: answers the observe script and its MGET with the given reply."""
 
-    def __init__(self, reply: tuple[list[Any], list[Any]] | Exception, progress: bytes | None = None) -> None:
+    def __init__(self, reply: tuple[Any, list[Any]] | Exception, progress: bytes | None = None) -> None:
         self.greeting: list[tuple[Any, ...]] = []
         self.ready = True
         self.sent: list[tuple[Any, ...]] = []
-        self._reply = reply
+        self.reply = reply
         self._progress = progress
 
     async def call(self, command: Sequence[Any], _timeout_s: float) -> Any:
@@ -130,21 +131,22 @@ class ScriptedLink:
         assert tuple(command) == ("GET", PROGRESS_KEY)
         return self._progress
 
-    def send(self, commands: Sequence[bytes], replies: int | None = None) -> Sent:
-        """A bundle of one reply is one of records to store."""
+    def send(self, commands: Sequence[bytes], replies: int | None = None, *, raw: bool = False) -> Sent:
+        """What isn't `raw` are records to store."""
         if not self.ready:
             raise RedisUnavailableError("no connection")
         self.sent += [(command,) for command in commands]
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        if replies is None:
-            future.set_result([b"OK"] * len(commands))
-        elif isinstance(self._reply, RedisUnavailableError):
-            future.set_exception(self._reply)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if not raw:
+            future.set_result([b"OK"] * (len(commands) if replies is None else replies))
+        elif isinstance(self.reply, RedisUnavailableError):
+            future.set_exception(self.reply)
         else:
-            reply: Any = self._reply
+            reply: Any = self.reply
             # A read that changes nothing is the MGET alone.
             alone = reply if isinstance(reply, Exception) else reply[1]
-            future.set_result([b"OK", b"QUEUED", b"QUEUED", reply] if replies == 4 else [alone])
+            both = [Status("OK"), Status("QUEUED"), Status("QUEUED"), reply]
+            future.set_result(b"".join(map(encoded, both if replies == 4 else [alone])))
         return Sent(self, None, future)  # type: ignore[arg-type]
 
     def in_time(self) -> None:

@@ -1,12 +1,14 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import hiredis
 import pytest
 
-from gateway.redis.link import RedisLink, RedisReplyError, RedisUnavailableError
+from gateway.redis.link import RedisLink, RedisReplyError, RedisUnavailableError, parsed, replies_of
 from tests.helpers import until
+from tests.resp import Status, encoded
 
 pytestmark = pytest.mark.anyio
 
@@ -56,6 +58,11 @@ async def ok_or(command: list[bytes], echo: bytes = b"+OK\r\n") -> bytes:
     return b"$%d\r\n%s\r\n" % (len(command[1]), command[1]) if command[0] == b"GET" else echo
 
 
+async def silent(command: list[bytes]) -> bytes:
+    """To what the link itself asks there is an answer."""
+    return b"" if command[0] == b"GET" else b"+OK\r\n"
+
+
 async def test_replies_come_in_the_order_of_the_commands() -> None:
     async with serving(ok_or) as link:
         await until_ready(link)
@@ -91,6 +98,40 @@ async def test_an_abandoned_reply_never_reaches_another_caller() -> None:
         await until_ready(link)
         assert await link.call(("GET", "mine"), 5) == b"mine"
         assert link.reconnects == 2
+
+
+@pytest.mark.parametrize("raw", [True, False])
+async def test_replies_that_come_in_pieces_are_put_together(raw: bool) -> None:
+    values = [b"", None, b"\r\n$3\r\n*1\r\n", b"v" * 100_000]
+    reply = encoded(Status("QUEUED")) + encoded([values, [b"x"], 7])
+    cuts = [0, *range(1, 80), 30_000, *range(len(reply) - 30, len(reply) + 1)]
+    pieces = [reply[a:b] for a, b in pairwise(cuts)]
+
+    def received(connection: asyncio.Protocol) -> None:
+        # As a socket might bring them, and the next reply with the last piece.
+        for piece in pieces[:-1]:
+            connection.data_received(piece)
+        connection.data_received(pieces[-1] + encoded(b"next"))
+
+    async with serving(silent) as link:
+        await until_ready(link)
+        sent, following = link.send([b"*2\r\n$3\r\nGET\r\n$1\r\nx\r\n"], 2, raw=raw), link.send_all([("GET", "unheard")])
+        received(sent.connection)
+        [found] = await replies_of([sent], 5)
+        assert (parsed(found) if raw else found) == [b"QUEUED", [values, [b"x"], 7]]
+        assert await following[0] == b"next"
+
+
+async def test_what_is_no_reply_costs_the_connection() -> None:
+    async def answer(command: list[bytes]) -> bytes:
+        return b"HTTP/1.1 400 Bad Request\r\n" if command[:2] == [b"GET", b"odd"] else await ok_or(command)
+
+    async with serving(answer) as link:
+        await until_ready(link)
+        with pytest.raises(RedisUnavailableError):
+            await link.call(("GET", "odd"), 5)
+        await until(lambda: link.reconnects == 2, 5)
+        assert await link.call(("GET", "good"), 5) == b"good"
 
 
 async def test_a_cancelled_caller_leaves_the_connection_in_step() -> None:

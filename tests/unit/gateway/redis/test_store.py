@@ -30,7 +30,7 @@ from gateway.contracts.layout import (
     txn_hash,
 )
 from gateway.contracts.windows import DAY_MS, HOUR_MS, LABEL_DELAY_MS, LAST_MS_MAX, SETTLE_MS
-from gateway.redis.link import RedisReplyError, RedisUnavailableError, Sent
+from gateway.redis.link import RedisReplyError, RedisUnavailableError
 from gateway.redis.store import TILES_AHEAD_MARGIN_MS, Observation, Store, request_only_matrix
 from gateway.scoring.job import Job, requests_of
 from tests.unit.gateway.factories import NOW_MS, ScriptedLink, make_job, make_transaction, packed_progress
@@ -168,7 +168,7 @@ async def test_a_head_that_is_sound_again_is_no_longer_looked_at(monkeypatch: py
     store = make_store(link)
     looks = []
     for reply in (damaged, sound, damaged, damaged):
-        link._reply = reply
+        link.reply = reply
         await observed(store, make_job())
         looks.append(np.frombuffer(sent_commands(link)[1][-1], ENTITY_RECORD)["look"].tolist())
     # There is room for one, and the one that was mended has left it.
@@ -358,23 +358,15 @@ async def test_trouble_with_redis_is_no_observation(error: Exception) -> None:
 
 async def test_a_script_that_redis_has_forgotten_is_loaded_again() -> None:
     class Forgetful(ScriptedLink):
-        loaded = False
-
         async def call(self, command: Sequence[Any], timeout_s: float) -> Any:
             if command[:2] == ("SCRIPT", "LOAD"):
-                self.loaded = True
+                self.reply = reply_of(progress=FRESH)
                 return b"sha"
             return await super().call(command, timeout_s)
 
-        def send(self, commands: Sequence[bytes], replies: int | None = None) -> Sent:
-            sent = super().send(commands, replies)
-            if not self.loaded:
-                sent.replies.result()[-1] = (RedisReplyError("NOSCRIPT No matching script."), [])
-            return sent
-
-    link = Forgetful(reply_of(progress=FRESH))
-    await observed(make_store(link), make_job())
-    assert link.loaded
+    link = Forgetful((RedisReplyError("NOSCRIPT No matching script."), []))
+    found = await observed(make_store(link), make_job())
+    assert found.settled == [None]
 
 
 async def test_a_what_if_read_is_no_more_than_a_read() -> None:
