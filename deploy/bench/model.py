@@ -30,7 +30,7 @@ ROWS = 150_000
 TREES_SHARE_MIN = 0.9
 FRAUD_SHARE = 0.015
 # Taken off each margin.
-CALM = 1.5
+CALM = 1.0
 SEED = 11
 # Of what makes a payment fraud: it is the same for every model, as a retrained one learns the same world from other payments.
 WORLD_SEED = 12

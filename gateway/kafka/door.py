@@ -13,7 +13,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -52,6 +52,8 @@ CLOSE_TIMEOUT_S = 5.0
 REASON_HEADER = "reason"
 # While somebody waits at the HTTP door a batch of ours has no more rows than this: Redis answers theirs behind it, 30 us a row later.
 SHARED_ROWS_MAX = 64
+# A chunk of more rows is decided in two halves, so that Redis and this process work at the same time; a batch costs a millisecond.
+HALF_ROWS_MIN = 64
 # The reason of a message that can be read and that the scorer fails for.
 FAILED = "failed"
 # The quarantine topic takes messages twice as large as the others, so that original and envelope fit; a key may not come on top.
@@ -240,14 +242,7 @@ class KafkaDoor:
         for m in messages:
             polled.setdefault(TopicPartition(m.topic, m.partition), []).append(m)
         chunk = self._sort_out(polled, received_s)
-        found: list[Result | None] = []
-        while len(found) < len(chunk.jobs):
-            rows = self._batch_rows_max
-            if self._scorer.deciding:
-                rows = min(rows, SHARED_ROWS_MAX)
-            found += await self._poison.decide(chunk.jobs[len(found) : len(found) + rows])
-            # The HTTP door's batches go between ours.
-            await asyncio.sleep(0)
+        found = await self._decide_jobs(chunk.jobs)
         results = [result for result in found if result is not None]
         records = decision_records(results) + chunk.quarantined
         for result, source in zip(found, chunk.sources, strict=True):
@@ -259,6 +254,31 @@ class KafkaDoor:
                 records.append(_quarantine(source, Refusal.IDEMPOTENCY_CONFLICT.value, "transaction_id"))
         self._carried.update(chunk.next_offsets)
         return chunk, results, records
+
+    async def _decide_jobs(self, jobs: Sequence[Job]) -> list[Result | None]:
+        """A result for each of `jobs`, None where it can't be decided: in batches, one at Redis while the one before is worked out."""
+        # Of two records of one transaction the second is to see what became of the first.
+        alike = len({job.transaction_id for job in jobs}) != len(jobs)
+        found: list[Result | None] = []
+        under_way: deque[asyncio.Task[list[Result | None]]] = deque()
+        at = 0
+        try:
+            while at < len(jobs) or under_way:
+                # The HTTP door's batches go between ours.
+                if under_way and (at == len(jobs) or len(under_way) == 2 or alike or self._scorer.deciding):
+                    found += await under_way[0]
+                    under_way.popleft()
+                    continue
+                rows = SHARED_ROWS_MAX if self._scorer.deciding else max(HALF_ROWS_MIN, (len(jobs) + 1) // 2)
+                batch = jobs[at : at + min(rows, self._batch_rows_max)]
+                at += len(batch)
+                under_way.append(asyncio.create_task(self._poison.decide(batch)))
+        finally:
+            for task in under_way:
+                task.cancel()
+            if under_way:
+                await asyncio.gather(*under_way, return_exceptions=True)
+        return found
 
     async def _note_commit(
         self, committed: asyncio.Future[None], link: Link, chunk: Chunk, results: Sequence[Result], consumed: int

@@ -1,3 +1,4 @@
+import asyncio
 import heapq
 import random
 import threading
@@ -94,6 +95,88 @@ async def test_while_somebody_waits_over_http_a_chunk_is_decided_in_small_parts(
     chunk, results, _ = await door._decide(messages, Membership(unused, frozenset({0})))
     assert sizes == [SHARED_ROWS_MAX, SHARED_ROWS_MAX, 100, 300 - 2 * SHARED_ROWS_MAX - 100]
     assert [result.job for result in results] == chunk.jobs
+
+
+class AtRedis:
+    """A scorer whose batches wait a while, for ever when Redis is `silent`; `most` is how many waited at a time."""
+
+    def __init__(self, fails: str | None = None, *, silent: bool = False) -> None:
+        self.deciding: set[str] = set()
+        self.sizes: list[int] = []
+        self.waiting = self.most = 0
+        self._fails = fails
+        self._silent = silent
+
+    async def decide(self, jobs: Sequence[Job]) -> list[Result]:
+        self.sizes.append(len(jobs))
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        try:
+            for _ in range(5):
+                await asyncio.sleep(0)
+            if self._silent:
+                await asyncio.Event().wait()
+        finally:
+            self.waiting -= 1
+        if any(job.transaction_id == self._fails for job in jobs):
+            raise RuntimeError("this one can't be decided")
+        return [Result(job, Verdict.DUPLICATE) for job in jobs]
+
+
+def door_of(scorer: AtRedis) -> KafkaDoor:
+    unused: Any = None
+    stub: Any = scorer
+    return KafkaDoor(stub, SchemaBook(SchemaRegistry("http://127.0.0.1:9/")), Metrics(), unused, batch_rows_max=256)
+
+
+def chunk_of(*names: str) -> list[Polled]:
+    return [record_of(encode_json(make_transaction(name)), 0, i) for i, name in enumerate(names)]
+
+
+@pytest.mark.anyio
+async def test_a_large_chunk_is_at_redis_with_one_half_while_the_other_is_worked_out() -> None:
+    scorer = AtRedis()
+    chunk, results, _ = await door_of(scorer)._decide(chunk_of(*(f"t{i}" for i in range(301))), Membership(None, frozenset({0})))
+    assert (scorer.sizes, scorer.most, scorer.waiting) == ([151, 150], 2, 0)
+    assert [result.job for result in results] == chunk.jobs
+
+
+@pytest.mark.anyio
+async def test_a_small_chunk_is_one_batch() -> None:
+    scorer = AtRedis()
+    await door_of(scorer)._decide(chunk_of(*(f"t{i}" for i in range(64))), Membership(None, frozenset({0})))
+    assert scorer.sizes == [64]
+
+
+@pytest.mark.anyio
+async def test_a_transaction_that_stands_in_a_chunk_twice_finds_its_first_decided() -> None:
+    scorer = AtRedis()
+    names = [f"t{i}" for i in range(200)]
+    await door_of(scorer)._decide(chunk_of(*names, "t0"), Membership(None, frozenset({0})))
+    assert (scorer.sizes, scorer.most) == ([101, 100], 1)
+
+
+@pytest.mark.anyio
+async def test_one_that_fails_leaves_nothing_under_way() -> None:
+    scorer = AtRedis(fails="t7")
+    chunk, results, records = await door_of(scorer)._decide(
+        chunk_of(*(f"t{i}" for i in range(130))), Membership(None, frozenset({0}))
+    )
+    assert [result.job.transaction_id for result in results] == [f"t{i}" for i in range(130) if i != 7]
+    assert (len(records), chunk.refusals, scorer.waiting) == (1, ["failed"], 0)
+
+
+@pytest.mark.anyio
+async def test_a_session_that_ends_takes_both_halves_with_it() -> None:
+    scorer = AtRedis(silent=True)
+    deciding = asyncio.create_task(
+        door_of(scorer)._decide(chunk_of(*(f"t{i}" for i in range(130))), Membership(None, frozenset({0})))
+    )
+    await until(lambda: scorer.waiting == 2, 5)
+    deciding.cancel()
+    await asyncio.wait({deciding})
+    assert deciding.cancelled()
+    assert scorer.waiting == 0
 
 
 class PublishedOverHttp:
