@@ -161,10 +161,6 @@ def _check_release(data: Path, release: Path) -> None:
         )
 
 
-# Of the fork that writes Redis' file anew: a tenth of what a gateway gets where both want one core, and more than the feature jobs.
-REWRITE_NICENESS = 10
-
-
 def _redis(settings: Settings) -> Service:
     """An append-only file keeps every acknowledged write when the process is killed: it is written before the reply.
 
@@ -210,7 +206,7 @@ def _redis(settings: Settings) -> Service:
         ports={ENV_PREFIX + "REDIS_PORT": settings.redis_port},
         prepare=prepare,
         command=lambda: (
-            [sys.executable, "-I", forks.__file__, str(REWRITE_NICENESS), str(find_redis()), str(config)],
+            [sys.executable, "-I", forks.__file__, str(find_redis()), str(config)],
             _plain_env(),
         ),
         healthy=healthy,

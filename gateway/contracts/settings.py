@@ -177,7 +177,7 @@ class Settings:
     idempotency_window_s: int = _setting(600, "how long a retry gets the same answer, seconds", least=1, most=86_400)
     batch_rows_max: int = _setting(256, "most transactions in one micro-batch", least=1, most=512)
     batch_interval_ms: int = _setting(
-        8,
+        6,
         "least time between the beginnings of two micro-batches over HTTP of less than 64, milliseconds; the first after a pause begins at"
         " once, and so does one with a payment whose deadline leaves no time to wait; more on a machine whose cores are full: each batch"
         " costs 1 to 2 ms of CPU beside its rows",
@@ -339,10 +339,13 @@ class Settings:
         most=10_000_000,
     )
     jobs_niceness: int = _setting(
-        10, "how much the feature jobs that fraudgate up starts give way to others on a busy machine (nice)", least=0, most=19
+        10,
+        "how much the feature jobs of fraudgate up give way on a busy machine (nice); 20: to all others (SCHED_IDLE)",
+        least=0,
+        most=20,
     )
     broker_niceness: int = _setting(
-        0, "the same of the Kafka broker, whose start takes all cores; no HTTP answer waits for it, Kafka's do", least=0, most=19
+        0, "the same of the Kafka broker, whose start takes all cores; no HTTP answer waits for it, Kafka's do", least=0, most=20
     )
     spark_memory_mb: int = _setting(1536, "heap of the local Spark driver, MiB", least=512, most=262_144)
 
