@@ -21,8 +21,6 @@ POLL_S = 0.05
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PROC = Path("/proc")
-# Beyond the 19 that nice knows.
-IDLE = 20
 
 # Children of this interpreter, by pid: kept so that they can be reaped. A child nobody waits for stays as a zombie.
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -54,18 +52,16 @@ def spawn(argv: list[str], env: dict[str, str], cwd: Path, log_path: Path, nicen
     """Start `argv` in its own session, both outputs appended to the log. Raises OSError when it can't be executed.
 
     Where the kernel groups processes by session (autogroup, as Debian's does), niceness counts only within a session: the session is made
-    nice as well. A niceness of IDLE means that it gets only what nobody else wants (SCHED_IDLE), which the processes it starts inherit.
+    nice as well.
     """
-    if 0 < niceness < IDLE:
+    if niceness:
         argv = ["nice", "-n", str(niceness), *argv]
     with log_path.open("ab") as log:
         child = subprocess.Popen(
             argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     _children[child.pid] = child
-    if niceness == IDLE:
-        os.sched_setscheduler(child.pid, os.SCHED_IDLE, os.sched_param(0))
-    elif niceness:
+    if niceness:
         with contextlib.suppress(OSError):
             (_PROC / str(child.pid) / "autogroup").write_text(str(niceness))
     stat = _stat(child.pid)

@@ -339,13 +339,10 @@ class Settings:
         most=10_000_000,
     )
     jobs_niceness: int = _setting(
-        10,
-        "how much the feature jobs of fraudgate up give way on a busy machine (nice); 20: to all others (SCHED_IDLE)",
-        least=0,
-        most=20,
+        10, "how much the feature jobs that fraudgate up starts give way to others on a busy machine (nice)", least=0, most=19
     )
     broker_niceness: int = _setting(
-        0, "the same of the Kafka broker, whose start takes all cores; no HTTP answer waits for it, Kafka's do", least=0, most=20
+        0, "the same of the Kafka broker, whose start takes all cores; no HTTP answer waits for it, Kafka's do", least=0, most=19
     )
     spark_memory_mb: int = _setting(1536, "heap of the local Spark driver, MiB", least=512, most=262_144)
 

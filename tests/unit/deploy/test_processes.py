@@ -86,13 +86,6 @@ def test_niceness_is_applied(tmp_path: Path, started: list[ProcessRecord]) -> No
     wait_until(lambda: os.getpriority(os.PRIO_PROCESS, record.pid) == here + 5, 5, "nice has set it")
 
 
-def test_what_is_idle_gets_what_nobody_else_wants_and_so_does_what_it_starts(tmp_path: Path, started: list[ProcessRecord]) -> None:
-    record = spawn(tmp_path, "sleep 60 & wait", niceness=processes.IDLE)
-    started.append(record)
-    wait_until(lambda: len(processes.members(record)) == 2, 5, "both run")
-    wait_until(lambda: {os.sched_getscheduler(pid) for pid in processes.members(record)} == {os.SCHED_IDLE}, 5, "both give way")
-
-
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel doesn't group processes by session")
 def test_the_session_is_as_nice_as_its_process_or_niceness_means_nothing(tmp_path: Path, started: list[ProcessRecord]) -> None:
     record = spawn(tmp_path, "exec sleep 60", niceness=5)
