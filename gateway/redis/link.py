@@ -114,10 +114,17 @@ class _Connection(asyncio.Protocol):
         if due.raw:
             due.future.set_result(whole)
             return
-        self._reader.feed(whole)
         replies: list[Any] = []
-        while (reply := self._reader.gets()) is not _INCOMPLETE:
-            replies.append(RedisReplyError(str(reply)) if isinstance(reply, hiredis.ReplyError) else reply)
+        try:
+            self._reader.feed(whole)
+            while (reply := self._reader.gets()) is not _INCOMPLETE:
+                replies.append(RedisReplyError(str(reply)) if isinstance(reply, hiredis.ReplyError) else reply)
+        except hiredis.ProtocolError:
+            # The kernel looks at lengths alone: a number may be none.
+            due.future.set_exception(RedisUnavailableError("the connection brought no replies"))
+            due.future.exception()
+            self.abandon()
+            return
         if not due.one:
             due.future.set_result(replies)
         elif isinstance(replies[0], RedisReplyError):

@@ -122,9 +122,10 @@ async def test_replies_that_come_in_pieces_are_put_together(raw: bool) -> None:
         assert await following[0] == b"next"
 
 
-async def test_what_is_no_reply_costs_the_connection() -> None:
+@pytest.mark.parametrize("odd", [b"HTTP/1.1 400 Bad Request\r\n", b":three\r\n"])
+async def test_what_is_no_reply_costs_the_connection(odd: bytes) -> None:
     async def answer(command: list[bytes]) -> bytes:
-        return b"HTTP/1.1 400 Bad Request\r\n" if command[:2] == [b"GET", b"odd"] else await ok_or(command)
+        return odd if command[:2] == [b"GET", b"odd"] else await ok_or(command)
 
     async with serving(answer) as link:
         await until_ready(link)
