@@ -36,6 +36,18 @@ def cpu_s(root: int) -> float:
     return ticks / _TICKS_PER_S
 
 
+def compiling_s(jvm: int) -> float:
+    """CPU seconds of a JVM's compilers. 0 when it is gone."""
+    ticks = 0
+    with contextlib.suppress(FileNotFoundError):
+        for task in Path(f"/proc/{jvm}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                name, _, columns = (task / "stat").read_text(errors="replace").rpartition(")")
+                if "Compiler" in name:
+                    ticks += sum(map(int, columns.split()[11:13]))
+    return ticks / _TICKS_PER_S
+
+
 def pin(root: int, cores: set[int]) -> None:
     """Every thread of a process and its descendants on these cores. What they start later inherits it."""
     for pid in tree_of(root):

@@ -20,7 +20,7 @@ from typing import IO, Any
 import msgspec
 
 from deploy import processes
-from deploy.bench.cpu import Meter, pin
+from deploy.bench.cpu import Meter, compiling_s, pin
 from deploy.bench.jobs import BenchError, bench_settings, bound_to
 from deploy.bench.model import make_model
 from deploy.bench.policy import write_policy
@@ -201,6 +201,11 @@ class Stage:
     def peer_meter(self) -> Meter:
         """What a peer's run costs: the peer itself is `service`."""
         return Meter({"service": lambda: None if self.peer is None else self.peer.pid, "redis": lambda: self.stack.pid("redis")})
+
+    def broker_compiling_s(self) -> float:
+        """CPU seconds that the broker's JVM has spent on compiling itself so far."""
+        pid = self.stack.pid("kafka")
+        return 0.0 if pid is None else compiling_s(pid)
 
     def wait_idle(self, within_s: float) -> bool:
         """Until gateway, Redis and Kafka have nothing left to do, so that a run doesn't pay for the one before. False: in vain."""

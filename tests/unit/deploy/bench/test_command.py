@@ -7,12 +7,14 @@ import math
 import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from deploy.bench.command import FULL, QUICK, bench
+from deploy.bench import command
+from deploy.bench.command import FULL, QUICK, Bench, bench
 from deploy.bench.cpu import Meter, cpu_s, per_event_us, tree_of
 from deploy.bench.figures import TARGETS, Figure, Target, as_json, curve, draw, ratio, spread, table, worse
 from deploy.bench.load import Samples, Timing, cost_figure, decided_and_lacking, latency_figures
@@ -217,6 +219,33 @@ def test_a_curve_of_nothing_can_be_drawn(tmp_path: Path) -> None:
 
 def test_the_median_of_nothing_is_no_number() -> None:
     assert all(math.isnan(v) for v in spread([]))
+
+
+@pytest.mark.parametrize(
+    ("seconds_by_look", "looks"),
+    [
+        ([14.0, 9.0, 0.7, 0.0], 3),
+        # One that never comes to rest is measured all the same.
+        ([9.0] * FULL.warm_ups_max, FULL.warm_ups_max),
+    ],
+)
+def test_what_is_measured_begins_when_the_broker_no_longer_compiles(
+    seconds_by_look: list[float], looks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spent = 0.0
+    left = iter(seconds_by_look)
+
+    def load(*_: Any, **__: Any) -> None:
+        nonlocal spent
+        spent += next(left)
+
+    monkeypatch.setattr(command, "closed_loop", load)
+    stage: Any = SimpleNamespace(
+        gateway_alone=lambda: None, settings=SimpleNamespace(gateway="http://here"), meter=None, broker_compiling_s=lambda: spent
+    )
+    Bench(tmp_path, FULL)._warm_up(stage)
+    assert len(list(left)) == len(seconds_by_look) - looks
+    assert f"after {looks * FULL.warm_up_s:.0f} s" in capsys.readouterr().out
 
 
 def test_a_full_run_measures_every_promised_rate() -> None:
