@@ -35,7 +35,7 @@ from gateway.contracts.redis_address import hash_slot
 from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, ROW_BYTES_MAX, script_call, values_call
 from gateway.kernels.intake import Int64s
 from gateway.kernels.raw import Bytes
-from gateway.kernels.resp import NO_REPLY, bulks_in
+from gateway.kernels.resp import NO_REPLY, bulks_in, replies_end
 from gateway.redis.cluster import ClusterLink, Keyed
 from gateway.redis.link import Argument, RedisLink, RedisReplyError, RedisUnavailableError, parsed, replies_of
 from gateway.scoring.job import Job
@@ -367,6 +367,17 @@ def _read(call: Call, raw: bytes) -> Found | None:
         return None
     progress = raw[starts[rows] : starts[rows] + sizes[rows]] if sizes[rows] >= 0 else None
     return Found(progress, before, np.zeros(rows, bool), Values(buf, starts[rows + 1 :], sizes[rows + 1 :]))
+
+
+def nothing_found(call: Call) -> Found:
+    """What one Redis would reply that holds nothing, read as if it came from there."""
+    rows, (_, asked) = len(call.batch), _asked(call.requests)
+    nil = b"$-1\r\n"
+    raw = _QUEUED + b"*%d\r\n%b*%d\r\n%b" % (rows, nil * rows, asked, nil * asked)
+    assert replies_end(np.frombuffer(raw, np.uint8), 0, 4) == (len(raw), 0)
+    found = _read(call, raw)
+    assert found is not None, "the reply above is a whole one"
+    return found
 
 
 def _refusal(raw: bytes) -> str:

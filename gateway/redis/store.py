@@ -19,10 +19,10 @@ import numpy.typing as npt
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, LABELLED, speed_kmh
 from gateway.contracts.layout import BASE_STEP, ENTITY_RECORD, PROGRESS_KEY, Progress, head_key, idempotency_key
 from gateway.contracts.windows import NEVER, SETTLE_MS
-from gateway.kernels.asking import ENTITY_COUNT, ENTITY_TEXT, entity_records
+from gateway.kernels.asking import ENTITY_COUNT, entity_records
 from gateway.kernels.features import decode, working_space
 from gateway.kernels.request import request_features
-from gateway.redis.backend import Call, Found, Kept, Values, backend_of
+from gateway.redis.backend import Call, Found, Kept, backend_of, nothing_found
 from gateway.redis.cluster import ClusterLink
 from gateway.redis.link import RedisLink, RedisReplyError, RedisUnavailableError
 from gateway.scoring.job import Job
@@ -252,14 +252,7 @@ class Store:
         """The whole way of a batch of which Redis holds nothing, without Redis: so that all of it is compiled and loaded."""
         plan = self._plan(batch, requests, update=True)
         self._redis.pack(plan.call)
-        named = requests.lengths[:, ENTITY_TEXT] >= 0
-        nothing = Found(
-            progress=None,
-            before=[None] * len(batch),
-            settled=np.zeros(len(batch), bool),
-            values=Values.of([b""] * (2 * int(named.sum()) + int(named[:, LABELLED].sum()))),
-        )
-        return self._decode(plan, nothing, update=False)
+        return self._decode(plan, nothing_found(plan.call), update=False)
 
     def _decode(self, plan: _Plan, found: Found, update: bool) -> Observation:
         call, progress, now_ms = plan.call, self._progress, self._now_ms()
