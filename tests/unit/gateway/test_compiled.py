@@ -1,7 +1,8 @@
-"""Where the kernels' machine code is kept."""
+"""Where the kernels' machine code is kept, and that it is there in time."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -25,6 +26,27 @@ def cache_dir_of(root: Path) -> Path:
         check=True,
     )
     return Path(told.stdout.strip())
+
+
+# Which kernels the gateway's modules call, and whether each has its machine code once `warm` is through.
+WARMED = """
+import json, sys
+import gateway.app
+from gateway.warm import warm
+from numba.core.registry import CPUDispatcher
+
+warm()
+modules = [module for name, module in sys.modules.items() if name.startswith("gateway.") and ".kernels." not in name]
+kernels = [value for module in modules for value in vars(module).values() if isinstance(value, CPUDispatcher)]
+print(json.dumps({kernel.py_func.__name__: bool(kernel.signatures) for kernel in kernels}))
+"""
+
+
+def test_no_request_waits_for_a_kernel_to_be_compiled() -> None:
+    ended = subprocess.run([sys.executable, "-c", WARMED], capture_output=True, text=True, check=True)
+    warmed: dict[str, bool] = json.loads(ended.stdout)
+    assert {"decode", "replies_end", "bulks_in", "write_receipts"} <= warmed.keys()
+    assert [name for name, has_code in warmed.items() if not has_code] == []
 
 
 def test_a_change_of_a_contract_makes_the_kernels_compile_anew(tmp_path: Path) -> None:
