@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from gateway.contracts.features import ENTITIES
 from gateway.contracts.layout import CLAIM_BYTES, ENTITY_RECORD, FLAG_LABELLED, LAYOUT_VERSION, PREFIX, SEQ_NEXT
-from gateway.kernels.compiled import allocating, compiled
+from gateway.kernels.compiled import compiled
 from gateway.kernels.intake import TEXT_INDEX, TRANSACTION_ID, Floats, Int64s
 from gateway.kernels.raw import Bytes, crc32, put_bytes, put_decimal
 
@@ -22,7 +22,7 @@ _DIM_TEXT = np.array([[TEXT_INDEX[name] for name in e.dims] for e in ENTITIES])
 _FLAGS = np.array([FLAG_LABELLED if e.labelled else 0 for e in ENTITIES], np.uint16)
 # crc32 of "card:" and so on, which key checks go on from.
 _CHECK_START = np.array([zlib.crc32(f"{e.name}:".encode()) for e in ENTITIES], np.int64)
-_TEXTS = len(TEXT_INDEX)
+TEXT_COUNT = len(TEXT_INDEX)
 
 
 def _padded(texts: list[bytes]) -> tuple[Bytes, Int64s]:
@@ -52,7 +52,7 @@ _COUNTRY = TEXT_INDEX["country"]
 
 
 @compiled
-def _fill_in(
+def entity_records(
     buf: Bytes,
     starts: Int64s,
     lengths: Int64s,
@@ -68,8 +68,13 @@ def _fill_in(
     country: Int64s,
     hashed: npt.NDArray[np.uint16],
 ) -> None:
+    """Fills in `records` (rows * ENTITY_COUNT, ENTITY_RECORD): a new head's header, and the event.
+
+    `dims` (rows * ENTITY_COUNT, 3) gets the events' dimensions, `country` (rows,) the dim_hash of each payment's. What stands in the
+    records of entities that a payment doesn't name isn't meant to be used. `hashed` (TEXT_COUNT,) is working space.
+    """
     for row in range(len(hashes)):
-        for text in range(_TEXTS):
+        for text in range(TEXT_COUNT):
             hashed[text] = 0
             if lengths[row, text] > 0:
                 hashed[text] = crc32(buf, starts[row, text], lengths[row, text], 0) & 0xFFFF
@@ -99,31 +104,6 @@ def _fill_in(
             record.dim_a = dims[owner, 0]
             record.dim_b = dims[owner, 1]
             record.dim_c = dims[owner, 2]
-
-
-@allocating
-def entity_records(
-    buf: Bytes,
-    starts: Int64s,
-    lengths: Int64s,
-    numbers: Int64s,
-    places: Floats,
-    hashes: npt.NDArray[np.uint64],
-    counted: npt.NDArray[np.uint8],
-    look: npt.NDArray[np.uint8],
-    base_us: int,
-    observed_s: int,
-    records: npt.NDArray[np.void],
-    dims: npt.NDArray[np.uint16],
-    country: Int64s,
-) -> None:
-    """Fills in `records` (rows * ENTITY_COUNT, ENTITY_RECORD): a new head's header, and the event.
-
-    `dims` (rows * ENTITY_COUNT, 3) gets the events' dimensions, `country` (rows,) the dim_hash of each payment's. What stands in the
-    records of entities that a payment doesn't name isn't meant to be used.
-    """
-    hashed = np.zeros(_TEXTS, np.uint16)
-    _fill_in(buf, starts, lengths, numbers, places, hashes, counted, look, base_us, observed_s, records, dims, country, hashed)
 
 
 @compiled

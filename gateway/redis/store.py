@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gateway.contracts.features import ENTITIES, FEATURE_NAMES, FEATURES, LABELLED, speed_kmh
 from gateway.contracts.layout import BASE_STEP, ENTITY_RECORD, PROGRESS_KEY, Progress, head_key, idempotency_key
 from gateway.contracts.windows import NEVER, SETTLE_MS
-from gateway.kernels.asking import ENTITY_COUNT, entity_records
+from gateway.kernels.asking import ENTITY_COUNT, TEXT_COUNT, entity_records
 from gateway.kernels.features import decode, working_space
 from gateway.kernels.request import request_features
 from gateway.redis.backend import Call, Found, Kept, backend_of, nothing_found
@@ -87,6 +87,7 @@ class Store:
         self.claim_ttl_ms = claim_ttl_ms
         self._now_ms = now_ms
         self._space = working_space()
+        self._hashed = np.empty(TEXT_COUNT, np.uint16)
         self._progress: Progress | None = None
         # Once asked, each reply brings it along.
         self._knows_progress = False
@@ -200,6 +201,7 @@ class Store:
             records,
             dims,
             country,
+            self._hashed,
         )
         if self._suspects:
             records["look"] |= np.isin(records["check"], np.fromiter(self._suspects, np.uint32))
