@@ -277,6 +277,7 @@ class KafkaDoor:
             for task in under_way:
                 task.cancel()
             if under_way:
+                # What ended the first of them is raised; how the other ended has nothing to add.
                 await asyncio.gather(*under_way, return_exceptions=True)
         return found
 

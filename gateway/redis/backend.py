@@ -162,10 +162,9 @@ class SingleRedis:
         if found is None:
             raise RedisReplyError(_refusal(raw))
         found.round_trip_s = time.monotonic() - sent_s
-        for row in np.flatnonzero([record is not None for record in found.before]).tolist():
-            record = found.before[row]
-            assert record is not None
-            found.settled[row] = settles(record, call.batch[row].held_claim, call.answered)
+        for row, record in enumerate(found.before):
+            if record is not None:
+                found.settled[row] = settles(record, call.batch[row].held_claim, call.answered)
         return found
 
     async def _both(self, call: Call, packed: bytes, deadline_s: float) -> bytes:
